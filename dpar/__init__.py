@@ -1,0 +1,67 @@
+"""DPAR: dynamic patchification for autoregressive image generation, as a library.
+
+    from dpar import DPAR, LlamaGen, VQTokenizer, patch_starts, sample
+
+Names load on first use, so that ``import dpar`` costs nothing and the patch rule needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpar.checkpoint import fingerprint
+    from dpar.errors import ModelError
+    from dpar.llamagen import LlamaGen, LlamaGenConfig
+    from dpar.model import DPAR, DPARConfig
+    from dpar.packing import PatchLayout
+    from dpar.patching import patch_starts, static_starts, stored_entropy, token_entropy
+    from dpar.presets import PRESETS, preset
+    from dpar.sampling import sample
+    from dpar.tokenizer import VQConfig, VQTokenizer
+
+_HOME = {
+    "DPAR": "model",
+    "DPARConfig": "model",
+    "LlamaGen": "llamagen",
+    "LlamaGenConfig": "llamagen",
+    "ModelError": "errors",
+    "PRESETS": "presets",
+    "PatchLayout": "packing",
+    "VQConfig": "tokenizer",
+    "VQTokenizer": "tokenizer",
+    "fingerprint": "checkpoint",
+    "patch_starts": "patching",
+    "preset": "presets",
+    "sample": "sampling",
+    "static_starts": "patching",
+    "stored_entropy": "patching",
+    "token_entropy": "patching",
+}
+__all__ = [
+    "DPAR",
+    "PRESETS",
+    "DPARConfig",
+    "LlamaGen",
+    "LlamaGenConfig",
+    "ModelError",
+    "PatchLayout",
+    "VQConfig",
+    "VQTokenizer",
+    "fingerprint",
+    "patch_starts",
+    "preset",
+    "sample",
+    "static_starts",
+    "stored_entropy",
+    "token_entropy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"dpar.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'dpar' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,180 @@
+"""The LLaMA block of LlamaGen, under LlamaGen's parameter names, so that its checkpoints map by eye.
+
+Where attention looks is the caller's choice (:mod:`dpar.attention`): the block gets ``attend`` and a RoPE table.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpar.attention import Attend, patch_cross_attention
+from dpar.packing import PatchLayout, segment_mean
+from dpar.rope import rotate
+
+NORM_EPS = 1e-5
+INIT_STD = 0.02
+
+
+def ffn_hidden(width: int) -> int:
+    """SwiGLU's hidden size: 2/3 · 4 · width, rounded up to a multiple of 256."""
+    return -(-int(2 * 4 * width / 3) // 256) * 256
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions; queries, keys and values from one matrix."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.wqkv = nn.Linear(width, 3 * width, bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+        self.resid_dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
+        """x (..., T, width), table (..., T, head_dim / 2, 2) to (..., T, width)."""
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., T, heads, head_dim)
+        out = attend(rotate(q, table), rotate(k, table), v)
+        projected: Tensor = self.resid_dropout(self.wo(out.flatten(-2)))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        hidden = ffn_hidden(width)
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.ffn_dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) to (..., width)."""
+        out: Tensor = self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each on a residual branch."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, dropout)
+        self.feed_forward = FeedForward(width, dropout)
+        self.attention_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.ffn_norm = nn.RMSNorm(width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
+        """x (..., T, width), table (..., T, head_dim / 2, 2) to (..., T, width)."""
+        x = x + self.attention(self.attention_norm(x), table, attend)
+        out: Tensor = x + self.feed_forward(self.ffn_norm(x))
+        return out
+
+
+class PatchCrossAttention(nn.Module):
+    """A patch gathers its tokens (paper section 3.2.2): p_j + Attn(Norm(p_j), Norm(u_i) + off(i - s_j))."""
+
+    OFFSETS = 16  # later tokens of a longer patch share the last offset
+
+    def __init__(self, width: int, heads: int, dropout: float, offset_embedding: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.wq = nn.Linear(width, width, bias=False)
+        self.wk = nn.Linear(width, width, bias=False)
+        self.wv = nn.Linear(width, width, bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+        self.patch_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.token_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.offsets = nn.Embedding(self.OFFSETS, width) if offset_embedding else None
+        self.resid_dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        patches: Tensor | None,
+        tokens: Tensor,
+        patch_of_token: Tensor,
+        offset_in_patch: Tensor,
+        n_patches: int,
+    ) -> Tensor:
+        """Tokens (T, width) into their patches: (M, width). ``patches`` None starts from the mean of the tokens."""
+        if patches is None:
+            patches = segment_mean(tokens, patch_of_token, n_patches)
+        normed = self.token_norm(tokens)
+        if self.offsets is not None:
+            normed = normed + self.offsets(offset_in_patch.clamp(max=self.OFFSETS - 1))
+        split = (self.heads, -1)
+        out = patch_cross_attention(
+            self.wq(self.patch_norm(patches)).unflatten(-1, split),
+            self.wk(normed).unflatten(-1, split),
+            self.wv(normed).unflatten(-1, split),
+            patch_of_token,
+            n_patches,
+        )
+        gathered: Tensor = patches + self.resid_dropout(self.wo(out.flatten(-2)))
+        return gathered
+
+
+class EncoderLayer(nn.Module):
+    """One layer of the patch encoder: a causal block over tokens, then tokens into patches."""
+
+    def __init__(self, width: int, heads: int, dropout: float, offset_embedding: bool) -> None:
+        super().__init__()
+        self.block = Block(width, heads, dropout)
+        self.cross_attention = PatchCrossAttention(width, heads, dropout, offset_embedding)
+
+    def forward(
+        self, patches: Tensor | None, tokens: Tensor, table: Tensor, attend: Attend, layout: PatchLayout
+    ) -> tuple[Tensor, Tensor]:
+        """(ΣM, width) or None and (B, N, width) to the same, one layer on."""
+        tokens = self.block(tokens, table, attend)
+        patches = self.cross_attention(
+            patches, tokens.flatten(0, 1), layout.patch_of_token, layout.offset_in_patch, layout.n_patches
+        )
+        return patches, tokens
+
+
+class DecoderLayer(nn.Module):
+    """One layer of the patch decoder (paper section 3.2.4): patches copied to their tokens, then a causal block.
+
+    Norm and projection act on patches before the copy: the same numbers for N/M times less work.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.patch_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.patch_proj = nn.Linear(width, width, bias=False)
+        self.resid_dropout = nn.Dropout(dropout)
+        self.block = Block(width, heads, dropout)
+
+    def project(self, patches: Tensor) -> Tensor:
+        """What each token of a patch receives: (..., width) to (..., width)."""
+        out: Tensor = self.resid_dropout(self.patch_proj(self.patch_norm(patches)))
+        return out
+
+    def forward(self, tokens: Tensor, received: Tensor, table: Tensor, attend: Attend) -> Tensor:
+        """Tokens (B, T, width) and what they received from their patches, likewise, to (B, T, width)."""
+        out: Tensor = self.block(tokens + received, table, attend)
+        return out
+
+
+class LabelEmbedder(nn.Module):
+    """Class embeddings; the last row is the guidance class, which stands for no class."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """(B,) int64 in 0 … classes to (B, width)."""
+        out: Tensor = self.embedding_table(labels)
+        return out
+
+
+def init_weights(module: nn.Module) -> None:
+    """LlamaGen's start: N(0, 0.02) for matrices and embeddings, ones for norms. For ``module.apply``."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=INIT_STD)
+    if isinstance(module, PatchCrossAttention) and module.offsets is not None:
+        nn.init.normal_(module.offsets.weight, std=1.0)

@@ -1,0 +1,144 @@
+"""LlamaGen's GPT: the baseline, and the entropy model (paper section 3.1; LlamaGen's ``gpt.py``).
+
+    model = LlamaGen(preset("llamagen-b"))
+    logits = model(codes, labels)                            # (B, N, V); logits at i are for token i
+
+With ``classes=0``, or with ``labels=None``, it is unconditional: the guidance class stands in front of the tokens.
+Parameter names and shapes are LlamaGen's, so its checkpoints load as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpar.attention import KVCache, dense_causal
+from dpar.checkpoint import Pretrained
+from dpar.errors import ModelError
+from dpar.layers import NORM_EPS, Block, LabelEmbedder, init_weights
+from dpar.rope import token_table, with_condition
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """What LlamaGen and DPAR share: the token grid, the classes, the width."""
+
+    codebook_size: int = 16384  # V
+    grid_height: int = 16  # H_g
+    grid_width: int = 16  # W_g
+    classes: int = 1000  # 0: unconditional
+    width: int = 768  # d
+    heads: int = 12
+    dropout: float = 0.1  # on tokens, residual branches and feed-forward, in training
+
+    def __post_init__(self) -> None:
+        for name in ("codebook_size", "grid_height", "grid_width", "width", "heads"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.classes < 0:
+            raise ModelError(f"classes is {self.classes}; it must be 0 (unconditional) or more")
+        if self.width % self.heads or self.head_dim % 8:
+            raise ModelError(
+                f"width {self.width} over {self.heads} heads is {self.width / self.heads:g} a head; "
+                "rotary positions need a multiple of 8"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ModelError(f"dropout is {self.dropout}; it must be at least 0 and under 1")
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens an image, N."""
+        return self.grid_height * self.grid_width
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.width // self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaGenConfig(SequenceConfig):
+    """LlamaGen's sizes; the defaults are LlamaGen-B at 256 px."""
+
+    layers: int = 12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers < 1:
+            raise ModelError(f"layers is {self.layers}; it must be at least 1")
+
+
+class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
+    """Decoder-only transformer over VQ tokens in raster order, conditioned on a class."""
+
+    config_class = LlamaGenConfig
+    model_type = "llamagen"
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_embedding = LabelEmbedder(config.classes, config.width)
+        self.tok_embeddings = nn.Embedding(config.codebook_size, config.width)
+        self.tok_dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config.width, config.heads, config.dropout) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
+        self.output = nn.Linear(config.width, config.codebook_size, bias=False)
+        table = with_condition(token_table(config.grid_height, config.grid_width, config.head_dim))
+        self.register_buffer("table", table[: config.n_tokens], persistent=False)  # of the stream's inputs
+        self.table: Tensor
+        self.apply(init_weights)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits.
+
+        Args:
+            codes: (B, N) int64. The last token is only ever predicted, never read.
+            labels: (B,) int64; ``classes`` is the guidance class, which None stands for.
+
+        Returns:
+            (B, N, V) logits; those at i are for token i.
+
+        Raises:
+            ModelError: codes or labels do not fit this model.
+        """
+        labels = check_inputs(self.config, codes, labels)
+        x = torch.cat([self.cls_embedding(labels).unsqueeze(1), self.tok_embeddings(codes[:, :-1])], dim=1)
+        x = self.tok_dropout(x)
+        for layer in self.layers:
+            x = layer(x, self.table, dense_causal)
+        logits: Tensor = self.output(self.norm(x))
+        return logits
+
+    def start_cache(self, rows: int, dtype: torch.dtype = torch.float32) -> list[KVCache]:
+        """Empty KV caches for sampling ``rows`` sequences, one a layer."""
+        c, device = self.config, self.table.device
+        return [KVCache(rows, c.n_tokens, c.heads, c.head_dim, device, dtype) for _ in range(c.layers)]
+
+    def step(self, x: Tensor, position: int, cache: list[KVCache]) -> Tensor:
+        """Logits of token ``position`` from the embedding (rows, width) of what stands before it: (rows, V)."""
+        x = x.unsqueeze(1)
+        table = self.table[position : position + 1]
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x = layer(x, table, layer_cache.at(position))
+        logits: Tensor = self.output(self.norm(x[:, 0]))
+        return logits
+
+
+def check_inputs(config: SequenceConfig, codes: Tensor, labels: Tensor | None) -> Tensor:
+    """The labels to use; raises ModelError where the shapes of codes or labels do not fit.
+
+    Values are checked where they enter (artifacts, the command line), not on every step.
+    """
+    if codes.ndim != 2 or codes.shape[1] != config.n_tokens:
+        raise ModelError(
+            f"codes are {tuple(codes.shape)}; this model takes (B, {config.n_tokens}), "
+            f"a grid of {config.grid_height}×{config.grid_width}"
+        )
+    if labels is None:
+        return torch.full((codes.shape[0],), config.classes, dtype=torch.long, device=codes.device)
+    if labels.shape != codes.shape[:1]:
+        raise ModelError(f"labels are {tuple(labels.shape)} for codes of {tuple(codes.shape)}; one a row is needed")
+    return labels

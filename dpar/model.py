@@ -1,0 +1,135 @@
+"""DPAR: a patch encoder, a transformer over patches, and a patch decoder (paper section 3.2).
+
+    model = DPAR(preset("dpar-b"))
+    logits = model(codes, labels, starts)                    # (B, N, V); logits at i are for token i
+
+Symbols of the paper, mapped once: u are ``tokens`` after the encoder, p_j ``patches``, o_j ``outputs`` of the patch
+transformer, z_i the decoder's ``stream``, c the class embedding. ``docs/method.md`` has the equations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from dpar.attention import Backend, dense_causal, packed_causal
+from dpar.checkpoint import Pretrained
+from dpar.errors import ModelError
+from dpar.layers import NORM_EPS, Block, DecoderLayer, EncoderLayer, LabelEmbedder, init_weights
+from dpar.llamagen import SequenceConfig, check_inputs
+from dpar.packing import PatchLayout, spread
+from dpar.rope import PatchRope, patch_table, token_table, with_condition
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPARConfig(SequenceConfig):
+    """DPAR's sizes; the defaults are DPAR-B at 256 px."""
+
+    encoder_layers: int = 1  # E
+    patch_layers: int = 8  # G
+    decoder_layers: int = 3  # D
+    rope: PatchRope = "dynamic"
+    offset_embedding: bool = True  # False: the paper to the letter
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("encoder_layers", "patch_layers", "decoder_layers"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.rope not in get_args(PatchRope):
+            raise ModelError(f"rope is {self.rope!r}; it must be one of {', '.join(get_args(PatchRope))}")
+
+
+class DPAR(nn.Module, Pretrained[DPARConfig]):
+    """Autoregressive over VQ tokens, with most of its layers over patches of them."""
+
+    config_class = DPARConfig
+    model_type = "dpar"
+
+    def __init__(self, config: DPARConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, heads, dropout = config.width, config.heads, config.dropout
+        self.cls_embedding = LabelEmbedder(config.classes, width)
+        self.tok_embeddings = nn.Embedding(config.codebook_size, width)
+        self.tok_dropout = nn.Dropout(dropout)
+        self.encoder = nn.ModuleList(
+            EncoderLayer(width, heads, dropout, config.offset_embedding) for _ in range(config.encoder_layers)
+        )
+        self.layers = nn.ModuleList(Block(width, heads, dropout) for _ in range(config.patch_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(width, heads, dropout) for _ in range(config.decoder_layers))
+        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.output = nn.Linear(width, config.codebook_size, bias=False)
+        token_positions = token_table(config.grid_height, config.grid_width, config.head_dim)
+        self.register_buffer("token_table", token_positions, persistent=False)
+        self.register_buffer("stream_table", with_condition(token_positions)[:-1], persistent=False)
+        self.token_table: Tensor
+        self.stream_table: Tensor
+        self.apply(init_weights)
+        nn.init.zeros_(self.output.weight)
+        self.attention_backend: Backend = "auto"  # of the packed patches; the numbers do not depend on it
+
+    def forward(self, codes: Tensor, labels: Tensor | None, starts: Tensor | PatchLayout) -> Tensor:
+        """Teacher-forced logits.
+
+        Args:
+            codes: (B, N) int64.
+            labels: (B,) int64; ``classes`` is the guidance class, which None stands for.
+            starts: (B, N) bool, or the batch's :class:`PatchLayout` where it is made ahead.
+
+        Returns:
+            (B, N, V) logits; those at i are for token i, and depend on earlier tokens (and on boundaries) alone.
+
+        Raises:
+            ModelError: codes, labels or starts do not fit this model.
+        """
+        labels = check_inputs(self.config, codes, labels)
+        layout = starts if isinstance(starts, PatchLayout) else PatchLayout.from_starts(starts)
+        if layout.patch_of_token.shape[0] != codes.numel() or layout.n_tokens != codes.shape[1]:
+            raise ModelError(f"starts do not fit codes of {tuple(codes.shape)}; they must have the same shape")
+        condition = self.tok_dropout(self.cls_embedding(labels))  # (B, d)
+        patches, tokens = self.encode(codes, layout)
+        outputs = self.transform(condition, patches, layout)
+        return self.decode(condition, tokens, outputs, layout)
+
+    def encode(self, codes: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
+        """Tokens into patches: patches (ΣM, d) and tokens (B, N, d)."""
+        tokens = self.tok_dropout(self.tok_embeddings(codes))
+        patches = None
+        for layer in self.encoder:
+            patches, tokens = layer(patches, tokens, self.token_table, dense_causal, layout)
+        return patches, tokens
+
+    def transform(self, condition: Tensor, patches: Tensor, layout: PatchLayout) -> Tensor:
+        """The patch transformer over [c, p_0, …, p_{M-2}] of each image: outputs (ΣM, d).
+
+        Output j has seen only tokens before patch j.
+        """
+        leads = layout.first == 0  # a sequence is its image's patches moved on by one, with c in front
+        x = torch.where(
+            leads.unsqueeze(1),
+            spread(condition, layout.image_of_patch),
+            patches.roll(1, dims=0).to(condition.dtype),
+        )
+        table = self.patch_positions(layout.first, layout.last).roll(1, dims=0)
+        table = table.masked_fill(leads[:, None, None], 0.0)
+        attend = packed_causal(layout, self.attention_backend)
+        for layer in self.layers:
+            x = layer(x, table, attend)
+        return x
+
+    def decode(self, condition: Tensor, tokens: Tensor, outputs: Tensor, layout: PatchLayout) -> Tensor:
+        """Logits (B, N, V) from tokens (B, N, d) shifted by one and from the outputs (ΣM, d) of their patches."""
+        stream = torch.cat([condition.unsqueeze(1).to(tokens.dtype), tokens[:, :-1]], dim=1)
+        for layer in self.decoder:
+            received = spread(layer.project(outputs), layout.patch_of_token).view_as(stream)
+            stream = layer(stream, received, self.stream_table, dense_causal)
+        logits: Tensor = self.output(self.norm(stream))
+        return logits
+
+    def patch_positions(self, first: Tensor, last: Tensor) -> Tensor:
+        """Dynamic RoPE of patches that span tokens ``first`` to ``last``, (M,) each: (M, head_dim / 2, 2)."""
+        return patch_table(first, last, self.config.grid_width, self.config.head_dim, self.config.rope)

@@ -1,0 +1,101 @@
+"""Packed batches: where each patch lies when the patches of all images stand in one row, without padding.
+
+    layout = PatchLayout.from_starts(starts)                 # starts: (B, N) bool
+    packed = segment_sum(tokens, layout.patch_of_token, layout.n_patches)
+
+A batch has B·N tokens and ΣM patches. Image b owns patches ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1``.
+Everything here touches each token once; there is no mask of tokens against patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PatchLayout:
+    """The boundaries of a batch, in the forms that the packed model reads. Index tensors are int64."""
+
+    n_tokens: int  # tokens an image, N
+    longest: int  # most patches in one image
+    first: Tensor  # (ΣM,) first token of each patch, counted within its image
+    last: Tensor  # (ΣM,) last token of each patch, counted within its image
+    image_of_patch: Tensor  # (ΣM,)
+    patch_of_token: Tensor  # (B·N,) index into the packed patches
+    offset_in_patch: Tensor  # (B·N,) 0 for a patch's first token
+    cu_seqlens: Tensor  # (B + 1,) int32, cumulative patches
+
+    @property
+    def n_patches(self) -> int:
+        """Patches in the batch, ΣM."""
+        return self.first.shape[0]
+
+    @classmethod
+    def from_starts(cls, starts: Tensor) -> PatchLayout:
+        """The layout of (B, N) bool ``starts``. Make it on the CPU, in the data loader: it reads sizes off values.
+
+        Raises:
+            ValueError: ``starts`` is not 2-D bool, or an image does not start with a patch.
+        """
+        if starts.ndim != 2 or starts.dtype != torch.bool:
+            raise ValueError(f"starts must be (B, N) bool, not {tuple(starts.shape)} {starts.dtype}")
+        if not bool(starts[:, 0].all()):
+            raise ValueError("token 0 of every image must start a patch")
+        batch, n = starts.shape
+        flat = starts.reshape(-1)
+        first = flat.nonzero().squeeze(1)
+        end = torch.cat([first[1:], first.new_tensor([batch * n])])
+        patch_of_token = flat.cumsum(0) - 1
+        counts = starts.sum(dim=1)
+        return cls(
+            n_tokens=n,
+            longest=int(counts.max()),
+            first=first % n,
+            last=(end - 1) % n,
+            image_of_patch=first // n,
+            patch_of_token=patch_of_token,
+            offset_in_patch=torch.arange(batch * n, device=starts.device) - first[patch_of_token],
+            cu_seqlens=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchLayout:
+        """The same layout with its tensors on ``device``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in values.items() if isinstance(v, Tensor)}
+        return PatchLayout(**{**values, **moved})
+
+
+# gather and scatter_add over an expanded index are each other's backward, and both have a fast path for
+# whole rows on CPU; index_select's backward (index_add) is several times slower there.
+
+
+def spread(rows: Tensor, index: Tensor) -> Tensor:
+    """(S, d) rows copied to where ``index`` (T,) names them: (T, d). Patches to their tokens."""
+    return rows.gather(0, index.unsqueeze(1).expand(-1, rows.shape[1]))
+
+
+def segment_sum(rows: Tensor, index: Tensor, n_segments: int) -> Tensor:
+    """(T, d) rows added up by ``index`` (T,): (n_segments, d), in the dtype of ``rows``. Tokens to patches."""
+    return rows.new_zeros(n_segments, rows.shape[1]).scatter_add(0, index.unsqueeze(1).expand_as(rows), rows)
+
+
+def segment_mean(rows: Tensor, index: Tensor, n_segments: int) -> Tensor:
+    """(T, d) rows averaged by ``index`` (T,): (n_segments, d). Every segment must have a row."""
+    counts = torch.zeros(n_segments, device=rows.device).scatter_add(
+        0, index, torch.ones(index.shape[0], device=rows.device)
+    )
+    return segment_sum(rows.float(), index, n_segments).div(counts.unsqueeze(1)).to(rows.dtype)
+
+
+def segment_softmax(scores: Tensor, index: Tensor, n_segments: int) -> Tensor:
+    """Softmax of (T, h) float32 scores within each segment: (T, h), summing to 1 over a segment's rows."""
+    expanded = index.unsqueeze(1).expand_as(scores)
+    # The largest score cancels out of the softmax, so no gradient need flow through it.
+    largest = scores.new_full((n_segments, scores.shape[1]), float("-inf")).scatter_reduce(
+        0, expanded, scores.detach(), "amax"
+    )
+    weights = (scores - spread(largest, index)).exp()
+    return weights / spread(segment_sum(weights, index, n_segments), index)

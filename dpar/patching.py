@@ -1,0 +1,217 @@
+"""The patch rule: which tokens of an image start a patch (paper section 3.2.1, appendix 6.1).
+
+    entropy = token_entropy(entropy_model(codes))            # (B, N), nats
+    starts = patch_starts(entropy, threshold=7.8)            # (B, N), bool
+
+Symbols of the paper: ``entropy`` is h, ``threshold`` is τ, ``max_length`` is P, ``grid_width`` is W_g. The three
+switches of the paper's Table 3 are independent: ``threshold=math.inf`` turns entropy gating off,
+``max_length=None`` the length limit, ``row_reset=False`` the row boundaries.
+
+NumPy arrays in, NumPy out; tensors in, tensors out. This module needs no torch until it is given a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, cast, overload
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+
+@overload
+def patch_starts(
+    entropy: NDArray[np.floating[Any]],
+    threshold: float,
+    max_length: int | None = 4,
+    grid_width: int = 16,
+    row_reset: bool = True,
+) -> NDArray[np.bool_]: ...
+@overload
+def patch_starts(
+    entropy: torch.Tensor,
+    threshold: float,
+    max_length: int | None = 4,
+    grid_width: int = 16,
+    row_reset: bool = True,
+) -> torch.Tensor: ...
+def patch_starts(
+    entropy: NDArray[np.floating[Any]] | torch.Tensor,
+    threshold: float,
+    max_length: int | None = 4,
+    grid_width: int = 16,
+    row_reset: bool = True,
+) -> NDArray[np.bool_] | torch.Tensor:
+    """Where patches start: at high entropy, after ``max_length`` tokens, and at each new row.
+
+    Token 0 always starts a patch, whatever its entropy. Entropies are compared in float32, so float16 values as
+    stored in an artifact and their float32 copies give the same boundaries.
+
+    Args:
+        entropy: (..., N) floats, nats; leading dimensions are images.
+        threshold: a token with entropy >= threshold starts a patch; ``math.inf`` switches the gate off.
+        max_length: most tokens in a patch; None for no limit.
+        grid_width: tokens in a row of the grid.
+        row_reset: whether each row starts a patch.
+
+    Returns:
+        (..., N) bool, of the kind (and device) of ``entropy``.
+
+    Raises:
+        ValueError: ``max_length`` or ``grid_width`` below 1, a threshold that is not a number, or no tokens.
+    """
+    check_rule(threshold, max_length, grid_width)
+    if entropy.ndim == 0 or entropy.shape[-1] == 0:
+        raise ValueError(f"entropy has no tokens: its shape is {tuple(entropy.shape)}")
+    if isinstance(entropy, np.ndarray):
+        return _starts_numpy(entropy, threshold, max_length, grid_width, row_reset)
+    return _starts_torch(entropy, threshold, max_length, grid_width, row_reset)
+
+
+def check_rule(threshold: float, max_length: int | None, grid_width: int) -> None:
+    """Raises ValueError, naming the value, where the rule's settings cannot be meant."""
+    if math.isnan(threshold):
+        raise ValueError("threshold is not a number")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length is {max_length}; a patch holds at least 1 token")
+    if grid_width < 1:
+        raise ValueError(f"grid_width is {grid_width}; a row holds at least 1 token")
+
+
+# Between two forced starts (entropy, row), the length limit starts a patch every max_length tokens: so a token
+# starts one exactly when its distance to the last forced start divides by max_length. No loop over images or tokens.
+
+
+def _starts_numpy(
+    entropy: NDArray[np.floating[Any]],
+    threshold: float,
+    max_length: int | None,
+    grid_width: int,
+    row_reset: bool,
+) -> NDArray[np.bool_]:
+    forced = entropy.astype(np.float32, copy=False) >= np.float32(threshold)
+    forced[..., 0] = True
+    if row_reset:
+        forced[..., ::grid_width] = True
+    if max_length is None:
+        return forced
+    n = entropy.shape[-1]
+    position = np.arange(n, dtype=np.int16 if n < 2**15 else np.int64)
+    last_forced = np.maximum.accumulate(np.where(forced, position, position.dtype.type(0)), axis=-1)
+    return cast("NDArray[np.bool_]", (position - last_forced) % position.dtype.type(min(max_length, n)) == 0)
+
+
+def _starts_torch(
+    entropy: torch.Tensor, threshold: float, max_length: int | None, grid_width: int, row_reset: bool
+) -> torch.Tensor:
+    import torch
+
+    forced = entropy.float() >= np.float32(threshold).item()
+    forced[..., 0] = True
+    if row_reset:
+        forced[..., ::grid_width] = True
+    if max_length is None:
+        return forced
+    position = torch.arange(entropy.shape[-1], device=entropy.device)
+    last_forced = torch.where(forced, position, 0).cummax(dim=-1).values
+    return (position - last_forced) % max_length == 0
+
+
+def static_starts(n_tokens: int, length: float) -> NDArray[np.bool_]:
+    """The paper's baseline: patches of one fixed length, which may be fractional (1.81), with no row reset.
+
+    Returns:
+        (n_tokens,) bool; token i starts a patch where floor(i / length) differs from floor((i - 1) / length).
+
+    Raises:
+        ValueError: ``length`` below 1 or not finite, or no tokens.
+    """
+    if not (math.isfinite(length) and length >= 1):
+        raise ValueError(f"length is {length}; a static patch holds at least 1 token")
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens is {n_tokens}; an image has at least 1 token")
+    index = np.floor(np.arange(-1, n_tokens) / length)
+    return index[1:] != index[:-1]
+
+
+def stored_entropy(entropy: torch.Tensor) -> torch.Tensor:
+    """Entropies as an artifact stores them: float16, with +inf for token 0.
+
+    Boundaries are decided on these values, in data preparation and in sampling alike, so that both see the same.
+    """
+    import torch
+
+    stored = entropy.to(torch.float16)
+    stored[..., 0] = math.inf
+    return stored
+
+
+def token_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of each next-token distribution, in nats (the paper's equation 3).
+
+    Args:
+        logits: (..., V) floats.
+
+    Returns:
+        (...) float32, between 0 and ln V.
+    """
+    import torch
+
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    return torch.special.entr(log_probs.exp()).sum(dim=-1)
+
+
+class OnlinePatcher:
+    """The same rule, one token at a time, for a batch of images that are being sampled.
+
+        patcher = OnlinePatcher(batch, threshold=7.8, device=device)
+        for i in range(n): starts = patcher.step(i, entropy_i)       # (B,) bool
+
+    ``static_length`` replaces the rule by :func:`static_starts` and needs no entropies.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        n_tokens: int,
+        *,
+        threshold: float = math.inf,
+        max_length: int | None = 4,
+        grid_width: int = 16,
+        row_reset: bool = True,
+        static_length: float | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        import torch
+
+        check_rule(threshold, max_length, grid_width)
+        self.threshold = np.float32(threshold).item()
+        self.max_length = n_tokens if max_length is None else max_length
+        self.grid_width = grid_width
+        self.row_reset = row_reset
+        self.static = None if static_length is None else static_starts(n_tokens, static_length)
+        self.run = torch.zeros(batch, dtype=torch.long, device=device)  # length of the open patch
+
+    def step(self, position: int, entropy: torch.Tensor | None) -> torch.Tensor:
+        """Whether token ``position`` starts a patch in each image.
+
+        Args:
+            position: 0, 1, 2, … in order.
+            entropy: (B,) nats for this token, any float type; it is rounded to float16 as stored entropies are.
+                None at position 0, for the static scheme, and where the gate is off.
+        """
+        import torch
+
+        if self.static is not None:
+            starts = torch.full_like(self.run, bool(self.static[position]), dtype=torch.bool)
+        elif position == 0 or (self.row_reset and position % self.grid_width == 0):
+            starts = torch.ones_like(self.run, dtype=torch.bool)
+        else:
+            starts = self.run >= self.max_length
+            if entropy is not None:
+                starts |= entropy.to(torch.float16).float() >= self.threshold
+        self.run = torch.where(starts, 1, self.run + 1)
+        return starts

@@ -1,0 +1,79 @@
+"""Rotary positions: LlamaGen's 2D RoPE for tokens, Dynamic RoPE for patches (paper appendix 6.3).
+
+A table holds, for each position, the cosine and sine of every pair's angle, stacked: (..., head_dim / 2, 2).
+Rotation is of interleaved pairs (0, 1), (2, 3), …, as in LlamaGen.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PatchRope = Literal["dynamic", "dynamic-compact", "2d"]
+BASE = 10_000.0
+
+
+def angles(positions: Tensor, n_pairs: int) -> Tensor:
+    """pos · 10000^(-k / n_pairs) for k = 0 … n_pairs - 1: positions (...) to (..., n_pairs), float32."""
+    k = torch.arange(n_pairs, dtype=torch.float32, device=positions.device)
+    return positions.unsqueeze(-1).float() * BASE ** (-k / n_pairs)
+
+
+def token_table(grid_height: int, grid_width: int, head_dim: int) -> Tensor:
+    """Cosines and sines of every grid position in raster order: (H_g · W_g, head_dim / 2, 2), float32.
+
+    The first half of the pairs turns with the row, the second with the column.
+    """
+    row = torch.arange(grid_height).repeat_interleave(grid_width)
+    column = torch.arange(grid_width).repeat(grid_height)
+    return _cos_sin(torch.cat([angles(row, head_dim // 4), angles(column, head_dim // 4)], dim=-1))
+
+
+def with_condition(table: Tensor) -> Tensor:
+    """A table with one position more in front, for the class condition, whose rotation is the zero matrix.
+
+    Its query and key become zero; LlamaGen's checkpoints were trained so.
+    """
+    return torch.cat([torch.zeros_like(table[:1]), table])
+
+
+def patch_table(first: Tensor, last: Tensor, grid_width: int, head_dim: int, kind: PatchRope) -> Tensor:
+    """Cosines and sines of patches that span tokens ``first`` to ``last``: (M, head_dim / 2, 2), float32.
+
+    ``dynamic``: four equal groups of pairs for row and column of the first token, row and column of the last.
+    ``dynamic-compact``: half of the pairs for the row, a quarter for the first column, a quarter for the last.
+    ``2d``: the first token's place as LlamaGen would give it.
+
+    Args:
+        first: (M,) token index within the image.
+        last: (M,) likewise.
+        grid_width: tokens in a row of the grid.
+        head_dim: width of an attention head.
+        kind: one of the above (the paper's Table 9: FID 3.31, 3.42, 3.32).
+    """
+    row_first, column_first = first // grid_width, first % grid_width
+    row_last, column_last = last // grid_width, last % grid_width
+    if kind == "dynamic":
+        groups = [(x, head_dim // 8) for x in (row_first, column_first, row_last, column_last)]
+    elif kind == "dynamic-compact":
+        groups = [(row_first, head_dim // 4), (column_first, head_dim // 8), (column_last, head_dim // 8)]
+    else:
+        groups = [(row_first, head_dim // 4), (column_first, head_dim // 4)]
+    return _cos_sin(torch.cat([angles(positions, pairs) for positions, pairs in groups], dim=-1))
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns the interleaved pairs of x (..., T, heads, head_dim) by table (..., T, head_dim / 2, 2).
+
+    Computed in float32, returned in the dtype of x.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unsqueeze(-3).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def _cos_sin(angle: Tensor) -> Tensor:
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
