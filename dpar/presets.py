@@ -5,12 +5,14 @@ config = preset("dpar-b", classes=1000, grid_height=24, grid_width=24)
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from typing import Any
 
 from dpar.errors import ModelError
 from dpar.llamagen import LlamaGenConfig
 from dpar.model import DPARConfig
+from dpar.tokenizer import VQConfig
 
 # name: (width, heads, LlamaGen's layers, DPAR's encoder, patch transformer and decoder layers)
 SIZES: dict[str, tuple[int, int, int, tuple[int, int, int]]] = {
@@ -19,6 +21,14 @@ SIZES: dict[str, tuple[int, int, int, tuple[int, int, int]]] = {
     "l": (1024, 16, 24, (1, 19, 4)),
     "xl": (1280, 20, 36, (1, 30, 5)),
     "xxl": (1536, 24, 48, (1, 41, 6)),
+}
+# LlamaGen's tokenizers, and a small one of VQ-8's shape
+TOKENIZERS: dict[str, VQConfig] = {
+    "vq-16": VQConfig(),
+    "vq-8": VQConfig(channel_multipliers=(1, 2, 2, 4)),
+    "vq-8-tiny": VQConfig(
+        codebook_size=1024, channels=32, channel_multipliers=(1, 1, 2, 2), residual_blocks=1, latent_channels=64
+    ),
 }
 PRESETS = tuple(f"{family}-{size}" for family in ("dpar", "llamagen") for size in SIZES)
 
@@ -29,13 +39,27 @@ def preset(name: str, **overrides: Any) -> DPARConfig | LlamaGenConfig:
     Raises:
         ModelError: no such preset, with the nearest name; or a value that the config refuses.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ModelError(f"no preset is called {name!r}.{hint} There are: {', '.join(PRESETS)}")
+    _check_name(name, PRESETS)
     family, size = name.split("-")
     width, heads, layers, (encoder, patch, decoder) = SIZES[size]
     if family == "llamagen":
         return LlamaGenConfig(**{"width": width, "heads": heads, "layers": layers, **overrides})
     sizes = {"encoder_layers": encoder, "patch_layers": patch, "decoder_layers": decoder}
     return DPARConfig(**{"width": width, "heads": heads, **sizes, **overrides})
+
+
+def tokenizer_preset(name: str, **overrides: Any) -> VQConfig:
+    """The config of a tokenizer preset such as ``vq-16``, with fields replaced as asked.
+
+    Raises:
+        ModelError: no such preset, with the nearest name; or a value that the config refuses.
+    """
+    _check_name(name, tuple(TOKENIZERS))
+    return dataclasses.replace(TOKENIZERS[name], **overrides)
+
+
+def _check_name(name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ModelError(f"no preset is called {name!r}.{hint} There are: {', '.join(known)}")

@@ -222,12 +222,6 @@ class Decoder(nn.Module):
         self.norm_out = _norm(width)
         self.conv_out = _conv3(width, 3)
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The weights next to the pixels, where the adversarial loss is balanced."""
-        weight: nn.Parameter = self.conv_out.weight
-        return weight
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, latent_channels, H / f, W / f) to (B, 3, H, W)."""
         x = self.conv_in(x)

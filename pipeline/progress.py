@@ -1,0 +1,95 @@
+"""What a stage shows while it works: bars on a terminal, one line every few seconds elsewhere.
+
+progress = Progress()
+with progress.task("tokenize", total=2048, unit="images") as task:
+    task.advance(64)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+LINE_EVERY = 5.0  # seconds between lines where there is no terminal
+
+
+class Stopped(Exception):
+    """The user stopped a stage (Ctrl-C); the message says what was kept and how to go on."""
+
+
+@contextmanager
+def stops_with(message: str) -> Iterator[None]:
+    """Turns Ctrl-C inside the block into :class:`Stopped` with this message."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(message) from None
+
+
+class Task:
+    """One piece of work with a known size."""
+
+    def __init__(self, bars: Bars | None, console: Console, title: str, total: int, unit: str) -> None:
+        self._bars, self._console = bars, console
+        self._title, self._total, self._unit = title, total, unit
+        self._done, self._note = 0, ""
+        self._began = self._spoke = time.monotonic()
+        self._start = 0
+        self._id = bars.add_task(title, total=total, unit=unit, note="", rate="") if bars else None
+
+    def begin_at(self, done: int) -> None:
+        """Says that ``done`` was finished in an earlier run, so that the rate is this run's."""
+        self._done = self._start = done
+        if self._bars is not None and self._id is not None:
+            self._bars.update(self._id, completed=done)
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Counts ``n`` more as done; ``note`` stands behind the numbers until the next one."""
+        self._done += n
+        self._note = note or self._note
+        now = time.monotonic()
+        rate = (self._done - self._start) / max(now - self._began, 1e-9)
+        if self._bars is not None and self._id is not None:
+            self._bars.update(self._id, completed=self._done, note=self._note, rate=f"{rate:,.1f} {self._unit}/s")
+        elif now - self._spoke >= LINE_EVERY or self._done >= self._total:
+            self._spoke = now
+            left = (self._total - self._done) / rate if rate > 0 else 0.0
+            text = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:,.1f}/s, {left:,.0f} s left"
+            self._console.print(text + (f", {self._note}" if self._note else ""), soft_wrap=True, highlight=False)
+
+
+class Progress:
+    """Where stages report. Output goes to standard error, so that results can be piped."""
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True)
+        self.quiet = quiet
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        """A bar (or lines) for one piece of work."""
+        if self.quiet:
+            yield Task(None, Console(quiet=True), title, total, unit)
+        elif self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}  {task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            with Bars(*columns, console=self.console) as bars:
+                yield Task(bars, self.console, title, total, unit)
+        else:
+            yield Task(None, self.console, title, total, unit)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if not self.quiet:
+            self.console.print(text, soft_wrap=True, highlight=False, markup=False)

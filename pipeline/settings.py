@@ -1,0 +1,210 @@
+"""Every stage's settings: one frozen dataclass each, checked once, and the one place where a default stands.
+
+The command line makes its options from these fields, a ``--config FILE.toml`` uses their names, and manifests and
+runs record them. The string beside each type is its help.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pipeline.errors import StageError
+
+Precision = Literal["auto", "bf16", "fp32"]
+Views = Literal["center", "flip", "ten-crop"]
+Container = Literal["arrow", "webdataset"]
+Strategy = Literal["entropy", "static"]
+Schedule = Literal["constant", "cosine"]
+Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA where there is one."]
+Compute = Annotated[Precision, "Of the arithmetic; auto is bf16 where the device is faster with it."]
+Seed = Annotated[int, "All randomness comes from it."]
+Split = Annotated[str | None, "Part of the data: a subfolder such as train or val; train or validation of the photos."]
+Classes = Annotated[tuple[str, ...], "Only this class; repeat for several. [default: all]"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises StageError with ``message`` unless ``condition``."""
+    if not condition:
+        raise StageError(message)
+
+
+def at_least(settings: object, low: float, *names: str) -> None:
+    """Raises StageError where one of the named numbers is below ``low``, or not finite."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None:
+            option = "--" + name.replace("_", "-")
+            require(math.isfinite(value) and value >= low, f"{option} is {value}; it must be at least {low:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """Training a VQ tokenizer."""
+
+    model: Annotated[str, "Preset: vq-16 and vq-8 are LlamaGen's; vq-8-tiny is small."] = "vq-8-tiny"
+    codebook_size: Annotated[int | None, "Codes, V. [default: the preset's]"] = None
+    image_size: Annotated[int, "Pixels along a side of the training crops."] = 128
+    split: Split = None
+    classes: Classes = ()
+    steps: Annotated[int, "Optimizer steps."] = 2000
+    batch: Annotated[int, "Images a step."] = 16
+    lr: Annotated[float, "Learning rate; it falls to a tenth along a cosine."] = 1e-3
+    warmup: Annotated[int, "Steps over which the learning rate rises from 0."] = 50
+    commitment_weight: Annotated[float, "Of the commitment loss."] = 0.25
+    entropy_weight: Annotated[float, "Of the codebook's entropy loss; 0 is off."] = 0.0
+    perceptual_weight: Annotated[float, "Of LPIPS (extra vqgan); 0 is off."] = 0.0
+    adversarial_weight: Annotated[float, "Of the PatchGAN discriminator; 0 is off."] = 0.0
+    adversarial_start: Annotated[int, "First step of the discriminator."] = 1000
+    restart_every: Annotated[int, "Steps between restarts of unused codes, in the first half; 0 is never."] = 50
+    checkpoint_every: Annotated[int, "Steps between checkpoints."] = 250
+    weights_dtype: Annotated[Literal["fp32", "bf16"], "Of the weights written at the end."] = "fp32"
+    workers: Annotated[int, "Threads that decode images."] = 2
+    seed: Seed = 0
+    device: Device = "auto"
+    precision: Compute = "auto"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "codebook_size", "image_size", "steps", "batch", "checkpoint_every", "workers")
+        at_least(self, 0, "lr", "warmup", "adversarial_start", "restart_every", "seed")
+        at_least(self, 0, "commitment_weight", "entropy_weight", "perceptual_weight", "adversarial_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeSettings:
+    """Images to codes."""
+
+    tokenizer: Annotated[str, "Directory or Hub repository of the VQ tokenizer; builtin:photos is the one shipped."]
+    image_size: Annotated[int, "Pixels along a side."] = 256
+    views: Annotated[Views, "Crops of each image: the centre, it and its mirror image, or ADM's ten."] = "center"
+    crop_range: Annotated[
+        tuple[float, ...], "Short side before the crop, as a multiple of the image size; repeat. [default: 1.0]"
+    ] = (1.0,)
+    container: Annotated[Container, "Format of the shards."] = "arrow"
+    shard_size: Annotated[int, "Images a shard."] = 4096
+    split: Split = None
+    classes: Classes = ()
+    limit: Annotated[int | None, "At most so many images, spread over the classes. [default: all]"] = None
+    strict: Annotated[bool, "Stop at the first image that cannot be used."] = False
+    batch: Annotated[int, "Crops encoded at once."] = 32
+    workers: Annotated[int, "Threads that decode images."] = 2
+    overwrite: Annotated[bool, "Replace an output that other settings made."] = False
+    device: Device = "auto"
+    precision: Compute = "fp32"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "image_size", "shard_size", "limit", "batch", "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """How a model is trained; the defaults are the paper's recipe (section 4.1)."""
+
+    steps: Annotated[int | None, "Optimizer steps. [default: --epochs]"] = None
+    epochs: Annotated[float, "Passes over the data, where --steps is not given."] = 300.0
+    batch: Annotated[int, "Images a step, over all processes."] = 256
+    micro_batch: Annotated[int | None, "Images computed at once in a process. [default: all of its share]"] = None
+    lr: Annotated[float, "Learning rate."] = 1e-4
+    scale_lr: Annotated[bool, "Multiply the learning rate by batch / 256."] = False
+    schedule: Annotated[Schedule, "Of the learning rate; cosine falls to a tenth."] = "constant"
+    warmup: Annotated[int, "Steps over which the learning rate rises from 0."] = 0
+    weight_decay: Annotated[float, "On matrices only."] = 0.05
+    beta1: Annotated[float, "AdamW."] = 0.9
+    beta2: Annotated[float, "AdamW."] = 0.95
+    clip: Annotated[float, "Largest gradient norm."] = 1.0
+    dropout: Annotated[float, "On tokens, residual branches and feed-forward."] = 0.1
+    validation: Annotated[Path | None, "Held-out artifact for bits per token. [default: none]"] = None
+    eval_every: Annotated[int, "Steps between validations; one more comes at the end."] = 2000
+    log_every: Annotated[int, "Steps between lines of metrics."] = 50
+    checkpoint_every: Annotated[int, "Steps between checkpoints."] = 2000
+    seed: Seed = 0
+    device: Device = "auto"
+    precision: Compute = "auto"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "batch", "micro_batch", "eval_every", "log_every", "checkpoint_every")
+        at_least(self, 0, "lr", "warmup", "weight_decay", "beta1", "beta2", "clip", "dropout", "seed")
+        require(self.epochs > 0, f"--epochs is {self.epochs}; it must be above 0")
+        require(max(self.beta1, self.beta2, self.dropout) < 1, "--beta1, --beta2 and --dropout must be under 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropySettings(OptimSettings):
+    """Training the entropy model."""
+
+    model: Annotated[str, "Preset of LlamaGen's family, trained without classes."] = "llamagen-b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(OptimSettings):
+    """Training DPAR or the LlamaGen baseline."""
+
+    model: Annotated[str, "Preset: dpar-… or llamagen-… with tiny, b, l, xl, xxl."] = "dpar-b"
+    guidance_dropout: Annotated[float, "How often the class is left out, for classifier-free guidance."] = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.guidance_dropout <= 1, f"--guidance-dropout is {self.guidance_dropout}; it must be in 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchifySettings:
+    """Codes to patches."""
+
+    entropy_model: Annotated[str | None, "Run or weights of the entropy model; not needed on a patches directory."] = (
+        None
+    )
+    threshold: Annotated[float | None, "τ, nats: a token with entropy from here on starts a patch."] = None
+    target_length: Annotated[float | None, "Mean patch length wanted; finds the threshold."] = None
+    max_length: Annotated[int, "P: most tokens in a patch; 0 is no limit."] = 4
+    row_reset: Annotated[bool, "Each row of the grid starts a patch."] = True
+    strategy: Annotated[Strategy, "entropy: the paper's rule; static: one fixed length, --static-length."] = "entropy"
+    static_length: Annotated[float | None, "Patch length of the static strategy; may be fractional."] = None
+    container: Annotated[Container | None, "Format of the shards. [default: as the input's]"] = None
+    sample: Annotated[int, "Images on which --target-length looks for its threshold."] = 4096
+    batch: Annotated[int, "Sequences in one pass of the entropy model."] = 32
+    overwrite: Annotated[bool, "Replace an output that other settings made."] = False
+    device: Device = "auto"
+    precision: Compute = "auto"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "target_length", "static_length", "sample", "batch")
+        at_least(self, 0, "max_length", "threshold")
+        if self.strategy == "static":
+            require(self.static_length is not None, "--strategy static needs --static-length")
+            require(
+                self.threshold is None and self.target_length is None,
+                "--strategy static takes no --threshold or --target-length; its length is --static-length",
+            )
+        else:
+            require(self.static_length is None, "--static-length belongs to --strategy static")
+            require(
+                (self.threshold is None) != (self.target_length is None),
+                "give one of --threshold (nats) and --target-length (tokens a patch)",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Sampling images."""
+
+    cfg_scale: Annotated[float, "Classifier-free guidance s: logits = u + s·(c - u); 1 is none."] = 2.0
+    threshold: Annotated[float | None, "τ, nats. [default: the training data's]"] = None
+    max_length: Annotated[int | None, "P; 0 is no limit. [default: the training data's]"] = None
+    temperature: Annotated[float, "Of the logits; 0 takes the likeliest token."] = 1.0
+    top_k: Annotated[int, "Only the k likeliest tokens; 0 is all."] = 0
+    top_p: Annotated[float, "Only the likeliest tokens that together have this probability."] = 1.0
+    seed: Seed = 0
+    batch: Annotated[int, "Images sampled at once."] = 32
+    tokenizer: Annotated[str | None, "Its weights. [default: those that made the codes]"] = None
+    entropy_model: Annotated[str | None, "Its weights. [default: those that made the patches]"] = None
+    device: Device = "auto"
+    precision: Compute = "auto"
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "cfg_scale", "threshold", "max_length", "temperature", "top_k", "seed")
+        at_least(self, 1, "batch")
+        require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it must be above 0 and at most 1")
+        require(self.cfg_scale > 0, "--cfg-scale is 0, which leaves the class out altogether; 1 is no guidance")

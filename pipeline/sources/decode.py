@@ -1,0 +1,183 @@
+"""Turns the bytes of one image file into RGB pixels, or says in plain words why that cannot be done.
+
+    image = read_image("photos/cat/1.jpg")                   # PIL, mode RGB, upright
+    image = decode_image(io.BytesIO(member_of_a_tar))
+
+Every kind of source decodes through here, so that the same file gives the same pixels wherever it is kept. No
+global setting of Pillow is touched, and any number of threads may decode at once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.sources.source import UnusableImage
+
+MAX_PIXELS = 178_000_000
+"""Most pixels an image may have by its header; above, nothing is decoded."""
+
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+)
+"""Endings of file names, in lower case, that are taken for images."""
+
+# Only these, whatever a file is called: Pillow's EPS reader would start Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+_TOO_LARGE = f"too large: more than {MAX_PIXELS // 1_000_000} million pixels"
+
+_ORIENTATION = 0x0112
+_BITS_PER_SAMPLE = 0x0102
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The image in a file; see `decode_image`.
+
+    Raises:
+        UnusableImage: also where the file is gone or may not be read.
+    """
+    try:
+        with open(path, "rb") as stream:
+            return decode_image(stream)
+    except FileNotFoundError:
+        raise UnusableImage("file vanished") from None
+    except PermissionError:
+        raise UnusableImage("no permission to read") from None
+    except OSError as error:
+        raise UnusableImage(f"cannot be read: {error.strerror or error}") from error
+
+
+def decode_image(stream: BinaryIO) -> Image.Image:
+    """The image in a seekable stream: mode RGB, turned upright by its EXIF, the first frame of an animation.
+
+    Transparency is laid on white; 16-bit grey is scaled to 8 bit; colour profiles are ignored, as ADM ignores them.
+
+    Raises:
+        UnusableImage: empty, truncated, damaged, not an image, or more than `MAX_PIXELS` by its header.
+    """
+    head = stream.read(16)
+    if not head:
+        raise UnusableImage("empty file")
+    stream.seek(0)
+    try:
+        with _quiet, Image.open(stream, formats=_FORMATS) as image:
+            _check_size(image)
+            image.load()
+            turn = _UPRIGHT.get(_orientation(image))
+            rgb = to_rgb(image)
+            return rgb if turn is None else rgb.transpose(turn)
+    except UnusableImage:
+        raise
+    except Exception as error:  # on damaged bytes Pillow's readers raise nearly anything
+        raise UnusableImage(_reason(error, head)) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A copy in mode RGB with no transparency left: on white, and 16-bit grey scaled to 8 bit, not clipped.
+
+    Raises:
+        UnusableImage: a colour mode without a defined range or conversion (floats, LAB, 32-bit integers).
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _grey16_to_rgb(image)
+    if image.mode == "F":
+        raise UnusableImage("floating-point pixels, whose range is unknown")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise UnusableImage(f"colour mode {image.mode} cannot be converted to RGB") from error
+
+
+def _grey16_to_rgb(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    # 12-bit TIFF comes unscaled in a 16-bit mode.
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
+    peak = 4095 if bits == 12 else 65535
+    if values.min() < 0 or values.max() > peak:
+        raise UnusableImage(f"grey values outside 0..{peak}, whose range is unknown")
+    scaled = (np.arange(peak + 1) * 255 + peak // 2) // peak
+    grey = scaled.astype(np.uint8)[values]
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise UnusableImage(f"no pixels: {width}×{height}")
+    if width * height > MAX_PIXELS:
+        raise UnusableImage(f"{_TOO_LARGE} ({width}×{height})")
+
+
+def _orientation(image: Image.Image) -> int:
+    # Good pixels under damaged EXIF are good pixels.
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
+def _reason(error: Exception, head: bytes) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        if head.startswith(_SIGNATURES):
+            return "truncated or damaged: its header cannot be read"
+        return "not an image of a kind that is read (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM)"
+    if isinstance(error, Image.DecompressionBombError):
+        return _TOO_LARGE
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it"
+    text = " ".join(str(error).split())[:120]
+    if isinstance(error, EOFError) or "truncated" in text.lower():
+        return f"truncated ({text})" if text else "truncated"
+    return f"damaged ({text or type(error).__name__})"
+
+
+class _Quiet:
+    """Ignores Pillow's warnings while at least one thread is inside.
+
+    Plain ``catch_warnings`` in several threads restores filters out of order and leaves some behind for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._saved: warnings.catch_warnings[None] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._saved = warnings.catch_warnings()
+                self._saved.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._saved is not None:
+                self._saved.__exit__(None, None, None)
+                self._saved = None
+
+
+_quiet = _Quiet()

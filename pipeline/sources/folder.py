@@ -1,0 +1,195 @@
+"""A folder of class folders: ``root/CLASS/**/picture.jpg``.
+
+    source = Folder("photos/")                               # keys such as "cat/indoors/1.jpg"
+    source.left_out                                          # what is there but could not be listed, and why
+
+Names are compared and sorted in Unicode's normal form C, so that a listing made on one system is the listing made
+on another, whatever form its file system keeps names in.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from pipeline.errors import StageError
+from pipeline.sources.decode import EXTENSIONS, read_image
+from pipeline.sources.source import LeftOut, Source, choose, listing_sha256, nearest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SPLITS = ("train", "val", "validation", "test")
+"""Subfolders that are taken for splits, not classes, where they hold class folders."""
+
+
+class Folder(Source):
+    """The images under a folder: each direct subfolder is a class, whatever folders are nested in it.
+
+    A root without images in its subfolders is one class, named after it. Hidden files and folders are not seen, and
+    links to folders are not followed.
+
+    Attributes:
+        ignored: number of files seen that are not images by their names.
+    """
+
+    def __init__(
+        self, root: str, *, split: str | None = None, classes: Sequence[str] = (), limit: int | None = None
+    ) -> None:
+        self.split = split
+        self.root = os.path.abspath(root if split is None else _split_folder(root, split))
+        listing = _Listing(self.root)
+        if split is None:
+            listing.check_no_splits()
+        names, labels = listing.by_class()
+        choice = choose(names, labels, classes=classes, limit=limit, empty=listing.empty)
+        self.class_names = choice.class_names
+        self.left_out = tuple(sorted(listing.left_out, key=lambda x: (x.key, x.reason)))
+        self.ignored = listing.ignored
+        self._labels = choice.labels
+        self._files = [listing.files[i] for i in choice.indices.tolist()]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def key(self, i: int) -> str:
+        """The path of image ``i`` under the root, with slashes."""
+        return _text(self._files[i])
+
+    def label(self, i: int) -> int:
+        """The class of image ``i``."""
+        return int(self._labels[i])
+
+    def load(self, i: int) -> Image.Image:
+        """Image ``i``, mode RGB; see `Source.load`."""
+        return read_image(os.path.join(self.root, self._files[i]))
+
+    def describe(self) -> dict[str, object]:
+        """What a manifest says of this source."""
+        return {
+            "kind": "folder",
+            "location": _text(self.root),
+            "split": self.split,
+            "images": len(self),
+            "listing_sha256": listing_sha256(self),
+        }
+
+
+class _Listing:
+    """Everything under a root, walked once. Paths are relative to it, as the system gives them, with slashes."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.files: list[str] = []
+        self.left_out: list[LeftOut] = []
+        self.empty: list[str] = []
+        self.ignored = 0
+        self._folders = self._scan("")
+        stack = list(self._folders)
+        while stack:
+            stack += self._scan(stack.pop())
+        self.files.sort(key=_order)
+
+    def check_no_splits(self) -> None:
+        """Raises StageError where the subfolders are splits: their class folders would be lost in one class each."""
+        deep = {path.partition("/")[0] for path in self.files if path.count("/") >= 2}
+        found = [name for name in SPLITS if name in deep]
+        if found:
+            raise StageError(
+                f"{_text(self.root)}: holds splits, not classes ({', '.join(found)}); choose one with "
+                f"--split {found[0]}, or give the folder itself: {_text(os.path.join(self.root, found[0]))}"
+            )
+
+    def by_class(self) -> tuple[list[str], NDArray[np.int32]]:
+        """The class names, sorted, and the label of each file; drops images in the root beside class folders."""
+        inside = [path for path in self.files if "/" in path]
+        names = sorted({_class_name(path) for path in inside})
+        self.empty = sorted({_normal(folder) for folder in self._folders} - set(names))
+        self.left_out += [LeftOut(name, "empty class folder: no images in it") for name in self.empty]
+        if not self.files:
+            raise StageError(self._nothing())
+        if not inside:
+            return [_normal(os.path.basename(self.root)) or "images"], np.zeros(len(self.files), dtype=np.int32)
+        stray = "image beside the class folders: it has no class"
+        self.left_out += [LeftOut(_text(path), stray) for path in self.files if "/" not in path]
+        self.files = inside
+        label = {name: i for i, name in enumerate(names)}
+        return names, np.array([label[_class_name(path)] for path in inside], dtype=np.int32)
+
+    def _nothing(self) -> str:
+        endings = " ".join(sorted(extension[1:] for extension in EXTENSIONS))
+        message = f"{_text(self.root)}: no images in it; looked for CLASS/picture with the endings {endings}"
+        if self.ignored:
+            message += f"; {self.ignored} other files ignored"
+        reasons = [x for x in self.left_out if x.key not in self.empty]
+        if reasons:
+            message += f"; left out {len(reasons)}, the first {reasons[0].key}: {reasons[0].reason}"
+        return message
+
+    def _scan(self, folder: str) -> list[str]:
+        """Lists one folder: adds its files, returns its subfolders."""
+        subfolders = []
+        try:
+            with os.scandir(os.path.join(self.root, folder)) as entries:
+                for entry in entries:
+                    if entry.name.startswith(".") or entry.name == "__MACOSX":
+                        continue
+                    path = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        subfolders.append(path)
+                    else:
+                        self._add(path, entry)
+        except OSError as error:
+            reason = f"cannot be listed: {error.strerror or error}"
+            if not folder:
+                raise StageError(f"{_text(self.root)}: {reason}") from error
+            self.left_out.append(LeftOut(_text(folder), reason))
+        return subfolders
+
+    def _add(self, path: str, entry: os.DirEntry[str]) -> None:
+        if entry.is_dir():
+            self.left_out.append(LeftOut(_text(path), "link to a folder: not followed"))
+        elif os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+            self.ignored += 1
+        elif entry.is_file():
+            self.files.append(path)
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            self.left_out.append(LeftOut(_text(path), "broken link"))
+        else:
+            self.left_out.append(LeftOut(_text(path), "not a regular file"))
+
+
+def _split_folder(root: str, split: str) -> str:
+    # Compared with the names there, never joined blindly: a split is a subfolder, not a path.
+    try:
+        names = sorted(x.name for x in os.scandir(root) if x.is_dir() and not x.name.startswith("."))
+    except OSError as error:
+        raise StageError(f"{_text(root)}: cannot be listed: {error.strerror or error}") from error
+    for name in names:
+        if _normal(name) == unicodedata.normalize("NFC", split):
+            return os.path.join(root, name)
+    subfolders = [_normal(name) for name in names]
+    raise StageError(f"{_text(root)}: no subfolder for the split {split!r}; {nearest(split, subfolders)}")
+
+
+def _text(path: str) -> str:
+    """A path as valid Unicode: bytes that are not UTF-8 are spelled out."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _normal(path: str) -> str:
+    return unicodedata.normalize("NFC", _text(path))
+
+
+def _class_name(path: str) -> str:
+    return _normal(path.partition("/")[0])
+
+
+def _order(path: str) -> tuple[str, str]:
+    # A slash sorts before everything, so that folders stay together and labels ascend.
+    return _normal(path).replace("/", "\0"), path

@@ -1,0 +1,142 @@
+"""``builtin:photos``: real images without a download, for demos, tests and trials.
+
+    source = open_source("builtin:photos", split="train")    # 15 classes × 128 images
+    source = open_source("builtin:photos", split="validation", classes=["cat", "coffee"], limit=8)
+
+Each class is one photograph that ships inside the scikit-image wheel, each image a square crop of it. A photograph
+is cut in two across its longer side: the first two thirds give the training crops, the last third the validation
+crops, so that the two splits share no pixel.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from pipeline.errors import StageError
+from pipeline.sources.decode import read_image
+from pipeline.sources.source import Source, UnusableImage, choose, listing_sha256
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CROPS = {"train": 128, "validation": 16}
+"""Crops of each photograph, by split."""
+
+SIDES = (128, 256)
+"""Shortest and longest side of a crop, in the photograph's pixels, where the photograph allows."""
+
+_SEED = 0
+# In sorted order of the class names: the order keys the random boxes.
+_FILES = {
+    "astronaut": "astronaut.png",
+    "brick": "brick.png",
+    "camera": "camera.png",
+    "cat": "chelsea.png",
+    "clock": "clock_motion.png",
+    "coffee": "coffee.png",
+    "coins": "coins.png",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "hubble": "hubble_deep_field.jpg",
+    "immunohistochemistry": "ihc.png",
+    "moon": "moon.png",
+    "motorcycle": "motorcycle_left.png",
+    "retina": "retina.jpg",
+    "rocket": "rocket.jpg",
+}
+_NAMES = tuple(_FILES)
+
+
+class Photos(Source):
+    """Square crops of the photographs in scikit-image. A crop depends on (photograph, split, number) alone."""
+
+    def __init__(self, split: str = "train", *, classes: Sequence[str] = (), limit: int | None = None) -> None:
+        if split not in CROPS:
+            raise StageError(f"builtin:photos has no split {split!r}; it has: {', '.join(CROPS)}")
+        self.split = split
+        labels = np.repeat(np.arange(len(_NAMES)), CROPS[split])
+        choice = choose(_NAMES, labels, classes=classes, limit=limit)
+        self.class_names = choice.class_names
+        self._labels = choice.labels
+        self._numbers = choice.indices % CROPS[split]
+        self._photos: dict[str, Image.Image] = {}
+        self._boxes: dict[str, NDArray[np.int64]] = {}
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def key(self, i: int) -> str:
+        """The name of image ``i``, such as ``cat/train-0007``."""
+        return f"{self._name(i)}/{self.split}-{int(self._numbers[i]):04d}"
+
+    def label(self, i: int) -> int:
+        """The class of image ``i``: its photograph."""
+        return int(self._labels[i])
+
+    def load(self, i: int) -> Image.Image:
+        """Image ``i``: a crop of its photograph, mode RGB."""
+        return self._photo(self._name(i)).crop(self.box(i))
+
+    def box(self, i: int) -> tuple[int, int, int, int]:
+        """Where image ``i`` lies in its photograph: left, top, right, bottom, in pixels."""
+        name = self._name(i)
+        if name not in self._boxes:
+            self._boxes[name] = _boxes(_NAMES.index(name), self.split, self._photo(name).size)
+        left, top, right, bottom = (int(x) for x in self._boxes[name][self._numbers[i]])
+        return left, top, right, bottom
+
+    def describe(self) -> dict[str, object]:
+        """What a manifest says of this source."""
+        return {
+            "kind": "photos",
+            "location": "builtin:photos",
+            "split": self.split,
+            "images": len(self),
+            "listing_sha256": listing_sha256(self),
+        }
+
+    def _name(self, i: int) -> str:
+        return self.class_names[self._labels[i]]
+
+    def _photo(self, name: str) -> Image.Image:
+        if name not in self._photos:
+            self._photos[name] = _open_photo(_FILES[name])
+        return self._photos[name]
+
+
+def _open_photo(file: str) -> Image.Image:
+    # Read from the wheel by path: the functions of skimage.data may go to the network.
+    import skimage
+
+    path = os.path.join(next(iter(skimage.__path__)), "data", file)
+    try:
+        return read_image(path)
+    except UnusableImage as error:
+        raise StageError(f"builtin:photos: {path}: {error.reason}; reinstall scikit-image from its wheel") from error
+
+
+def _boxes(photo: int, split: str, size: tuple[int, int]) -> NDArray[np.int64]:
+    """(crops, 4) left, top, right, bottom of a photograph's crops."""
+    width, height = size
+    across = width >= height
+    cut = max(size) * 2 // 3
+    validation = (width - cut, height) if across else (width, height - cut)
+    if split == "validation":
+        part, offset = validation, ((cut, 0) if across else (0, cut))
+    else:
+        part, offset = ((cut, height) if across else (width, cut)), (0, 0)
+
+    # Sides are drawn alike for both splits, from what the smaller one allows: same scales to learn and to test.
+    low = min(SIDES[0], *validation)
+    high = max(low, min(SIDES[1], *validation))
+    generator = np.random.Generator(np.random.Philox(key=[_SEED, photo * 2 + (split == "validation")]))
+    side_at, left_at, top_at = generator.random((CROPS[split], 3)).T
+    side = low + np.floor(side_at * (high - low + 1)).astype(np.int64)
+    left = offset[0] + np.floor(left_at * (part[0] - side + 1)).astype(np.int64)
+    top = offset[1] + np.floor(top_at * (part[1] - side + 1)).astype(np.int64)
+    return np.stack([left, top, left + side, top + side], axis=1)

@@ -1,0 +1,191 @@
+"""``dpar tokenizer DATA OUT``: trains a VQ tokenizer of LlamaGen's architecture on the user's own images.
+
+train_tokenizer("photos/", Path("vq"), TokenizerSettings(steps=2000))
+tokenizer = VQTokenizer.from_pretrained("vq/model")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from dpar.presets import tokenizer_preset
+from dpar.tokenizer import VQTokenizer, from_uint8
+from dpar.vqgan import LossWeights, VQLoss, restart_unused
+from pipeline.device import autocast, choose_device
+from pipeline.errors import StageError
+from pipeline.progress import Progress, stops_with
+from pipeline.run import RunFolder
+from pipeline.settings import TokenizerSettings
+from pipeline.sources import Source, UnusableImage, open_source
+from shards.order import TrainingOrder
+
+LARGEST_ZOOM = 1.2  # short side before the random crop, as a multiple of the crop
+LOG_EVERY = 25
+
+
+def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress: Progress | None = None) -> Path:
+    """Trains a tokenizer on ``data`` and gives the directory of its weights, ``out/model``.
+
+    Running it again goes on from the newest checkpoint.
+
+    Raises:
+        StageError, ModelError: data, output or settings cannot be used.
+        Stopped: the user pressed Ctrl-C.
+    """
+    progress = progress or Progress()
+    overrides = {} if settings.codebook_size is None else {"codebook_size": settings.codebook_size}
+    config = tokenizer_preset(settings.model, **overrides)
+    factor = config.downsampling
+    if settings.image_size % factor:
+        raise StageError(f"--image-size is {settings.image_size}; {settings.model} needs a multiple of {factor}")
+    source = open_source(data, split=settings.split, classes=settings.classes)
+    recorded = dataclasses.asdict(settings)
+    decides = {k: v for k, v in recorded.items() if k not in ("workers", "device", "checkpoint_every")}
+    run = RunFolder(out, "tokenizer", decides, {"data": data, "source": source.describe()})
+
+    device = choose_device(settings.device)
+    torch.manual_seed(settings.seed)
+    model = VQTokenizer(config).to(device)  # not channels_last: its group norms are slow on CPU
+    loss = VQLoss(
+        LossWeights(
+            commitment=settings.commitment_weight,
+            entropy=settings.entropy_weight,
+            perceptual=settings.perceptual_weight,
+            adversarial=settings.adversarial_weight,
+        )
+    ).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizers: dict[str, torch.optim.Optimizer] = {"optimizer": optimizer}
+    if loss.discriminator is not None:
+        discriminator_parameters = loss.discriminator.parameters()
+        optimizers["discriminator_optimizer"] = torch.optim.Adam(
+            discriminator_parameters, lr=settings.lr, betas=(0.5, 0.9)
+        )
+    trained = _Trained(model, loss)
+    begin = run.restore(trained, optimizers)
+    crops = RandomCrops(source, settings.image_size, settings.batch, settings.seed, settings.workers)
+    used = torch.zeros(config.codebook_size, device=device)
+    keeps = f"Stopped. The newest checkpoint is in {run.checkpoints}; run the same command again to go on from it."
+    with stops_with(keeps), progress.task("tokenizer", settings.steps, "steps") as task, crops:
+        task.begin_at(begin)
+        model.train()
+        for step in range(begin, settings.steps):
+            rate = learning_rate(step, settings.steps, settings.lr, settings.warmup, "cosine")
+            for group in (group for o in optimizers.values() for group in o.param_groups):
+                group["lr"] = rate
+            torch.manual_seed(settings.seed * 1_000_003 + step)
+            pixels = torch.from_numpy(crops.batch(step)).to(device)
+            images = from_uint8(pixels).contiguous()
+            adversarial = loss.discriminator is not None and step >= settings.adversarial_start
+            with autocast(device, settings.precision):
+                latent = model.latent(images)
+                quantised = model.quantize(latent)
+                reconstruction = model.decode_latent(quantised.latent)
+                total, parts = loss(images, reconstruction, quantised, adversarial)
+            if not torch.isfinite(total):
+                raise StageError(f"the loss is not finite at step {step}; lower --lr (it is {settings.lr})")
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if adversarial:
+                optimizers["discriminator_optimizer"].zero_grad(set_to_none=True)
+                with autocast(device, settings.precision):
+                    judged = loss.discriminator_loss(images, reconstruction)
+                judged.backward()
+                optimizers["discriminator_optimizer"].step()
+            used += torch.bincount(quantised.codes.flatten(), minlength=config.codebook_size)
+            done = step + 1
+            if settings.restart_every and done % settings.restart_every == 0:
+                if done <= settings.steps // 2:
+                    generator = torch.Generator().manual_seed(settings.seed + done)
+                    restart_unused(model.quantize, used, latent, generator)
+                used.zero_()
+            note = f"loss {total.item():.4f}, PSNR {_psnr(parts['reconstruction'].item()):.1f} dB"
+            if done % LOG_EVERY == 0 or done == settings.steps:
+                values = {name: part.item() for name, part in parts.items()}
+                run.log(step=done, loss=total.item(), lr=rate, codes_used=int((used > 0).sum()), **values)
+            if done % settings.checkpoint_every == 0 or done == settings.steps:
+                run.save(done, trained, optimizers, publish=model)
+            task.advance(1, note)
+    if settings.weights_dtype == "bf16":
+        model.save_pretrained(run.model, dtype=torch.bfloat16)
+    progress.say(f"weights: {run.model}")
+    return run.model
+
+
+class _Trained(torch.nn.Module):
+    """What a checkpoint of this run holds: the tokenizer, and the discriminator if there is one."""
+
+    def __init__(self, model: VQTokenizer, loss: VQLoss) -> None:
+        super().__init__()
+        self.tokenizer = model
+        self.discriminator = loss.discriminator
+
+
+class RandomCrops:
+    """Batches of random crops, half of them mirrored; a function of (seed, step). Decodes ahead in threads."""
+
+    def __init__(self, source: Source, size: int, batch: int, seed: int, workers: int) -> None:
+        self.source, self.size, self.seed = source, size, seed
+        self.order = TrainingOrder(rows=len(source), views=1, batch=batch, seed=seed)
+        self._pool = ThreadPoolExecutor(workers)
+        self._ahead: dict[int, list] = {}  # type: ignore[type-arg]
+
+    def __enter__(self) -> RandomCrops:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def batch(self, step: int) -> NDArray[np.uint8]:
+        """Crops of step ``step``: (batch, size, size, 3) uint8."""
+        for wanted in (step, step + 1):
+            if wanted not in self._ahead:
+                rows, _ = self.order.batch(wanted)
+                self._ahead[wanted] = [
+                    self._pool.submit(self._crop, int(row), wanted, place) for place, row in enumerate(rows)
+                ]
+        return np.stack([future.result() for future in self._ahead.pop(step)])
+
+    def _crop(self, row: int, step: int, place: int) -> NDArray[np.uint8]:
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, step * 65_536 + place]))
+        for i in range(len(self.source)):
+            try:
+                return random_crop(self.source.load((row + i) % len(self.source)), self.size, rng)
+            except UnusableImage:
+                continue  # the next one that can be used stands in
+        raise StageError("none of the images can be used; `dpar tokenize` lists the reasons")
+
+
+def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """A (size, size, 3) uint8 crop at a random place and scale, mirrored half of the time."""
+    short = round(size * rng.uniform(1.0, LARGEST_ZOOM))
+    scale = short / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    left, top = rng.integers(width - size + 1), rng.integers(height - size + 1)
+    crop = np.asarray(resized.crop((int(left), int(top), int(left) + size, int(top) + size)))
+    return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """The rate of step ``step``: a linear warm-up, then constant, or a cosine down to a tenth."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def _psnr(mean_squared_error: float) -> float:
+    return 10 * math.log10(4.0 / max(mean_squared_error, 1e-10))  # pixels span -1..1

@@ -1,0 +1,142 @@
+"""The manifest: what an artifact holds and what made it, with the SHA-256 of every shard.
+
+It is written last, under a temporary name first, so an artifact that has one is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from shards.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+Kind = Literal["codes", "patches"]
+Container = Literal["arrow", "webdataset"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """An input that was not used."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One shard: its file, what it holds, and what its making left behind."""
+
+    name: str
+    rows: int
+    sha256: str
+    statistics: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What an artifact holds. ``settings`` are those that decide its bytes; the rest of what made it is ``made_by``."""
+
+    kind: Kind
+    container: Container
+    grid: tuple[int, int]  # rows and columns of tokens
+    codebook_size: int
+    views: int  # token sequences a row
+    class_names: tuple[str, ...]
+    rows: int
+    shards: tuple[ShardInfo, ...]
+    settings: dict[str, Any]
+    source: dict[str, Any]  # the images: kind, location, listing
+    tokenizer: dict[str, Any]  # path, and the fingerprint of its weights
+    entropy_model: dict[str, Any] | None = None
+    statistics: dict[str, Any] = field(default_factory=dict)
+    left_out: int = 0
+    made_by: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens an image, N."""
+        return self.grid[0] * self.grid[1]
+
+    def write(self, folder: Path) -> None:
+        """Writes ``folder/manifest.json``, whole or not at all."""
+        write_json(folder / MANIFEST, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of ``folder``.
+
+        Raises:
+            ArtifactError: there is none, it is of another version, or it is damaged.
+        """
+        path = folder / MANIFEST
+        if not folder.is_dir():
+            raise ArtifactError(f"no artifact at {folder}: there is no such directory")
+        if not path.is_file():
+            unfinished = (folder / BUILD).is_dir()
+            raise ArtifactError(
+                f"{folder} is not finished: run the command that makes it again"
+                if unfinished
+                else f"{folder} is no artifact: it has no {MANIFEST}"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["format_version"] != FORMAT_VERSION:
+                raise ArtifactError(
+                    f"{path} has format version {values['format_version']}; this version reads {FORMAT_VERSION}"
+                )
+            return _parse(values)
+        except ArtifactError:
+            raise
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 over what the artifact holds: its shards, grid, codebook and classes."""
+        held = [self.kind, self.grid, self.codebook_size, self.views, self.class_names]
+        held += [(shard.name, shard.sha256) for shard in self.shards]
+        return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+
+
+BUILD = ".build"  # records of finished shards, while an artifact is being written
+
+
+def parse_shard(values: dict[str, Any]) -> ShardInfo:
+    """A shard's entry from its JSON form."""
+    left_out = tuple(LeftOut(**item) for item in values.pop("left_out", ()))
+    return ShardInfo(**values, left_out=left_out)
+
+
+def _parse(values: dict[str, Any]) -> Manifest:
+    for name, choices in (("kind", get_args(Kind)), ("container", get_args(Container))):
+        if values[name] not in choices:
+            raise ArtifactError(f"{name} is {values[name]!r}; this version reads {', '.join(choices)}")
+    values["grid"] = (int(values["grid"][0]), int(values["grid"][1]))
+    values["class_names"] = tuple(values["class_names"])
+    values["shards"] = tuple(parse_shard(shard) for shard in values["shards"])
+    return Manifest(**values)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes JSON under a temporary name, flushes it to disk, and renames it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
