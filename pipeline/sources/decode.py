@@ -9,6 +9,7 @@ global setting of Pillow is touched, and any number of threads may decode at onc
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import warnings
@@ -154,7 +155,7 @@ def _reason(error: Exception, head: bytes) -> str:
 
 
 class _Quiet:
-    """Ignores Pillow's warnings while at least one thread is inside.
+    """Keeps Pillow's warnings and log lines off the terminal while at least one thread is inside.
 
     Plain ``catch_warnings`` in several threads restores filters out of order and leaves some behind for good.
     """
@@ -162,6 +163,8 @@ class _Quiet:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
+        # A handler of its own keeps "PIL" from falling back to stderr; an application's handlers still get the lines.
+        self._handler = logging.NullHandler()
         self._saved: warnings.catch_warnings[None] | None = None
 
     def __enter__(self) -> None:
@@ -170,6 +173,7 @@ class _Quiet:
                 self._saved = warnings.catch_warnings()
                 self._saved.__enter__()
                 warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+                logging.getLogger("PIL").addHandler(self._handler)
             self._inside += 1
 
     def __exit__(self, *exception: object) -> None:
@@ -177,6 +181,7 @@ class _Quiet:
             self._inside -= 1
             if self._inside == 0 and self._saved is not None:
                 self._saved.__exit__(None, None, None)
+                logging.getLogger("PIL").removeHandler(self._handler)
                 self._saved = None
 
 

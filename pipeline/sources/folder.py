@@ -89,6 +89,7 @@ class _Listing:
         self.left_out: list[LeftOut] = []
         self.empty: list[str] = []
         self.ignored = 0
+        self._unlisted: list[str] = []
         self._folders = self._scan("")
         stack = list(self._folders)
         while stack:
@@ -110,6 +111,8 @@ class _Listing:
         inside = [path for path in self.files if "/" in path]
         names = sorted({_class_name(path) for path in inside})
         self.empty = sorted({_normal(folder) for folder in self._folders} - set(names))
+        unlisted = {_normal(path) for path in self._unlisted}
+        self.empty = [name for name in self.empty if name not in unlisted]
         self.left_out += [LeftOut(name, "empty class folder: no images in it") for name in self.empty]
         if not self.files:
             raise StageError(self._nothing())
@@ -148,20 +151,27 @@ class _Listing:
             reason = f"cannot be listed: {error.strerror or error}"
             if not folder:
                 raise StageError(f"{_text(self.root)}: {reason}") from error
+            self._unlisted.append(folder)
             self.left_out.append(LeftOut(_text(folder), reason))
         return subfolders
 
     def _add(self, path: str, entry: os.DirEntry[str]) -> None:
-        if entry.is_dir():
-            self.left_out.append(LeftOut(_text(path), "link to a folder: not followed"))
-        elif os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
-            self.ignored += 1
-        elif entry.is_file():
-            self.files.append(path)
-        elif entry.is_symlink() and not os.path.exists(entry.path):
-            self.left_out.append(LeftOut(_text(path), "broken link"))
-        else:
-            self.left_out.append(LeftOut(_text(path), "not a regular file"))
+        reason = None
+        try:
+            if entry.is_dir():
+                reason = "link to a folder: not followed"
+            elif os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+                self.ignored += 1
+            elif entry.is_file():
+                self.files.append(path)
+            else:
+                reason = (
+                    "broken link" if entry.is_symlink() and not os.path.exists(entry.path) else "not a regular file"
+                )
+        except OSError as error:  # a link to itself, or into a folder that may not be entered
+            reason = f"cannot be followed: {error.strerror or error}"
+        if reason is not None:
+            self.left_out.append(LeftOut(_text(path), reason))
 
 
 def _split_folder(root: str, split: str) -> str:

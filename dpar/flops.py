@@ -1,0 +1,117 @@
+"""What models cost, counted from the modules themselves on meta tensors, and the paper's figures beside.
+
+    cost = count(preset("dpar-b"), patch_length=1.81)
+    cost.parameters, cost.linear / 1e9                       # GMACs an image, as the paper counts them
+
+The paper's GFLOPs are multiply-accumulates of the linear layers of one forward pass per image; attention products
+are left out there and counted apart here (in full squares, as kernels without causal skipping would compute them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpar.llamagen import LlamaGen, LlamaGenConfig
+from dpar.model import DPAR, DPARConfig
+from dpar.packing import PatchLayout
+
+IMAGES = 100  # in the counted batch, so that mean patch lengths come out to a hundredth of a patch
+
+# The paper's figures: parameters in millions (Table 1), and GMACs by resolution (its Tables 8, 256 and 384 px).
+PAPER_PARAMETERS = {
+    "dpar-b": 120.0,
+    "dpar-l": 352.0,
+    "dpar-xl": 789.0,
+    "dpar-xxl": 1400.0,
+    "llamagen-b": 111.0,
+    "llamagen-l": 343.0,
+    "llamagen-xl": 775.0,
+    "llamagen-xxl": 1400.0,
+}
+PAPER_GMACS = {
+    ("llamagen-b", 256): 24.98,
+    ("llamagen-l", 256): 83.26,
+    ("llamagen-xl", 256): 192.69,
+    ("llamagen-b", 384): 56.21,
+    ("llamagen-l", 384): 187.35,
+    ("llamagen-xl", 384): 433.57,
+    ("dpar-b", 256): 19.21,
+    ("dpar-l", 256): 56.74,
+    ("dpar-xl", 256): 125.52,
+    ("dpar-b", 384): 40.92,
+    ("dpar-l", 384): 117.92,
+    ("dpar-xl", 384): 258.53,
+}
+PAPER_PATCH_LENGTH = {256: 1.81, 384: 2.06}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one model; multiply-accumulates (MACs) are of one forward pass per image."""
+
+    parameters: int
+    patches: float  # mean patches an image; tokens for LlamaGen
+    linear: float  # MACs of linear layers, the paper's count
+    attention: float  # MACs of attention products
+    shared: float  # of ``linear``: what guidance runs once, not twice (the patch encoder)
+
+    @property
+    def training_flops(self) -> float:
+        """FLOPs of forward and backward per image: 3 × 2 × MACs."""
+        return 6 * self.linear
+
+    def sampling(self, entropy_model: Cost | None = None, guidance: bool = True) -> float:
+        """MACs of linear layers to sample one image, the entropy model's included."""
+        own = self.shared + (2 if guidance else 1) * (self.linear - self.shared)
+        return own + (entropy_model.linear if entropy_model else 0.0)
+
+
+def count(config: DPARConfig | LlamaGenConfig, patch_length: float = 1.0) -> Cost:
+    """Counts a model's parameters and multiply-accumulates.
+
+    Args:
+        config: of the model.
+        patch_length: mean tokens a patch, N/M; of no effect on LlamaGen.
+
+    Raises:
+        ValueError: the length is below 1 or above N.
+    """
+    n = config.n_tokens
+    if not 1 <= patch_length <= n:
+        raise ValueError(f"patch length is {patch_length}; it must be from 1 to {n}, the tokens of an image")
+    total = round(IMAGES * n / patch_length)
+    counts = torch.full((IMAGES,), total // IMAGES) + (torch.arange(IMAGES) < total % IMAGES)
+    layout = PatchLayout.from_starts(torch.arange(n) < counts.unsqueeze(1)).to("meta")
+    with torch.device("meta"):
+        model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
+        codes = torch.empty(IMAGES, n, dtype=torch.long)
+        labels = torch.empty(IMAGES, dtype=torch.long)
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False, depth=4) as counter:
+        if isinstance(model, DPAR):
+            model.attention_backend = "sdpa"
+            model(codes, labels, layout)
+        else:
+            model(codes, labels)
+    by_module = counter.get_flop_counts()
+    linear, attention = _macs(by_module["Global"])
+    name = type(model).__name__
+    encoder = sum(
+        _macs(ops)[0] for key, ops in by_module.items() if key.startswith(f"{name}.encoder.") and key.count(".") == 2
+    )
+    return Cost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        patches=total / IMAGES if isinstance(model, DPAR) else float(n),
+        linear=linear / IMAGES,
+        attention=attention / IMAGES,
+        shared=encoder / IMAGES,
+    )
+
+
+def _macs(flops_by_op: dict[object, int]) -> tuple[float, float]:
+    """MACs of linear layers and of attention products, from FLOPs by operator."""
+    linear = sum(flops for op, flops in flops_by_op.items() if str(op) in ("aten.mm", "aten.addmm"))
+    return linear / 2, (sum(flops_by_op.values()) - linear) / 2
