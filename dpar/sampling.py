@@ -92,6 +92,8 @@ def sample(
     choice = Choice(temperature=temperature, top_k=top_k, top_p=top_p)
     _check(model, entropy_model, labels, cfg_scale, threshold, static_length)
     config, batch, device = model.config, labels.shape[0], model.output.weight.device
+    if indices is not None and len(indices) != batch:
+        raise ModelError(f"there are {len(indices)} indices for {batch} labels; one an image is needed")
     labels = labels.to(device)
     guided = cfg_scale != 1.0
     if guided:

@@ -208,3 +208,23 @@ class SampleSettings:
         at_least(self, 1, "batch")
         require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it must be above 0 and at most 1")
         require(self.cfg_scale > 0, "--cfg-scale is 0, which leaves the class out altogether; 1 is no guidance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings:
+    """Looking into an artifact."""
+
+    images: Annotated[int, "Images drawn, spread over the classes; 0 draws none and needs no tokenizer."] = 8
+    classes: Annotated[tuple[str, ...], "Draw images of this class; repeat for several. [default: all]"] = ()
+    keys: Annotated[tuple[str, ...], "Draw the image of this key; repeat for several."] = ()
+    threshold: Annotated[tuple[float, ...], "τ, nats: patches at this threshold too; repeat for several."] = ()
+    tokenizer: Annotated[str | None, "Weights to decode with. [default: those that made the codes]"] = None
+    verify: Annotated[bool, "Check the SHA-256 of every shard."] = False
+    batch: Annotated[int, "Images decoded at once."] = 32
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "images")
+        at_least(self, 1, "batch")
+        for threshold in self.threshold:
+            require(threshold >= 0, f"--threshold is {threshold}; it must be at least 0")

@@ -7,6 +7,7 @@ batch = artifact.gather(rows, views)                     # Batch of (B, N) array
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import mmap
@@ -117,6 +118,11 @@ class Artifact:
         shape = (info.rows, manifest.views, manifest.n_tokens)
         every = np.arange(info.rows)
         patches = manifest.kind == "patches"
+        if info.rows == 0:  # none of its images could be used
+            nothing = Rows(keys=[], labels=np.zeros(0, np.int32), codes=np.zeros(shape, np.uint16))
+            if not patches:
+                return nothing
+            return dataclasses.replace(nothing, entropy=np.zeros(shape, np.float16), starts=np.zeros(shape, np.bool_))
         return Rows(
             keys=shard.keys(every),
             labels=shard.labels(every),
@@ -175,7 +181,10 @@ class ArrowShard:
         self._keys = batch.column("key")
         self._labels = batch.column("label").to_numpy(zero_copy_only=False)
         self._columns = {
-            name: batch.column(name).flatten().to_numpy(zero_copy_only=True).reshape(info.rows, -1)
+            name: batch.column(name)
+            .flatten()
+            .to_numpy(zero_copy_only=True)
+            .reshape(info.rows, batch.schema.field(name).type.list_size)
             for name in batch.schema.names
             if name not in ("key", "label")
         }

@@ -70,14 +70,14 @@ def pack_starts(starts: NDArray[np.bool_]) -> NDArray[np.uint8]:
 def unpack_starts(packed: NDArray[np.uint8], views: int, n_tokens: int) -> NDArray[np.bool_]:
     """The inverse of :func:`pack_starts`: (R, views, N) bool."""
     bits = np.unpackbits(packed, axis=1, count=views * n_tokens, bitorder="big")
-    return bits.astype(np.bool_).reshape(-1, views, n_tokens)
+    return bits.view(np.bool_).reshape(len(packed), views, n_tokens)
 
 
 def _write_arrow(file: Any, rows: Rows) -> None:
     import pyarrow as pa
 
     def fixed(array: NDArray[Any]) -> Any:
-        return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array[0].size if len(array) else 1)
+        return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), int(np.prod(array.shape[1:])))
 
     columns = {
         "key": pa.array(rows.keys, pa.string()),

@@ -1,0 +1,122 @@
+"""What a model says of codes it has not seen: entropies of tokens, and bits per token.
+
+entropy = entropies(entropy_model, codes, batch=32, precision="auto")    # (B, N) float16, nats
+likelihood = bits_per_token(model, artifact, batch=32, precision="auto")
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpar.llamagen import LlamaGen
+from dpar.model import DPAR
+from dpar.packing import PatchLayout
+from dpar.patching import stored_entropy, token_entropy
+from pipeline.device import autocast
+from pipeline.errors import StageError
+from pipeline.settings import Precision
+from shards.manifest import Manifest
+from shards.reader import Artifact, Batch
+
+
+@torch.no_grad()
+def entropies(model: LlamaGen, codes: NDArray[np.integer], *, batch: int, precision: Precision) -> NDArray[np.float16]:
+    """Next-token entropies of sequences (n, N), as artifacts store them: (n, N) float16 nats, +inf at token 0.
+
+    An image's entropies depend on that image alone. The model is read at its guidance class.
+    """
+    device = model.output.weight.device
+    found = np.empty(codes.shape, np.float16)
+    for begin in range(0, len(codes), batch):
+        chunk = torch.from_numpy(codes[begin : begin + batch].astype(np.int64)).to(device)
+        with autocast(device, precision):
+            logits = model(chunk)
+        found[begin : begin + batch] = stored_entropy(token_entropy(logits)).cpu().numpy()
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """How well a model predicts an artifact's codes."""
+
+    bits_per_token: float
+    bits_by_class: tuple[float, ...]  # NaN for a class without images
+    patches: float  # mean an image; tokens for LlamaGen
+    images: int
+
+
+def forward(model: DPAR | LlamaGen, codes: Tensor, labels: Tensor, layout: PatchLayout | None) -> Tensor:
+    """Teacher-forced logits (B, N, V) of either model; only DPAR has a layout."""
+    logits: Tensor = model(codes, labels) if layout is None else model(codes, labels, layout)
+    return logits
+
+
+def layout_for(model: DPAR | LlamaGen, batch: Batch, device: torch.device) -> PatchLayout | None:
+    """The batch's boundaries as the model takes them; None for LlamaGen."""
+    if isinstance(model, LlamaGen):
+        return None
+    assert batch.starts is not None  # fits() has refused artifacts without boundaries
+    return PatchLayout.from_starts(torch.from_numpy(batch.starts)).to(device)
+
+
+@torch.no_grad()
+def bits_per_token(
+    model: DPAR | LlamaGen, artifact: Artifact, *, batch: int, precision: Precision, unconditional: bool = False
+) -> Likelihood:
+    """Exact mean negative log2-likelihood of a token, over view 0 of every image, boundaries as stored.
+
+    Boundaries are a function of earlier tokens, so they cost no bits of their own.
+    """
+    device = model.output.weight.device
+    manifest = artifact.manifest
+    was_training = model.training
+    model.eval()
+    nats = np.zeros(len(artifact))
+    labels_seen = np.zeros(len(artifact), np.int64)
+    patches = 0
+    for begin in range(0, len(artifact), batch):
+        rows = np.arange(begin, min(begin + batch, len(artifact)))
+        drawn = artifact.gather(rows, np.zeros_like(rows))
+        codes = torch.from_numpy(drawn.codes).to(device)
+        labels = torch.from_numpy(drawn.labels).to(device)
+        if unconditional:
+            labels = torch.full_like(labels, model.config.classes)
+        layout = layout_for(model, drawn, device)
+        with autocast(device, precision):
+            logits = forward(model, codes, labels, layout)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")
+        nats[rows] = loss.view(len(rows), -1).mean(dim=1).double().cpu().numpy()
+        labels_seen[rows] = drawn.labels
+        patches += codes.numel() if layout is None else layout.n_patches
+    model.train(was_training)
+    bits = nats / math.log(2)
+    by_class = [bits[labels_seen == label] for label in range(len(manifest.class_names))]
+    return Likelihood(
+        bits_per_token=float(bits.mean()),
+        bits_by_class=tuple(float(b.mean()) if len(b) else math.nan for b in by_class),
+        patches=patches / len(artifact),
+        images=len(artifact),
+    )
+
+
+def fits(model: DPAR | LlamaGen, manifest: Manifest, name: str, unconditional: bool = False) -> None:
+    """Raises StageError where an artifact does not fit a model, naming both sides."""
+    config = model.config
+    pairs = [
+        ("grid", f"{config.grid_height}×{config.grid_width}", f"{manifest.grid[0]}×{manifest.grid[1]}"),
+        ("codebook size", str(config.codebook_size), str(manifest.codebook_size)),
+    ]
+    if not unconditional:
+        pairs.append(("number of classes", str(config.classes), str(len(manifest.class_names))))
+    for what, ours, theirs in pairs:
+        if ours != theirs:
+            raise StageError(f"{name} does not fit the model: its {what} is {theirs}, the model's {ours}")
+    if isinstance(model, DPAR) and manifest.kind != "patches":
+        raise StageError(f"{name} holds codes without boundaries; DPAR needs patches, which `dpar patchify` makes")

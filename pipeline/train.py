@@ -1,0 +1,131 @@
+"""``dpar train PATCHES OUT`` and ``dpar entropy CODES OUT``: the generators, and the entropy model.
+
+train(Path("patches"), Path("run"), TrainSettings(model="dpar-b"))
+train_entropy(Path("codes"), Path("entropy"), EntropySettings(model="llamagen-b"))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpar.llamagen import LlamaGen, LlamaGenConfig
+from dpar.model import DPAR, DPARConfig
+from dpar.presets import preset
+from pipeline.device import choose_device, rank, world_size
+from pipeline.errors import StageError
+from pipeline.likelihood import fits
+from pipeline.progress import Progress
+from pipeline.run import RunFolder
+from pipeline.settings import EntropySettings, OptimSettings, TrainSettings
+from pipeline.trainer import Objective, fit, process_group, total_steps, wait_for_all
+from shards.manifest import Manifest
+from shards.reader import Artifact, open_artifact
+
+# Settings that do not decide a run's result, so that they may change when it is gone on with.
+FREE = ("device", "micro_batch", "log_every", "checkpoint_every", "validation", "eval_every")
+
+
+def train(patches: Path, out: Path, settings: TrainSettings, progress: Progress | None = None) -> dict[str, Any]:
+    """Trains DPAR, or LlamaGen on the same data, and gives the run's last metrics. Goes on where a run stopped.
+
+    Args:
+        patches: a patches artifact; for LlamaGen codes will do.
+        out: the run's directory.
+        settings: see :class:`TrainSettings`.
+        progress: where to report.
+
+    Raises:
+        StageError, ModelError, ArtifactError: data, output or settings cannot be used.
+        Stopped: the user pressed Ctrl-C.
+    """
+    artifact = open_artifact(patches)
+    config = _config(artifact.manifest, settings, classes=len(artifact.manifest.class_names))
+    return _train("train", artifact, out, config, settings, settings.guidance_dropout, progress or Progress())
+
+
+def train_entropy(
+    codes: Path, out: Path, settings: EntropySettings, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Trains the entropy model, a LlamaGen without classes; see :func:`train`."""
+    artifact = open_artifact(codes)
+    if not settings.model.startswith("llamagen-"):
+        raise StageError(f"--model is {settings.model!r}; the entropy model is of LlamaGen's family: llamagen-…")
+    config = _config(artifact.manifest, settings, classes=0)
+    return _train("entropy", artifact, out, config, settings, None, progress or Progress())
+
+
+def _config(manifest: Manifest, settings: TrainSettings | EntropySettings, classes: int) -> DPARConfig | LlamaGenConfig:
+    return preset(
+        settings.model,
+        codebook_size=manifest.codebook_size,
+        grid_height=manifest.grid[0],
+        grid_width=manifest.grid[1],
+        classes=classes,
+        dropout=settings.dropout,
+    )
+
+
+def _train(
+    kind: str,
+    artifact: Artifact,
+    out: Path,
+    config: DPARConfig | LlamaGenConfig,
+    settings: OptimSettings,
+    guidance_dropout: float | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    unconditional = guidance_dropout is None
+    device = choose_device(settings.device)
+    torch.manual_seed(settings.seed)
+    model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
+    fits(model, artifact.manifest, str(artifact.folder), unconditional)
+    validation = _open_validation(settings.validation, model, artifact.manifest, unconditional)
+    total_steps(settings, len(artifact))  # refuses a batch that does not divide, before anything is written
+    decides = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
+    inputs = {"data": str(artifact.folder), "artifact": artifact.manifest.fingerprint(), **lineage(artifact.manifest)}
+    with process_group(device):
+        if rank() != 0:
+            wait_for_all()  # the first process makes the folder
+        run = RunFolder(out, kind, decides, inputs)
+        if rank() == 0 and world_size() > 1:
+            wait_for_all()
+        objective = Objective(
+            artifact=artifact,
+            validation=validation,
+            unconditional=unconditional,
+            guidance_dropout=guidance_dropout or 0.0,
+        )
+        result = fit(model.to(device), objective, run, settings, progress if rank() == 0 else Progress(quiet=True))
+    if rank() == 0:
+        progress.say(f"weights: {run.model}")
+    return result
+
+
+def lineage(manifest: Manifest) -> dict[str, Any]:
+    """What sampling from a run needs to know of its data: tokenizer, entropy model, patch rule, grid, classes."""
+    rule = {k: manifest.settings.get(k) for k in ("strategy", "threshold", "max_length", "row_reset", "static_length")}
+    return {
+        "tokenizer": manifest.tokenizer,
+        "entropy_model": manifest.entropy_model,
+        "patch_rule": rule if manifest.kind == "patches" else None,
+        "grid": list(manifest.grid),
+        "class_names": list(manifest.class_names),
+        "mean_patch_length": manifest.statistics.get("mean_length"),
+    }
+
+
+def _open_validation(
+    path: Path | None, model: DPAR | LlamaGen, training: Manifest, unconditional: bool
+) -> Artifact | None:
+    if path is None:
+        return None
+    artifact = open_artifact(path)
+    fits(model, artifact.manifest, str(path), unconditional)
+    ours, theirs = training.tokenizer["fingerprint"], artifact.manifest.tokenizer["fingerprint"]
+    if ours != theirs:
+        raise StageError(f"{path} was made by tokenizer {theirs[:12]}, the training data by {ours[:12]}")
+    return artifact

@@ -1,0 +1,79 @@
+"""Finding and loading the models that stages pass on to each other, by path, run, Hub name or built-in name.
+
+tokenizer = load_tokenizer("builtin:photos")
+entropy_model = load_entropy_model("runs/entropy", fingerprint=manifest.entropy_model["fingerprint"])
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dpar
+from dpar.checkpoint import CONFIG, fingerprint, local_folder, model_type
+from dpar.llamagen import LlamaGen
+from dpar.model import DPAR
+from dpar.tokenizer import VQTokenizer
+from pipeline.errors import StageError
+
+# Weights that ship in the package; dpar/weights/README.md says how they were made.
+BUILTIN = {"builtin:photos": "photos-vq-8"}
+
+
+def weights_path(name: str) -> str:
+    """The directory, or Hub name, of the weights called ``name``: a run stands for its ``model/``.
+
+    Raises:
+        StageError: an unknown built-in name, or a run without weights yet.
+    """
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise StageError(f"no weights are called {name!r}; built in are {', '.join(BUILTIN)}")
+        return str(Path(dpar.__file__).parent / "weights" / BUILTIN[name])
+    if (Path(name) / "run.json").is_file():
+        if not (Path(name) / "model" / CONFIG).is_file():
+            raise StageError(f"the run {name} has no weights yet: its first checkpoint is still to come")
+        return str(Path(name) / "model")
+    return name
+
+
+def load_tokenizer(name: str, expected: str | None = None) -> VQTokenizer:
+    """The VQ tokenizer called ``name``, in evaluation mode on the CPU.
+
+    Args:
+        name: a directory, run, Hub repository or built-in name.
+        expected: the fingerprint its weights must have; None takes any.
+
+    Raises:
+        StageError: its weights are not those that were expected.
+        ModelError: it cannot be loaded.
+    """
+    path = checked(name, expected, "tokenizer")
+    return VQTokenizer.from_pretrained(path)
+
+
+def load_entropy_model(name: str, expected: str | None = None) -> LlamaGen:
+    """The entropy model called ``name``; see :func:`load_tokenizer`."""
+    path = checked(name, expected, "entropy model")
+    return LlamaGen.from_pretrained(path)
+
+
+def load_model(name: str) -> DPAR | LlamaGen:
+    """The generator called ``name``, a DPAR or a LlamaGen; see :func:`load_tokenizer`."""
+    path = weights_path(name)
+    return DPAR.from_pretrained(path) if model_type(path) == DPAR.model_type else LlamaGen.from_pretrained(path)
+
+
+def fingerprint_of(name: str) -> str:
+    """SHA-256 of the weights called ``name``."""
+    return fingerprint(weights_path(name))
+
+
+def checked(name: str, expected: str | None, role: str) -> Path:
+    """The local directory of the weights called ``name``, if their fingerprint is the expected one."""
+    folder = local_folder(weights_path(name))
+    if expected is not None and (found := fingerprint(folder)) != expected:
+        raise StageError(
+            f"the {role} at {name} has weights {found[:12]}, but {expected[:12]} made the codes; "
+            f"name the right one with --{role.replace(' ', '-')}"
+        )
+    return folder

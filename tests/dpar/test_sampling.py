@@ -1,0 +1,356 @@
+import dataclasses
+import math
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, ModelError, patch_starts, sample, static_starts
+from dpar.patching import stored_entropy, token_entropy
+from dpar.rope import PatchRope
+from dpar.sampling import Choice, draw, keep_likeliest, uniforms
+
+V, CLASSES, HEIGHT, WIDTH = 19, 3, 3, 5
+N = HEIGHT * WIDTH
+SIZES: dict[str, Any] = {
+    "codebook_size": V,
+    "grid_height": HEIGHT,
+    "grid_width": WIDTH,
+    "classes": CLASSES,
+    "width": 32,
+    "heads": 2,
+}
+LABELS = torch.tensor([0, 2, 1, CLASSES])
+LAST_BELOW_ONE = 1 - 2**-53  # the largest number that a uniform generator gives
+
+
+def dpar(seed: int = 0, **sizes: Any) -> DPAR:
+    torch.manual_seed(seed)
+    model = DPAR(DPARConfig(**{**SIZES, "patch_layers": 2, "decoder_layers": 2, **sizes})).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.3)
+    return model
+
+
+def llamagen(seed: int = 1, **sizes: Any) -> LlamaGen:
+    torch.manual_seed(seed)
+    model = LlamaGen(LlamaGenConfig(**{**SIZES, "layers": 2, **sizes})).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.3)
+    return model
+
+
+@torch.no_grad()
+def entropies(entropy_model: LlamaGen, codes: Tensor) -> Tensor:
+    return stored_entropy(token_entropy(entropy_model(codes)))
+
+
+def usual_entropy(entropy_model: LlamaGen) -> float:
+    codes = torch.randint(V, (16, N), generator=torch.Generator().manual_seed(0))
+    return float(entropies(entropy_model, codes)[:, 1:].float().median())
+
+
+class Seen:
+    """The logits that sampling saw, (B, N, V)."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, position: int, logits: Tensor) -> None:
+        assert position == len(self.steps)
+        self.steps.append(logits)
+
+    def logits(self) -> Tensor:
+        return torch.stack(self.steps, dim=1)
+
+
+@torch.no_grad()
+def forced(model: DPAR | LlamaGen, codes: Tensor, labels: Tensor, starts: Tensor, cfg_scale: float) -> Tensor:
+    extra = (starts,) if isinstance(model, DPAR) else ()
+    conditional = model(codes, labels, *extra)
+    if cfg_scale == 1.0:
+        return conditional  # type: ignore[no-any-return]
+    unconditional = model(codes, None, *extra)
+    return unconditional + cfg_scale * (conditional - unconditional)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+@pytest.mark.parametrize("encoder_layers", [1, 2])
+@pytest.mark.parametrize("rope", get_args(PatchRope))
+def test_sampling_sees_the_logits_of_teacher_forcing(rope: PatchRope, encoder_layers: int, cfg_scale: float) -> None:
+    model, entropy_model, seen = dpar(rope=rope, encoder_layers=encoder_layers), llamagen(classes=0), Seen()
+    codes, starts = sample(
+        model,
+        entropy_model,
+        LABELS,
+        cfg_scale=cfg_scale,
+        threshold=usual_entropy(entropy_model),
+        max_length=4,
+        observe=seen,
+    )
+    assert len({tuple(row) for row in starts.tolist()}) == len(LABELS)  # boundaries do differ between images
+    torch.testing.assert_close(seen.logits(), forced(model, codes, LABELS, starts, cfg_scale), atol=1e-4, rtol=0)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    seed=st.integers(0, 1000),
+    offset_embedding=st.booleans(),
+    patch_layers=st.integers(1, 3),
+    decoder_layers=st.integers(1, 3),
+    margin=st.floats(-0.3, 0.3),
+    max_length=st.sampled_from([None, 1, 2, 4]),
+    row_reset=st.booleans(),
+    cfg_scale=st.sampled_from([1.0, 1.5]),
+)
+def test_sampling_sees_the_logits_of_teacher_forcing_under_any_rule(
+    seed: int,
+    offset_embedding: bool,
+    patch_layers: int,
+    decoder_layers: int,
+    margin: float,
+    max_length: int | None,
+    row_reset: bool,
+    cfg_scale: float,
+) -> None:
+    model = dpar(
+        seed, offset_embedding=offset_embedding, patch_layers=patch_layers, decoder_layers=decoder_layers
+    )
+    entropy_model, seen = llamagen(seed + 1), Seen()
+    threshold = usual_entropy(entropy_model) + margin
+    rule: dict[str, Any] = {"threshold": threshold, "max_length": max_length, "row_reset": row_reset}
+    codes, starts = sample(model, entropy_model, LABELS, cfg_scale=cfg_scale, seed=seed, observe=seen, **rule)
+    torch.testing.assert_close(seen.logits(), forced(model, codes, LABELS, starts, cfg_scale), atol=1e-4, rtol=0)
+    expected = patch_starts(entropies(entropy_model, codes), grid_width=WIDTH, **rule)
+    assert starts.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+def test_llamagen_sampling_sees_the_logits_of_teacher_forcing(cfg_scale: float) -> None:
+    model, seen = llamagen(), Seen()
+    codes, starts = sample(model, None, LABELS, cfg_scale=cfg_scale, observe=seen)
+    torch.testing.assert_close(seen.logits(), forced(model, codes, LABELS, starts, cfg_scale), atol=1e-4, rtol=0)
+    assert bool(starts.all())  # every token is its own patch
+
+
+def test_an_unconditional_entropy_model_reads_its_guidance_class() -> None:
+    model, entropy_model = dpar(), llamagen(classes=7)
+    threshold = usual_entropy(entropy_model)
+    codes, starts = sample(model, entropy_model, LABELS, threshold=threshold)
+    expected = patch_starts(entropies(entropy_model, codes), threshold, 4, WIDTH)
+    assert starts.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("length", [1.0, 1.81, 3.5])
+def test_static_sampling_has_static_boundaries_and_needs_no_entropy_model(length: float) -> None:
+    model, seen = dpar(), Seen()
+    codes, starts = sample(model, None, LABELS, static_length=length, observe=seen)
+    assert starts.tolist() == [static_starts(N, length).tolist()] * len(LABELS)
+    torch.testing.assert_close(seen.logits(), forced(model, codes, LABELS, starts, 1.0), atol=1e-4, rtol=0)
+
+
+def test_with_the_gate_off_length_and_rows_decide() -> None:
+    _, starts = sample(dpar(), None, LABELS, threshold=math.inf, max_length=2)
+    expected = patch_starts(np.zeros((len(LABELS), N), np.float32), math.inf, 2, WIDTH)
+    assert starts.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("cfg_scale", [1, 2])
+def test_greedy_tokens_equal_llamagens_own(gpt_tiny: tuple[LlamaGen, dict[str, Any]], cfg_scale: int) -> None:
+    model, arrays = gpt_tiny
+    labels = torch.from_numpy(arrays["greedy_labels"])
+    codes, _ = sample(model, None, labels, cfg_scale=float(cfg_scale), temperature=0)
+    assert codes.tolist() == arrays[f"greedy_cfg{cfg_scale}"].tolist()
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_an_image_depends_on_seed_and_index_not_on_the_batch(cfg_scale: float) -> None:
+    model, entropy_model = dpar(), llamagen()
+    rule: dict[str, Any] = {"threshold": usual_entropy(entropy_model), "cfg_scale": cfg_scale, "seed": 5}
+    indices = [7, 0, 12_345, 3]
+    together, their_starts = sample(model, entropy_model, LABELS, indices=indices, **rule)
+    for b, index in enumerate(indices):
+        alone, its_starts = sample(model, entropy_model, LABELS[b : b + 1], indices=[index], **rule)
+        assert alone.tolist() == together[b : b + 1].tolist()
+        assert its_starts.tolist() == their_starts[b : b + 1].tolist()
+
+
+def test_a_llamagen_image_depends_on_seed_and_index_not_on_the_batch() -> None:
+    model = llamagen()
+    together, _ = sample(model, None, LABELS, indices=[4, 5, 6, 7])
+    alone, _ = sample(model, None, LABELS[2:3], indices=[6])
+    assert alone.tolist() == together[2:3].tolist()
+
+
+def test_another_seed_or_index_gives_another_image() -> None:
+    model, labels = llamagen(), torch.zeros(3, dtype=torch.long)
+    codes, _ = sample(model, None, labels, indices=[0, 1, 2])
+    other, _ = sample(model, None, labels, indices=[0, 1, 2], seed=1)
+    assert len({tuple(row) for row in [*codes.tolist(), *other.tolist()]}) == 6
+
+
+def test_images_are_numbered_from_zero_when_no_indices_are_given() -> None:
+    model = llamagen()
+    assert sample(model, None, LABELS)[0].tolist() == sample(model, None, LABELS, indices=range(4))[0].tolist()
+
+
+def test_uniforms_are_a_function_of_seed_index_and_position() -> None:
+    numbers = uniforms(3, [0, 9, 1], 50)
+    assert numbers.shape == (3, 50)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert len(np.unique(numbers)) == 150
+    np.testing.assert_array_equal(uniforms(3, [9], 20)[0], numbers[1, :20])
+    assert not np.isin(uniforms(4, [9], 50), numbers).any()
+
+
+def test_drawing_inverts_the_cumulative_distribution() -> None:
+    p = torch.tensor([0.0, 0.125, 0.0, 0.5, 0.375, 0.0], dtype=torch.float64)
+    u = torch.tensor([0.0, 0.1249, 0.1251, 0.6249, 0.6251, LAST_BELOW_ONE], dtype=torch.float64)
+    tokens = draw(p.log().expand(6, 6), u, Choice())
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == [1, 1, 3, 3, 4, 4]
+
+
+def test_shares_of_evenly_spaced_numbers_are_the_probabilities() -> None:
+    p = torch.tensor([0.07, 0.4, 0.03, 0.5], dtype=torch.float64)
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    tokens = draw(p.log().expand(1000, 4), u, Choice())
+    assert tokens.bincount().tolist() == [70, 400, 30, 500]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    weights=st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1)), min_size=1, max_size=12).filter(any),
+    u=st.one_of(st.sampled_from([0.0, LAST_BELOW_ONE]), st.floats(0, LAST_BELOW_ONE)),
+    top_k=st.integers(0, 12),
+    top_p=st.floats(0.01, 1),
+    temperature=st.floats(0.1, 10),
+)
+def test_no_token_of_zero_probability_is_drawn(
+    weights: list[float], u: float, top_k: int, top_p: float, temperature: float
+) -> None:
+    logits = torch.tensor([weights], dtype=torch.float64).log()
+    choice = Choice(top_k=top_k, top_p=top_p, temperature=temperature)
+    token = int(draw(logits, torch.tensor([u], dtype=torch.float64), choice))
+    kept = keep_likeliest((logits / temperature).softmax(-1), top_k, top_p)[0]
+    assert kept[token] > 0
+    assert weights[token] > 0
+
+
+def test_temperature_divides_the_logits() -> None:
+    logits, u = torch.randn(500, 7), torch.rand(500, dtype=torch.float64)
+    cooled = draw(logits, u, Choice(temperature=0.25))
+    assert cooled.tolist() == draw(logits * 4, u, Choice()).tolist()
+    assert cooled.tolist() != draw(logits, u, Choice()).tolist()
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    logits = torch.randn(50, 7)
+    assert draw(logits, torch.rand(50).double(), Choice(temperature=0)).tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (0, 1.0, [0.125, 0.5, 0.0625, 0.25, 0.0625]),
+        (5, 1.0, [0.125, 0.5, 0.0625, 0.25, 0.0625]),
+        (99, 1.0, [0.125, 0.5, 0.0625, 0.25, 0.0625]),
+        (2, 1.0, [0, 0.5, 0, 0.25, 0]),
+        (1, 1.0, [0, 0.5, 0, 0, 0]),
+        (0, 0.01, [0, 0.5, 0, 0, 0]),
+        (0, 0.5, [0, 0.5, 0, 0, 0]),  # the likeliest reach 0.5 exactly: no more
+        (0, 0.51, [0, 0.5, 0, 0.25, 0]),
+        (0, 0.9, [0.125, 0.5, 0.0625, 0.25, 0]),  # of equals, the first
+        (2, 0.6, [0, 0.5, 0, 0, 0]),  # of the two kept, the first has two thirds
+        (2, 0.7, [0, 0.5, 0, 0.25, 0]),
+    ],
+)
+def test_the_likeliest_tokens_are_kept(top_k: int, top_p: float, kept: list[float]) -> None:
+    p = torch.tensor([[0.125, 0.5, 0.0625, 0.25, 0.0625]])
+    assert keep_likeliest(p, top_k, top_p).tolist() == [kept]
+
+
+def test_a_top_k_of_one_samples_greedily() -> None:
+    model = llamagen()
+    assert sample(model, None, LABELS, top_k=1)[0].tolist() == sample(model, None, LABELS, temperature=0)[0].tolist()
+
+
+def test_sampling_leaves_no_gradients_and_no_trace_in_the_model() -> None:
+    model = dpar()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    codes, _ = sample(model, None, LABELS, static_length=2.0)
+    again, _ = sample(model, None, LABELS, static_length=2.0)
+    assert codes.tolist() == again.tolist()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings_", "fault"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"top_k": -1}, "top_k is -1; it must be at least 0"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
+        ({"top_p": 1.01}, "top_p is 1.01; it must be above 0 and at most 1"),
+        ({"top_p": math.nan}, "top_p is nan"),
+        ({"cfg_scale": 0.0}, "cfg_scale is 0.0; it must be above 0"),
+        ({"cfg_scale": math.nan}, "cfg_scale is nan"),
+        ({"indices": [0, 1]}, "2 indices for 4 labels"),
+        ({"indices": [3]}, "1 indices for 4 labels"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings_: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ModelError, match=fault):
+        sample(llamagen(), None, LABELS, **settings_)
+
+
+@pytest.mark.parametrize(
+    ("labels", "fault"),
+    [
+        (torch.zeros(0, dtype=torch.long), r"labels are \(0,\)"),
+        (torch.zeros(2, 2, dtype=torch.long), r"labels are \(2, 2\)"),
+        (torch.tensor([0, -1]), "labels reach from -1 to 0; this model has classes 0 to 2, and 3 for none"),
+        (torch.tensor([1, 4]), "labels reach from 1 to 4"),
+    ],
+)
+def test_labels_that_the_model_does_not_have_are_refused(labels: Tensor, fault: str) -> None:
+    with pytest.raises(ModelError, match=fault):
+        sample(llamagen(), None, labels)
+
+
+def test_a_threshold_without_an_entropy_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="an entropy model is needed"):
+        sample(dpar(), None, LABELS, threshold=2.0)
+
+
+def test_an_entropy_model_without_a_threshold_is_refused() -> None:
+    with pytest.raises(ModelError, match="threshold is needed with an entropy model"):
+        sample(dpar(), llamagen(), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("codebook_size", V + 1), ("grid_height", HEIGHT + 1), ("grid_width", WIDTH + 1)]
+)
+def test_an_entropy_model_of_other_tokens_is_refused(name: str, value: int) -> None:
+    other = llamagen(**{name: value})
+    assert dataclasses.asdict(other.config)[name] == value
+    with pytest.raises(ModelError, match=f"the entropy model's {name} is {value}, the model's {value - 1}"):
+        sample(dpar(), other, LABELS, threshold=2.0)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "fault"),
+    [
+        ({"static_length": 0.5}, "length is 0.5"),
+        ({"threshold": math.inf, "max_length": 0}, "max_length is 0"),
+        ({"threshold": math.nan}, "threshold is not a number"),
+    ],
+)
+def test_a_rule_that_cannot_be_meant_is_refused(settings_: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        sample(dpar(), None, LABELS, **settings_)
