@@ -81,9 +81,12 @@ def entropy_penalty(similarity: Tensor, temperature: float = 0.01) -> Tensor:
         similarity: (T, V) cosines.
         temperature: of the soft assignment.
     """
-    probs = (similarity / temperature).softmax(dim=-1)
-    each = torch.special.entr(probs).sum(dim=-1).mean()
-    together = torch.special.entr(probs.mean(dim=0)).sum()
+    # Most probabilities underflow to 0, where the gradient of -p·log p is infinite: hence log_softmax and the clamp.
+    log_probs = (similarity / temperature).log_softmax(dim=-1)
+    probs = log_probs.exp()
+    each = -(probs * log_probs).sum(dim=-1).mean()
+    mean = probs.mean(dim=0)
+    together = -(mean * mean.clamp(min=1e-12).log()).sum()
     return each - together
 
 

@@ -491,6 +491,7 @@ def _draw(
         facts = [f"Class {names[i]}"] + ([f"view 0 of {manifest.views}"] if manifest.views > 1 else [])
         sections.append(Section(key, ", ".join(facts) + ".", pictures=pictures))
         shown = [names[i]] + ([] if quality is None else [f"{quality[i]:.1f} dB"])
+        shown += [] if batch.starts is None else [f"{int(batch.starts[i].sum())} patches"]
         titles.append("\n".join([key, *shown]))
     if starts:
         sheet = patches_sheet(images, measured, starts, manifest.grid, titles, originals=originals, scale=scale)
@@ -581,7 +582,7 @@ def _table_artifact(found: dict[str, Any]) -> Table:
     ]
     if found["kind"] == "patches":
         rows.append(("entropy model", _model(found["entropy_model"])))
-    return Table(f"{found['kind'].capitalize()} in {found['artifact']}", ("", ""), rows)
+    return Table(f"{found['kind'].capitalize()} in {found['artifact']}", ("property", "value"), rows)
 
 
 def _table_values(found: dict[str, Any]) -> Iterator[Table]:

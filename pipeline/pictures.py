@@ -385,7 +385,7 @@ def _svg_text(x: float, y: float, text: str) -> str:
 def png_bytes(image: Image.Image) -> bytes:
     """An image as a PNG file's bytes."""
     stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
+    image.save(stream, "PNG")
     return stream.getvalue()
 
 

@@ -18,11 +18,12 @@ Views = Literal["center", "flip", "ten-crop"]
 Container = Literal["arrow", "webdataset"]
 Strategy = Literal["entropy", "static"]
 Schedule = Literal["constant", "cosine"]
+Features = Literal["tokenizer", "inception"]
 Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA where there is one."]
 Compute = Annotated[Precision, "Of the arithmetic; auto is bf16 where the device is faster with it."]
 Seed = Annotated[int, "All randomness comes from it."]
 Split = Annotated[str | None, "Part of the data: a subfolder such as train or val; train or validation of the photos."]
-Classes = Annotated[tuple[str, ...], "Only this class; repeat for several. [default: all]"]
+Classes = Annotated[tuple[str, ...], "Only this class; repeat for several. (default: all)"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -45,7 +46,7 @@ class TokenizerSettings:
     """Training a VQ tokenizer."""
 
     model: Annotated[str, "Preset: vq-16 and vq-8 are LlamaGen's; vq-8-tiny is small."] = "vq-8-tiny"
-    codebook_size: Annotated[int | None, "Codes, V. [default: the preset's]"] = None
+    codebook_size: Annotated[int | None, "Codes, V. (default: the preset's)"] = None
     image_size: Annotated[int, "Pixels along a side of the training crops."] = 128
     split: Split = None
     classes: Classes = ()
@@ -80,13 +81,13 @@ class TokenizeSettings:
     image_size: Annotated[int, "Pixels along a side."] = 256
     views: Annotated[Views, "Crops of each image: the centre, it and its mirror image, or ADM's ten."] = "center"
     crop_range: Annotated[
-        tuple[float, ...], "Short side before the crop, as a multiple of the image size; repeat. [default: 1.0]"
+        tuple[float, ...], "Short side before the crop, as a multiple of the image size; repeat. (default: 1.0)"
     ] = (1.0,)
     container: Annotated[Container, "Format of the shards."] = "arrow"
     shard_size: Annotated[int, "Images a shard."] = 4096
     split: Split = None
     classes: Classes = ()
-    limit: Annotated[int | None, "At most so many images, spread over the classes. [default: all]"] = None
+    limit: Annotated[int | None, "At most so many images, spread over the classes. (default: all)"] = None
     strict: Annotated[bool, "Stop at the first image that cannot be used."] = False
     batch: Annotated[int, "Crops encoded at once."] = 32
     workers: Annotated[int, "Threads that decode images."] = 2
@@ -102,10 +103,10 @@ class TokenizeSettings:
 class OptimSettings:
     """How a model is trained; the defaults are the paper's recipe (section 4.1)."""
 
-    steps: Annotated[int | None, "Optimizer steps. [default: --epochs]"] = None
+    steps: Annotated[int | None, "Optimizer steps. (default: --epochs)"] = None
     epochs: Annotated[float, "Passes over the data, where --steps is not given."] = 300.0
     batch: Annotated[int, "Images a step, over all processes."] = 256
-    micro_batch: Annotated[int | None, "Images computed at once in a process. [default: all of its share]"] = None
+    micro_batch: Annotated[int | None, "Images computed at once in a process. (default: all of its share)"] = None
     lr: Annotated[float, "Learning rate."] = 1e-4
     scale_lr: Annotated[bool, "Multiply the learning rate by batch / 256."] = False
     schedule: Annotated[Schedule, "Of the learning rate; cosine falls to a tenth."] = "constant"
@@ -115,7 +116,7 @@ class OptimSettings:
     beta2: Annotated[float, "AdamW."] = 0.95
     clip: Annotated[float, "Largest gradient norm."] = 1.0
     dropout: Annotated[float, "On tokens, residual branches and feed-forward."] = 0.1
-    validation: Annotated[Path | None, "Held-out artifact for bits per token. [default: none]"] = None
+    validation: Annotated[Path | None, "Held-out artifact for bits per token. (default: none)"] = None
     eval_every: Annotated[int, "Steps between validations; one more comes at the end."] = 2000
     log_every: Annotated[int, "Steps between lines of metrics."] = 50
     checkpoint_every: Annotated[int, "Steps between checkpoints."] = 2000
@@ -162,7 +163,7 @@ class PatchifySettings:
     row_reset: Annotated[bool, "Each row of the grid starts a patch."] = True
     strategy: Annotated[Strategy, "entropy: the paper's rule; static: one fixed length, --static-length."] = "entropy"
     static_length: Annotated[float | None, "Patch length of the static strategy; may be fractional."] = None
-    container: Annotated[Container | None, "Format of the shards. [default: as the input's]"] = None
+    container: Annotated[Container | None, "Format of the shards. (default: as the input's)"] = None
     sample: Annotated[int, "Images on which --target-length looks for its threshold."] = 4096
     batch: Annotated[int, "Sequences in one pass of the entropy model."] = 32
     overwrite: Annotated[bool, "Replace an output that other settings made."] = False
@@ -187,27 +188,97 @@ class PatchifySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleSettings:
-    """Sampling images."""
+class SamplingSettings:
+    """What sampling needs wherever it happens."""
 
-    cfg_scale: Annotated[float, "Classifier-free guidance s: logits = u + s·(c - u); 1 is none."] = 2.0
-    threshold: Annotated[float | None, "τ, nats. [default: the training data's]"] = None
-    max_length: Annotated[int | None, "P; 0 is no limit. [default: the training data's]"] = None
+    threshold: Annotated[float | None, "τ, nats. (default: the training data's)"] = None
+    max_length: Annotated[int | None, "P; 0 is no limit. (default: the training data's)"] = None
     temperature: Annotated[float, "Of the logits; 0 takes the likeliest token."] = 1.0
     top_k: Annotated[int, "Only the k likeliest tokens; 0 is all."] = 0
     top_p: Annotated[float, "Only the likeliest tokens that together have this probability."] = 1.0
     seed: Seed = 0
     batch: Annotated[int, "Images sampled at once."] = 32
-    tokenizer: Annotated[str | None, "Its weights. [default: those that made the codes]"] = None
-    entropy_model: Annotated[str | None, "Its weights. [default: those that made the patches]"] = None
+    tokenizer: Annotated[str | None, "Its weights. (default: those that made the codes)"] = None
+    entropy_model: Annotated[str | None, "Its weights. (default: those that made the patches)"] = None
     device: Device = "auto"
     precision: Compute = "auto"
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "cfg_scale", "threshold", "max_length", "temperature", "top_k", "seed")
+        at_least(self, 0, "threshold", "max_length", "temperature", "top_k", "seed")
         at_least(self, 1, "batch")
         require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it must be above 0 and at most 1")
-        require(self.cfg_scale > 0, "--cfg-scale is 0, which leaves the class out altogether; 1 is no guidance")
+
+
+def check_cfg_scale(scale: float) -> None:
+    """Raises StageError unless guidance of this scale means something."""
+    require(math.isfinite(scale) and scale >= 0, f"--cfg-scale is {scale}; it must be above 0")
+    require(scale > 0, "--cfg-scale is 0, which leaves the class out altogether; 1 is no guidance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings(SamplingSettings):
+    """Sampling pictures."""
+
+    cfg_scale: Annotated[float, "Classifier-free guidance s: logits = u + s·(c - u); 1 is none."] = 2.0
+    classes: Annotated[tuple[str, ...], "Only this class, by name or number; repeat for several. (default: all)"] = ()
+    per_class: Annotated[int, "Images of each class."] = 4
+    show_patches: Annotated[bool, "Draw the patches on the images of the sheet."] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_cfg_scale(self.cfg_scale)
+        at_least(self, 1, "per_class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(SamplingSettings):
+    """Scoring a run."""
+
+    reference: Annotated[Path, "Held-out artifact: patches for DPAR; codes will do for LlamaGen."]
+    cfg_scale: Annotated[tuple[float, ...], "Guidance to sample at; repeat for a table. (default: 1.0 and 2.0)"] = (
+        1.0,
+        2.0,
+    )
+    samples: Annotated[int, "Images sampled at each guidance, over all classes alike; 0 samples none."] = 1000
+    features: Annotated[
+        Features,
+        "Of the distance between samples and reference: inception is FID and needs torch-fidelity (extra eval).",
+    ] = "tokenizer"
+    inception_weights: Annotated[Path | None, "File of Inception's weights. (default: torch-fidelity fetches them)"] = (
+        None
+    )
+    sheet_per_class: Annotated[int, "Samples of each class on the sheets."] = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for scale in self.cfg_scale:
+            check_cfg_scale(scale)
+        at_least(self, 0, "samples")
+        at_least(self, 1, "sheet_per_class")
+        require(self.samples != 1, "--samples is 1; a distance needs at least 2 images (0 samples none)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopsSettings:
+    """The cost table."""
+
+    model: Annotated[tuple[str, ...], "Preset; repeat for several. (default: all but tiny)"] = ()
+    image_size: Annotated[tuple[int, ...], "Pixels along a side; repeat. (default: 256 and 384)"] = (256, 384)
+    patch_length: Annotated[
+        float | None, "Mean tokens a patch. (default: the paper's, 1.81 at 256 and 2.06 at 384)"
+    ] = None
+    downsampling: Annotated[int, "Pixels along a side of a token."] = 16
+    codebook_size: Annotated[int, "Codes, V."] = 16384
+    classes: Annotated[int, "Classes."] = 1000
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "patch_length", "downsampling", "codebook_size")
+        at_least(self, 0, "classes")
+        for size in self.image_size:
+            require(
+                size > 0 and size % self.downsampling == 0,
+                f"--image-size is {size}; it must be a multiple of --downsampling, {self.downsampling}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +286,10 @@ class InspectSettings:
     """Looking into an artifact."""
 
     images: Annotated[int, "Images drawn, spread over the classes; 0 draws none and needs no tokenizer."] = 8
-    classes: Annotated[tuple[str, ...], "Draw images of this class; repeat for several. [default: all]"] = ()
+    classes: Annotated[tuple[str, ...], "Draw images of this class; repeat for several. (default: all)"] = ()
     keys: Annotated[tuple[str, ...], "Draw the image of this key; repeat for several."] = ()
     threshold: Annotated[tuple[float, ...], "τ, nats: patches at this threshold too; repeat for several."] = ()
-    tokenizer: Annotated[str | None, "Weights to decode with. [default: those that made the codes]"] = None
+    tokenizer: Annotated[str | None, "Weights to decode with. (default: those that made the codes)"] = None
     verify: Annotated[bool, "Check the SHA-256 of every shard."] = False
     batch: Annotated[int, "Images decoded at once."] = 32
     device: Device = "auto"

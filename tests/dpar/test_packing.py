@@ -232,7 +232,7 @@ def test_a_model_gives_the_same_logits_with_xformers_as_with_sdpa() -> None:
     layout = PatchLayout.from_starts(random_starts(4, 15, 0.5, 2)).to("cuda")
     logits = []
     for backend in ("xformers", "sdpa"):
-        made.attention_backend = backend  # type: ignore[assignment]
+        made.attention_backend = backend
         with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
             logits.append(made(codes, None, layout).float())
     torch.testing.assert_close(logits[0], logits[1], atol=5e-2, rtol=5e-2)

@@ -115,9 +115,7 @@ def test_sampling_sees_the_logits_of_teacher_forcing_under_any_rule(
     row_reset: bool,
     cfg_scale: float,
 ) -> None:
-    model = dpar(
-        seed, offset_embedding=offset_embedding, patch_layers=patch_layers, decoder_layers=decoder_layers
-    )
+    model = dpar(seed, offset_embedding=offset_embedding, patch_layers=patch_layers, decoder_layers=decoder_layers)
     entropy_model, seen = llamagen(seed + 1), Seen()
     threshold = usual_entropy(entropy_model) + margin
     rule: dict[str, Any] = {"threshold": threshold, "max_length": max_length, "row_reset": row_reset}

@@ -1,0 +1,432 @@
+"""The command line: parses, calls a stage, renders what it gives. No logic lives here.
+
+    dpar tokenize | entropy | patchify | train | eval        the five stages, in order
+    dpar tokenizer | sample | inspect | flops | demo         what people need around them
+
+Options are made from the stages' settings (``pipeline/settings.py``); ``--config FILE.toml`` takes the same names.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C. ``DPAR_DEBUG=1`` shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import sys
+import tomllib
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dpar.errors import ModelError
+from pipeline.errors import StageError
+from pipeline.settings import (
+    EntropySettings,
+    EvalSettings,
+    FlopsSettings,
+    InspectSettings,
+    PatchifySettings,
+    SampleSettings,
+    TokenizerSettings,
+    TokenizeSettings,
+    TrainSettings,
+)
+from shards.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from shards.manifest import Manifest
+
+app = typer.Typer(
+    name="dpar",
+    help="Dynamic patchification for autoregressive image generation: images to codes to patches to pictures.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+console = Console()
+errors = Console(stderr=True)
+
+Data = Annotated[str, typer.Argument(metavar="DATA", help="A folder of class folders, or builtin:photos.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; running again goes on with it.")]
+
+
+def stage(settings_class: type[Any] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a command of a function whose ``settings`` become one option a field, with errors in one line."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        options = {} if settings_class is None else settings_parameters(settings_class)
+        parameters = [p for name, p in own.parameters.items() if name != "settings"] + list(options.values())
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            chosen = {name: values.pop(name) for name in options if name != "config"}
+            values.pop("config", None)
+            with readable_errors():
+                if settings_class is not None:
+                    values["settings"] = build_settings(settings_class, chosen)
+                command(**values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def settings_parameters(settings_class: type[Any]) -> dict[str, inspect.Parameter]:
+    """An option for each field of a settings class, and ``--config``."""
+    hints = typing.get_type_hints(settings_class, include_extras=True)
+    found = {}
+    for field in dataclasses.fields(settings_class):
+        kind, *notes = typing.get_args(hints[field.name])
+        several = typing.get_origin(kind) is tuple
+        if several:  # repeatable; the help says what stands without it
+            kind = list[typing.get_args(kind)[0]] | None  # type: ignore[misc]
+        required = field.default is dataclasses.MISSING
+        default = inspect.Parameter.empty if required else None if several else field.default
+        shown = not (several or default is None)
+        option = typer.Option(help=notes[-1], show_default=shown)
+        found[field.name] = inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+        )
+    config = typer.Option(help="TOML file with any of these options; flags win.", is_eager=True, callback=read_config)
+    found["config"] = inspect.Parameter(
+        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config]
+    )
+    return found
+
+
+def read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Takes a TOML file's values as this command's defaults; refuses names that it has no option for."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}") from error
+    known = [p.name for p in context.command.params if p.name not in (None, "config", "help")]
+    named = {key.replace("-", "_"): value for key, value in values.items()}
+    for key in named:
+        if key not in known:
+            from difflib import get_close_matches
+
+            near = get_close_matches(key, [name for name in known if name], n=1)
+            raise typer.BadParameter(
+                f"{path} has {key!r}, which is no option of {context.command.name}"
+                + (
+                    f"; did you mean {near[0]!r}?"
+                    if near
+                    else f"; there are {', '.join(name for name in known if name)}"
+                )
+            )
+    context.default_map = {**(context.default_map or {}), **named}
+    return path
+
+
+def build_settings(settings_class: type[Any], chosen: dict[str, Any]) -> Any:
+    """The settings; what they refuse is wrong usage (exit status 2)."""
+    given = {}
+    for field in dataclasses.fields(settings_class):
+        value = chosen[field.name]
+        if isinstance(value, list):
+            value = tuple(value)
+        if (value is None and field.default is not dataclasses.MISSING) or (value == () and field.default != ()):
+            continue
+        given[field.name] = value
+    try:
+        return settings_class(**given)
+    except StageError as error:
+        fail(str(error), 2)
+
+
+class readable_errors:
+    """Turns what a stage raises into one message and an exit status."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+        from pipeline.progress import Stopped
+
+        if error is None or isinstance(error, (typer.Exit, typer.Abort, SystemExit)) or os.environ.get("DPAR_DEBUG"):
+            return False
+        if isinstance(error, (StageError, ArtifactError, ModelError)):
+            fail(str(error), 1)
+        if isinstance(error, Stopped):
+            fail(str(error), 130, lead="")
+        if isinstance(error, KeyboardInterrupt):
+            fail("Stopped. What was finished is kept; run the same command again to go on.", 130, lead="")
+        if isinstance(error, OSError):
+            where = f": {error.filename}" if error.filename else ""
+            fail(f"{error.strerror or error}{where}. What was finished is kept; run the same command again to go on", 1)
+        if isinstance(error, Exception) and type(error).__module__.startswith(("typer", "click")):
+            return False
+        if isinstance(error, Exception):
+            fail(f"{type(error).__name__}: {error} (a fault of dpar itself; DPAR_DEBUG=1 shows where)", 1)
+        return False
+
+
+def fail(message: str, status: int, lead: str = "Error: ") -> typing.NoReturn:
+    """Prints one message on standard error and ends with this status."""
+    errors.print(f"[bold red]{lead}[/]{escape(message)}" if lead else escape(message), soft_wrap=True, highlight=False)
+    raise typer.Exit(status)
+
+
+def first_process() -> bool:
+    """Whether this process speaks for all that ``torchrun`` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@app.command()
+@stage(TokenizeSettings)
+def tokenize(data: Data, out: Out, settings: TokenizeSettings) -> None:
+    """Images to codes: the first stage."""
+    from pipeline.tokenize import tokenize as run
+
+    summary(run(data, out, settings), out)
+
+
+@app.command()
+@stage(EntropySettings)
+def entropy(
+    codes: Annotated[Path, typer.Argument(metavar="CODES", help="What `dpar tokenize` made.")],
+    out: Out,
+    settings: EntropySettings,
+) -> None:
+    """Train the entropy model: the second stage."""
+    from pipeline.train import train_entropy
+
+    show_metrics(train_entropy(codes, out, settings))
+
+
+@app.command()
+@stage(PatchifySettings)
+def patchify(
+    codes: Annotated[Path, typer.Argument(metavar="CODES", help="Codes; or patches, to move their boundaries.")],
+    out: Out,
+    settings: PatchifySettings,
+) -> None:
+    """Entropies and patch boundaries: the third stage."""
+    from pipeline.patchify import patchify as run
+
+    summary(run(codes, out, settings), out)
+
+
+@app.command()
+@stage(TrainSettings)
+def train(
+    patches: Annotated[Path, typer.Argument(metavar="PATCHES", help="What `dpar patchify` made.")],
+    out: Out,
+    settings: TrainSettings,
+) -> None:
+    """Train DPAR, or LlamaGen on the same data: the fourth stage."""
+    from pipeline.train import train as run
+
+    show_metrics(run(patches, out, settings))
+
+
+@app.command(name="eval")
+@stage(EvalSettings)
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made.")],
+    out: Out,
+    settings: EvalSettings,
+) -> None:
+    """Score a run on held-out images, and sample from it: the fifth stage."""
+    from pipeline.evaluate import evaluate as score
+    from pipeline.evaluate import markdown
+
+    results = score(run, out, settings)
+    if first_process():
+        console.print(markdown(results), markup=False, highlight=False)
+        console.print(f"results: {out / 'results.json'}", markup=False, highlight=False)
+
+
+@app.command()
+@stage(TokenizerSettings)
+def tokenizer(data: Data, out: Out, settings: TokenizerSettings) -> None:
+    """Train a VQ tokenizer of LlamaGen's architecture on own images."""
+    from pipeline.tokenizer import train_tokenizer
+
+    train_tokenizer(data, out, settings)
+
+
+@app.command()
+@stage(SampleSettings)
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory for the pictures.")],
+    settings: SampleSettings,
+) -> None:
+    """Sample pictures from a run."""
+    from pipeline.sample import sample_pictures
+
+    made = sample_pictures(run, out, settings)
+    console.print(
+        f"{made['images']} images, {made['patches_per_image']:.1f} patches an image: {made['sheet']}",
+        markup=False,
+        highlight=False,
+    )
+
+
+@app.command(name="inspect")
+@stage(InspectSettings)
+def inspect_artifact(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Codes or patches.")],
+    settings: InspectSettings,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for pictures and a page; without it, numbers only.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """What is in an artifact: numbers, and pictures of images with their patches."""
+    from pipeline.inspect import inspect as look
+
+    found = look(artifact, out, settings)
+    if json:
+        console.print_json(data=found)
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in flat(found):
+        table.add_row(escape(name), escape(value))
+    console.print(table)
+
+
+@app.command()
+@stage(FlopsSettings)
+def flops(
+    settings: FlopsSettings,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """What each model costs, beside the paper's figures."""
+    from pipeline.flops import cost_table
+
+    rows = cost_table(settings)
+    if json:
+        console.print_json(data=[row.as_dict() for row in rows])
+        return
+    header = ["model", "px", "patches", "params", "paper", "GMACs", "paper", "off", "attn", "train"]
+    lines = [
+        [
+            row.model,
+            str(row.image_size),
+            f"{row.patches:.1f}",
+            f"{row.parameters / 1e6:.1f}",
+            "" if row.paper_parameters is None else f"{row.paper_parameters:.0f}",
+            f"{row.gmacs:.2f}",
+            "" if row.paper_gmacs is None else f"{row.paper_gmacs:.2f}",
+            "" if row.paper_gmacs is None else f"{row.gmacs / row.paper_gmacs - 1:+.2%}",
+            f"{row.attention_gmacs:.2f}",
+            f"{row.training_gflops:,.0f}",
+        ]
+        for row in rows
+    ]
+    notes = (
+        "params: millions. GMACs: multiply-accumulates (1e9) of the linear layers of one forward pass of an image, "
+        "the paper's count; attn: those of attention products. train: GFLOPs an image, 3 × 2 × GMACs. "
+        "The paper's 120 M for DPAR-B fit neither its own GFLOPs nor its other rows."
+    )
+    if markdown:
+        console.print("\n".join(_markdown_row(line) for line in [header, ["---"] * len(header), *lines]), markup=False)
+        console.print("\n" + notes, markup=False, soft_wrap=True)
+        return
+    table = Table(caption=notes, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+
+
+@app.command()
+@stage()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory for everything it makes.")] = Path("demo"),
+    tiny: Annotated[bool, typer.Option("--tiny", help="A minute's worth, to see that everything works.")] = False,
+) -> None:
+    """The whole chain on photographs that ship with scikit-image, in minutes, with a report."""
+    from pipeline.demo import demo as run
+
+    report = run(out, run_command=in_this_process, tiny=tiny)
+    console.print(f"The report and its pictures are in {out}: open {report}", markup=False, highlight=False)
+
+
+def in_this_process(arguments: list[str]) -> None:
+    """Runs one ``dpar`` command as the command line would, without starting Python again."""
+    try:
+        status = app(arguments, standalone_mode=False)
+    except typer.Exit as ended:  # its message is printed already
+        status = ended.exit_code
+    if status:
+        raise typer.Exit(status)
+
+
+def summary(manifest: Manifest | None, out: Path) -> None:
+    """A few lines about an artifact that was written."""
+    if manifest is None:
+        console.print("this process's shards are done; others have some to write", highlight=False)
+        return
+    if not first_process():
+        return
+    lines = [f"{manifest.rows} images, {manifest.views} views each, {len(manifest.class_names)} classes: {out}"]
+    if manifest.statistics:
+        found = manifest.statistics
+        saved = 1 - found["patches_per_image"] / found["tokens_per_image"]
+        lines.append(
+            f"{found['patches_per_image']:.1f} patches an image, mean length {found['mean_length']:.3f}, "
+            f"{saved:.1%} fewer than tokens"
+        )
+    if manifest.left_out:
+        lines.append(f"{manifest.left_out} left out; {out / 'left_out.tsv'} has the reasons")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def show_metrics(metrics: dict[str, Any]) -> None:
+    """The last metrics of a run."""
+    if not first_process():
+        return
+    names = {"step": "step", "bits_per_token": "bits/token", "validation_bits_per_token": "held-out bits/token"}
+    shown = [f"{text} {metrics[name]:.6g}" for name, text in names.items() if name in metrics]
+    console.print(", ".join(shown), markup=False, highlight=False)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested numbers as lines of name and value."""
+    lines: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines += flat(value, f"{prefix}{name}.")
+        elif value is not None and not (isinstance(value, list) and value and isinstance(value[0], (dict, list))):
+            text = (
+                f"{value:.6g}"
+                if isinstance(value, float)
+                else ", ".join(map(str, value))
+                if isinstance(value, list)
+                else str(value)
+            )
+            lines.append((prefix + name, text))
+    return lines
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """The entry point of the ``dpar`` command."""
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+import pytest
+
+from dpar import DPARConfig, ModelError, preset
+from dpar.flops import PAPER_GMACS, PAPER_PARAMETERS, PAPER_PATCH_LENGTH, Cost, count
+
+HERE = {  # GMACs an image, the table of docs/method.md
+    ("llamagen-b", 256): 24.96,
+    ("llamagen-l", 256): 83.21,
+    ("llamagen-xl", 256): 192.60,
+    ("llamagen-b", 384): 56.17,
+    ("llamagen-l", 384): 187.23,
+    ("llamagen-xl", 384): 433.36,
+    ("dpar-b", 256): 19.20,
+    ("dpar-l", 256): 56.68,
+    ("dpar-xl", 256): 125.24,
+    ("dpar-b", 384): 40.89,
+    ("dpar-l", 384): 117.87,
+    ("dpar-xl", 384): 257.81,
+}
+PARAMETERS = {  # millions
+    "dpar-b": 115.0,
+    "dpar-l": 351.3,
+    "dpar-xl": 789.5,
+    "dpar-xxl": 1434.6,
+    "llamagen-b": 110.9,
+    "llamagen-l": 343.0,
+    "llamagen-xl": 775.0,
+    "llamagen-xxl": 1411.0,
+}
+
+
+def cost(name: str, resolution: int = 256) -> Cost:
+    side = resolution // 16
+    return count(preset(name, grid_height=side, grid_width=side), PAPER_PATCH_LENGTH[resolution])
+
+
+@pytest.mark.parametrize(("name", "resolution"), list(HERE))
+def test_linear_macs_are_the_documented_and_the_papers(name: str, resolution: int) -> None:
+    gmacs = cost(name, resolution).linear / 1e9
+    assert gmacs == pytest.approx(HERE[name, resolution], abs=0.006)
+    assert gmacs == pytest.approx(PAPER_GMACS[name, resolution], rel=0.005)
+
+
+def test_all_twelve_of_the_papers_figures_are_held_against_ours() -> None:
+    assert set(PAPER_GMACS) == set(HERE)
+    assert set(PAPER_PARAMETERS) == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", list(PARAMETERS))
+def test_parameters_are_the_documented(name: str) -> None:
+    assert cost(name).parameters / 1e6 == pytest.approx(PARAMETERS[name], rel=0.005)
+
+
+def block(d: int) -> int:
+    hidden = {768: 2048, 1024: 2816, 1280: 3584, 1536: 4096}[d]
+    return 4 * d * d + 3 * d * hidden
+
+
+def test_macs_of_dpar_b_equal_a_formula_written_by_hand() -> None:
+    n, m, d, v, layers = 256, 128, 768, 16384, (1, 8, 3)
+    encoder = layers[0] * (n * block(d) + m * 2 * d * d + n * 2 * d * d)  # q and output of patches, k and v of tokens
+    patches = layers[1] * m * block(d)
+    decoder = layers[2] * (n * block(d) + m * d * d)  # the copy's projection acts on patches
+    counted = count(preset("dpar-b"), 2.0)
+    assert counted.patches == m
+    assert counted.linear == encoder + patches + decoder + n * d * v
+    assert counted.shared == encoder
+
+
+def test_macs_of_llamagen_b_equal_a_formula_written_by_hand() -> None:
+    n, d, v = 256, 768, 16384
+    counted = count(preset("llamagen-b"))
+    assert counted.linear == n * (12 * block(d) + d * v)
+    assert counted.attention == 12 * 2 * n * n * d  # scores and weighted sum, in full squares
+    assert (counted.patches, counted.shared) == (n, 0)
+
+
+def test_parameters_of_dpar_b_equal_a_formula_written_by_hand() -> None:
+    d, v, classes = 768, 16384, 1000
+    norms = 12 * 2 * d + 2 * d + 3 * d + d  # of blocks, of the cross-attention, of the copies, before the head
+    matrices = 12 * block(d) + 4 * d * d + 3 * d * d
+    assert count(preset("dpar-b"), 2.0).parameters == 2 * v * d + (classes + 1) * d + 16 * d + norms + matrices
+
+
+def test_attention_over_patches_is_counted_in_full_squares() -> None:
+    d, n = 768, 256
+    assert count(preset("dpar-b"), 2.0).attention == 2 * d * (4 * n * n + 8 * 128 * 128)
+
+
+@pytest.mark.parametrize(("size", "ratio"), [("b", 1.22), ("l", 0.81), ("xl", 0.70)])
+def test_sampling_with_the_entropy_model_costs_this_share_of_llamagen(size: str, ratio: float) -> None:
+    ours = cost(f"dpar-{size}").sampling(cost("llamagen-b"))
+    assert ours / cost(f"llamagen-{size}").sampling() == pytest.approx(ratio, abs=0.005)
+
+
+def test_sampling_runs_shared_parts_once_and_the_rest_twice_under_guidance() -> None:
+    one = Cost(parameters=1, patches=1, linear=10.0, attention=0, shared=4.0)
+    assert one.sampling() == 16
+    assert one.sampling(guidance=False) == 10
+    assert one.sampling(one) == 26
+    assert one.training_flops == 60
+
+
+@pytest.mark.parametrize("length", [1.0, 1.81, 2.06, 3.333])
+def test_patches_come_out_at_the_asked_mean_length(length: float) -> None:
+    config = DPARConfig(codebook_size=8, width=32, heads=2, patch_layers=1, decoder_layers=1)
+    assert count(config, length).patches == pytest.approx(256 / length, abs=0.005)
+
+
+@pytest.mark.parametrize("length", [0.9, 257.0, -1.0])
+def test_a_patch_length_that_no_image_has_is_refused(length: float) -> None:
+    with pytest.raises(ValueError, match=f"patch length is {length}; it must be from 1 to 256"):
+        count(preset("dpar-tiny"), length)
+
+
+def test_counting_knows_only_presets_that_there_are() -> None:
+    with pytest.raises(ModelError, match="Did you mean dpar-xxl"):
+        preset("dpar-xxxl")

@@ -1,0 +1,400 @@
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dpar import (
+    DPAR,
+    PRESETS,
+    DPARConfig,
+    LlamaGen,
+    LlamaGenConfig,
+    ModelError,
+    VQConfig,
+    VQTokenizer,
+    fingerprint,
+    preset,
+)
+from dpar.checkpoint import model_type
+
+V, CLASSES = 23, 3
+SIZES: dict[str, Any] = {
+    "codebook_size": V,
+    "grid_height": 4,
+    "grid_width": 4,
+    "classes": CLASSES,
+    "width": 32,
+    "heads": 2,
+}
+
+
+def dpar(**sizes: Any) -> DPAR:
+    torch.manual_seed(0)
+    return DPAR(DPARConfig(**{**SIZES, "patch_layers": 2, "decoder_layers": 2, **sizes}))
+
+
+def llamagen(**sizes: Any) -> LlamaGen:
+    torch.manual_seed(0)
+    return LlamaGen(LlamaGenConfig(**{**SIZES, "layers": 2, **sizes}))
+
+
+def tokenizer() -> VQTokenizer:
+    torch.manual_seed(0)
+    config = VQConfig(
+        codebook_size=16, codebook_dim=4, channels=32, channel_multipliers=(1, 2), residual_blocks=1, latent_channels=8
+    )
+    return VQTokenizer(config)
+
+
+Model = DPAR | LlamaGen | VQTokenizer
+MODELS: list[Callable[[], Model]] = [dpar, llamagen, tokenizer]
+SEQUENCES: list[Callable[..., DPAR | LlamaGen]] = [dpar, llamagen]
+
+
+def batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(V, (4, 16), generator=generator)
+    starts = torch.rand(4, 16, generator=generator) < 0.4
+    starts[:, ::4] = True  # patches of at most four tokens
+    return codes, torch.tensor([0, 1, 2, CLASSES]), starts
+
+
+def run(model: DPAR | LlamaGen, codes: Tensor, labels: Tensor | None, starts: Tensor) -> Tensor:
+    logits: Tensor = model(codes, labels, starts) if isinstance(model, DPAR) else model(codes, labels)
+    return logits
+
+
+def loss_of(model: DPAR | LlamaGen) -> Tensor:
+    codes, labels, starts = batch()
+    return F.cross_entropy(run(model, codes, labels, starts).flatten(0, 1), codes.flatten())
+
+
+# Learning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", SEQUENCES)
+def test_a_model_learns_one_batch_by_heart(make: Callable[..., DPAR | LlamaGen]) -> None:
+    model = make(width=64, dropout=0.0)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(400):
+        loss = loss_of(model)
+        if loss.item() < 0.05:
+            break
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss_of(model).item() < 0.05
+
+
+@pytest.mark.parametrize("make", SEQUENCES)
+def test_an_untrained_model_finds_all_tokens_equally_likely(make: Callable[..., DPAR | LlamaGen]) -> None:
+    assert loss_of(make()).item() == pytest.approx(torch.tensor(float(V)).log().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        dpar(),
+        dpar(encoder_layers=2),
+        dpar(offset_embedding=False),
+        dpar(rope="dynamic-compact", dropout=0.0),
+        dpar(rope="2d", classes=0),
+        llamagen(),
+        llamagen(classes=0),
+    ],
+)
+def test_every_parameter_receives_a_gradient(model: DPAR | LlamaGen) -> None:
+    torch.manual_seed(0)
+    nn.init.normal_(model.output.weight)
+    codes, labels, starts = batch()
+    fit = labels.clamp(max=model.config.classes)
+    F.cross_entropy(run(model, codes, fit, starts).flatten(0, 1), codes.flatten()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_every_place_in_a_patch_has_an_offset_and_later_ones_share_the_last() -> None:
+    model = dpar(grid_height=2, grid_width=20)
+    nn.init.normal_(model.output.weight)
+    codes = torch.randint(V, (1, 40))
+    starts = torch.arange(40).unsqueeze(0) % 20 == 0
+    model(codes, None, starts).square().sum().backward()
+    offsets = model.encoder[0].cross_attention.offsets  # type: ignore[union-attr]
+    assert isinstance(offsets, nn.Embedding)
+    assert offsets.weight.grad is not None
+    assert offsets.weight.shape == (16, 32)
+    assert (offsets.weight.grad.abs().amax(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("make", SEQUENCES)
+def test_dropout_acts_in_training_alone(make: Callable[..., DPAR | LlamaGen]) -> None:
+    model = make(dropout=0.5)
+    nn.init.normal_(model.output.weight)
+    with torch.no_grad():
+        assert not torch.equal(run(model, *batch()), run(model, *batch()))
+        model.eval()
+        assert torch.equal(run(model, *batch()), run(model, *batch()))
+
+
+@pytest.mark.parametrize("make", SEQUENCES)
+def test_weights_start_as_llamagens_do(make: Callable[..., DPAR | LlamaGen]) -> None:
+    for name, parameter in make(width=64).named_parameters():
+        if name == "output.weight":
+            assert (parameter == 0).all()
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        elif parameter.numel() > 500:
+            expected = 1.0 if "offsets" in name else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.15), name
+
+
+@pytest.mark.parametrize("make", SEQUENCES)
+def test_autocast_logits_are_close_to_float32(make: Callable[..., DPAR | LlamaGen]) -> None:
+    model = make().eval()
+    nn.init.normal_(model.output.weight, std=0.1)
+    with torch.no_grad():
+        exact = run(model, *batch())
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = run(model, *batch()).float()
+    torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
+
+
+# Weights on disk
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_saved_model_comes_back_bit_for_bit(make: Callable[[], Model], tmp_path: Path) -> None:
+    model = make()
+    assert model.save_pretrained(tmp_path / "new" / "weights") == tmp_path / "new" / "weights"
+    loaded = type(model).from_pretrained(tmp_path / "new" / "weights")
+    assert loaded.config == model.config
+    assert not loaded.training
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_model_saved_as_bfloat16_comes_back_rounded_in_float32(make: Callable[[], Model], tmp_path: Path) -> None:
+    model = make()
+    model.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    ours, theirs = model.state_dict(), type(model).from_pretrained(tmp_path).state_dict()
+    for name, tensor in ours.items():
+        assert theirs[name].dtype == torch.float32
+        assert torch.equal(tensor.bfloat16().float(), theirs[name])
+
+
+def test_loaded_models_give_the_same_logits(tmp_path: Path) -> None:
+    model = dpar(rope="dynamic-compact", offset_embedding=False).eval()
+    nn.init.normal_(model.output.weight)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(run(model, *batch()), run(DPAR.from_pretrained(tmp_path), *batch()))
+
+
+def test_saving_again_replaces_the_weights_and_leaves_no_parts(tmp_path: Path) -> None:
+    llamagen().save_pretrained(tmp_path)
+    before = fingerprint(tmp_path)
+    other = llamagen()
+    nn.init.ones_(other.output.weight)
+    other.save_pretrained(tmp_path)
+    assert fingerprint(tmp_path) != before
+    assert (LlamaGen.from_pretrained(tmp_path).output.weight == 1).all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_fingerprints_tell_weights_apart_and_are_repeatable(tmp_path: Path) -> None:
+    llamagen().save_pretrained(tmp_path / "a")
+    llamagen().save_pretrained(tmp_path / "b")
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    assert len(fingerprint(tmp_path / "a")) == 64
+
+
+def test_the_kind_of_a_saved_model_can_be_asked(tmp_path: Path) -> None:
+    for make, kind in zip(MODELS, ["dpar", "llamagen", "vq"], strict=True):
+        make().save_pretrained(tmp_path / kind)
+        assert model_type(tmp_path / kind) == kind
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return llamagen().save_pretrained(tmp_path / "weights")
+
+
+def test_another_kind_of_model_is_refused(saved: Path) -> None:
+    with pytest.raises(ModelError, match=r"weights holds a 'llamagen' model; a 'dpar' model is needed here"):
+        DPAR.from_pretrained(saved)
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda t: t.pop("norm.weight"), "missing norm.weight"),
+        (lambda t: t.update(extra=torch.zeros(2)), "unexpected extra"),
+        (lambda t: t.update({"norm.weight": torch.zeros(7)}), r"norm.weight is \(7,\), not \(32,\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    saved: Path, change: Callable[[dict[str, Tensor]], object], fault: str
+) -> None:
+    change_tensors(saved, change)
+    with pytest.raises(ModelError, match=f"model.safetensors does not fit a LlamaGen: {fault}$"):
+        LlamaGen.from_pretrained(saved)
+
+
+def test_of_many_faults_eight_are_listed_and_the_rest_counted(saved: Path) -> None:
+    change_tensors(saved, dict.clear)
+    n = len(llamagen().state_dict())
+    with pytest.raises(ModelError, match=f"missing .*; and {n - 8} more$"):
+        LlamaGen.from_pretrained(saved)
+
+
+def cut(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_broken_off_weights_file_is_refused(saved: Path, size: int) -> None:
+    cut(saved / "model.safetensors", size)
+    with pytest.raises(ModelError, match="model.safetensors is not a whole safetensors file"):
+        LlamaGen.from_pretrained(saved)
+
+
+def test_missing_weights_are_named(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="weights holds no weights yet: model.safetensors is missing"):
+        LlamaGen.from_pretrained(saved)
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no model at .*nowhere: there is no such directory"):
+        LlamaGen.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_directory_without_a_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"is no model: it has no config.json"):
+        LlamaGen.from_pretrained(tmp_path)
+
+
+def test_a_file_in_place_of_a_directory_is_refused(saved: Path) -> None:
+    with pytest.raises(ModelError, match=r"config.json is a file; a directory"):
+        LlamaGen.from_pretrained(saved / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [(b"", "cannot be read"), (b"{", "cannot be read"), (b"\xff\xfe", "cannot be read"), (b"[1]", "not a JSON object")],
+)
+def test_a_config_that_is_no_json_object_is_refused(saved: Path, text: bytes, fault: str) -> None:
+    (saved / "config.json").write_bytes(text)
+    with pytest.raises(ModelError, match=f"config.json.*{fault}"):
+        LlamaGen.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"colour": 1, "a": 2}, "config.json has settings that LlamaGenConfig does not know: a, colour"),
+        ({"format": 99}, r"config.json is of another format than this version reads \(1\)"),
+        ({"heads": 3}, "width 32 over 3 heads"),
+        ({"model_type": None}, "weights holds a None model"),
+    ],
+)
+def test_config_values_that_cannot_be_used_are_named(saved: Path, values: dict[str, object], fault: str) -> None:
+    change_config(saved, **values)
+    with pytest.raises(ModelError, match=fault):
+        LlamaGen.from_pretrained(saved)
+
+
+# Configs and presets
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "fault"),
+    [
+        (DPARConfig, "codebook_size", 0, "codebook_size is 0; it must be at least 1"),
+        (DPARConfig, "grid_height", 0, "grid_height is 0"),
+        (DPARConfig, "grid_width", -1, "grid_width is -1"),
+        (DPARConfig, "classes", -1, "classes is -1"),
+        (DPARConfig, "heads", 0, "heads is 0"),
+        (DPARConfig, "heads", 7, "width 768 over 7 heads is 109.714 a head"),
+        (DPARConfig, "heads", 64, "width 768 over 64 heads is 12 a head; rotary positions need a multiple of 8"),
+        (DPARConfig, "dropout", 1.0, "dropout is 1.0"),
+        (DPARConfig, "dropout", -0.1, "dropout is -0.1"),
+        (DPARConfig, "encoder_layers", 0, "encoder_layers is 0"),
+        (DPARConfig, "patch_layers", 0, "patch_layers is 0"),
+        (DPARConfig, "decoder_layers", -2, "decoder_layers is -2"),
+        (DPARConfig, "rope", "3d", "rope is '3d'; it must be one of dynamic, dynamic-compact, 2d"),
+        (LlamaGenConfig, "layers", 0, "layers is 0"),
+        (LlamaGenConfig, "width", 0, "width is 0"),
+    ],
+)
+def test_a_config_out_of_range_is_refused_by_name(config: type[Any], name: str, value: object, fault: str) -> None:
+    with pytest.raises(ModelError, match=fault):
+        config(**{name: value})
+
+
+def test_the_defaults_are_the_b_presets() -> None:
+    assert preset("dpar-b") == DPARConfig()
+    assert preset("llamagen-b") == LlamaGenConfig()
+
+
+def test_presets_take_other_values_for_any_field() -> None:
+    config = preset("dpar-l", classes=5, grid_width=24, rope="2d")
+    assert isinstance(config, DPARConfig)
+    assert (config.classes, config.grid_width, config.rope, config.width) == (5, 24, "2d", 1024)
+    with pytest.raises(ModelError, match="patch_layers is 0"):
+        preset("dpar-l", patch_layers=0)
+
+
+@pytest.mark.parametrize("size", ["b", "l", "xl", "xxl"])
+def test_dpar_has_as_many_layers_as_llamagen_of_its_size(size: str) -> None:
+    ours, theirs = preset(f"dpar-{size}"), preset(f"llamagen-{size}")
+    assert isinstance(ours, DPARConfig)
+    assert isinstance(theirs, LlamaGenConfig)
+    assert ours.encoder_layers + ours.patch_layers + ours.decoder_layers == theirs.layers
+    assert (ours.width, ours.heads) == (theirs.width, theirs.heads)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_makes_a_model(name: str) -> None:
+    config = preset(name)
+    with torch.device("meta"):
+        model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
+    assert model.output.weight.shape == (16384, config.width)
+    assert {f.name for f in fields(config)} >= {"codebook_size", "width"}
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("dpar-bb", "dpar-b"), ("dparl", "dpar-l"), ("lamagen-xl", "llamagen-xl")]
+)
+def test_an_unknown_preset_suggests_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(ModelError, match=f"no preset is called '{name}'. Did you mean {nearest}\\? There are: dpar-"):
+        preset(name)
+
+
+def test_a_preset_unlike_any_is_answered_with_all() -> None:
+    with pytest.raises(ModelError, match=r"no preset is called '?qqq'?\. There are: .*llamagen-xxl"):
+        preset("qqq")
