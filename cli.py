@@ -328,13 +328,13 @@ def flops(
             "" if row.paper_gmacs is None else f"{row.paper_gmacs:.2f}",
             "" if row.paper_gmacs is None else f"{row.gmacs / row.paper_gmacs - 1:+.2%}",
             f"{row.attention_gmacs:.2f}",
-            f"{row.training_gflops:,.0f}",
+            f"{row.training_gflops / 1e3:.2f}",
         ]
         for row in rows
     ]
     notes = (
         "params: millions. GMACs: multiply-accumulates (1e9) of the linear layers of one forward pass of an image, "
-        "the paper's count; attn: those of attention products. train: GFLOPs an image, 3 × 2 × GMACs. "
+        "the paper's count; attn: those of attention products. train: TFLOPs an image, 3 × 2 × MACs. "
         "The paper's 120 M for DPAR-B fit neither its own GFLOPs nor its other rows."
     )
     if markdown:

@@ -51,7 +51,8 @@ class Pretrained(Generic[Config]):
         }
         config = {"model_type": self.model_type, "format": FORMAT, **dataclasses.asdict(self.config)}
         part = folder / (WEIGHTS + ".part")
-        save_file(tensors, part, metadata={"format": "pt", "model_type": self.model_type})
+        # One entry: safetensors writes several in random order, and equal weights must have equal fingerprints.
+        save_file(tensors, part, metadata={"format": "pt"})
         _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         _write(folder / CARD, _card(self.model_type, config))
         os.replace(part, folder / WEIGHTS)

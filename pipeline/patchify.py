@@ -209,6 +209,11 @@ def _rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progress) -
     starts = boundaries(sample, rule, manifest.grid[1])
     if bool(starts.all()) and settings.max_length != 1:
         finite = sample[:, 1:].astype(np.float32)
+        if settings.target_length is not None:
+            raise StageError(
+                f"--target-length {settings.target_length:g} cannot be reached: the entropies are too alike to tell "
+                f"tokens apart ({finite.min():.3f} to {finite.max():.3f} nats); train the entropy model longer"
+            )
         raise StageError(
             f"--threshold {rule['threshold']:g} makes every token its own patch: on {len(sample)} images entropies "
             f"reach from {finite.min():.2f} to {finite.max():.2f} nats. Raise it, or give --target-length; "

@@ -126,8 +126,8 @@ def test_segment_sum_takes_rows_in_any_order_and_leaves_empty_segments_zero() ->
 
 
 def test_segment_mean_keeps_bfloat16_but_adds_in_float32() -> None:
-    rows = torch.ones(1000, 2, dtype=torch.bfloat16)  # a bfloat16 sum of ones stops at 256
-    mean = segment_mean(rows, torch.zeros(1000, dtype=torch.long), 1)
+    rows = torch.ones(257, 2, dtype=torch.bfloat16)  # 257 is no bfloat16 number
+    mean = segment_mean(rows, torch.zeros(257, dtype=torch.long), 1)
     assert mean.dtype == torch.bfloat16
     assert mean.tolist() == [[1.0, 1.0]]
 

@@ -71,9 +71,9 @@ def forced(model: DPAR | LlamaGen, codes: Tensor, labels: Tensor, starts: Tensor
     extra = (starts,) if isinstance(model, DPAR) else ()
     conditional = model(codes, labels, *extra)
     if cfg_scale == 1.0:
-        return conditional  # type: ignore[no-any-return]
+        return conditional
     unconditional = model(codes, None, *extra)
-    return unconditional + cfg_scale * (conditional - unconditional)  # type: ignore[no-any-return]
+    return unconditional + cfg_scale * (conditional - unconditional)
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])

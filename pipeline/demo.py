@@ -1,0 +1,257 @@
+"""``dpar demo``: the whole chain on the photographs that ship with scikit-image, and a report of it.
+
+Every step is a ``dpar`` command, run as a user would run it and printed before it runs; the commands differ from those
+for ImageNet in sizes alone. Running the demo again goes on where it stopped.
+
+    demo(Path("demo"), run_command=lambda arguments: subprocess.run(["dpar", *arguments], check=True))
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.generate import decode
+from pipeline.originals import load_originals
+from pipeline.pictures import data_uri, histogram_svg, patches_sheet, reconstruction_sheet
+from pipeline.progress import Progress
+from pipeline.report import Picture, Section, Table, render
+from pipeline.run import read_metrics
+from pipeline.versions import made_by
+from pipeline.weights import load_tokenizer
+from shards.manifest import Manifest, write_json
+from shards.reader import Artifact, open_artifact
+
+RunCommand = Callable[[list[str]], None]
+TOKENIZER = "builtin:photos"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of everything the demo makes."""
+
+    train_images: int  # over all classes
+    validation_images: int
+    steps: int  # of each of the three models
+    samples: int
+    guidance: tuple[float, ...] = (1.0, 2.0)
+
+
+FULL = Size(train_images=1920, validation_images=240, steps=110, samples=60)
+TINY = Size(train_images=60, validation_images=30, steps=12, samples=15)
+
+
+def demo(out: Path, *, run_command: RunCommand, tiny: bool = False, progress: Progress | None = None) -> Path:
+    """Runs the chain into ``out`` and gives the path of its ``report.html``.
+
+    Args:
+        out: a directory of the demo's own.
+        run_command: runs one ``dpar`` command, given as arguments; raises where it fails.
+        tiny: the smallest size, to see that everything works.
+        progress: where to report.
+    """
+    progress = progress or Progress()
+    size = TINY if tiny else FULL
+    timings: dict[str, float] = {}
+
+    def run(*arguments: object) -> None:
+        command = [str(argument) for argument in arguments]
+        progress.say(f"$ dpar {shlex.join(command)}")
+        began = time.monotonic()
+        run_command(command)
+        timings[f"dpar {shlex.join(command)}"] = time.monotonic() - began
+
+    encode = ("--tokenizer", TOKENIZER, "--image-size", 128)
+    run("tokenize", "builtin:photos", out / "codes", *encode, "--limit", size.train_images)
+    validation = ("--split", "validation", "--limit", size.validation_images)
+    run("tokenize", "builtin:photos", out / "codes-validation", *encode, *validation)
+
+    recipe = ("--steps", size.steps, "--batch", 32, "--lr", 2e-3, "--warmup", 10, "--schedule", "cosine")
+    held_out = ("--validation", out / "codes-validation")
+    run("entropy", out / "codes", out / "entropy", "--model", "llamagen-tiny", *recipe, *held_out)
+
+    meter = ("--entropy-model", out / "entropy")
+    run("patchify", out / "codes", out / "patches", *meter, "--target-length", 1.81)
+    threshold = Manifest.read(out / "patches").settings["threshold"]
+    run("patchify", out / "codes-validation", out / "patches-validation", *meter, "--threshold", threshold)
+
+    held_out = ("--validation", out / "patches-validation")
+    for model in ("dpar", "llamagen"):
+        run("train", out / "patches", out / model, "--model", f"{model}-tiny", *recipe, *held_out)
+    scales = [item for scale in size.guidance for item in ("--cfg-scale", scale)]
+    for model in ("dpar", "llamagen"):
+        reference = ("--reference", out / "patches-validation")
+        run("eval", out / model, out / f"eval-{model}", *reference, *scales, "--samples", size.samples)
+    run("inspect", out / "patches-validation", "--out", out / "inspect", "--images", 6)
+
+    progress.say("writing the report")
+    write_json(out / "timings.json", timings)
+    return write_report(out, size, timings)
+
+
+def write_report(out: Path, size: Size, timings: dict[str, float]) -> Path:
+    """Writes ``report.html`` and its pictures from what the commands left in ``out``."""
+    pictures = out / "pictures"
+    pictures.mkdir(exist_ok=True)
+    training = Manifest.read(out / "patches")
+    held_out = open_artifact(out / "patches-validation")
+    scores = {name: json.loads((out / f"eval-{name}" / "results.json").read_text()) for name in ("dpar", "llamagen")}
+    chosen = one_a_class(held_out)
+    sections = [
+        _comparison(out, scores, training),
+        _reconstructions(held_out, chosen, scores, pictures),
+        _patches(held_out, chosen[:: max(1, len(chosen) // 6)], training, pictures),
+        *(_samples(out, name, size, pictures) for name in ("dpar", "llamagen")),
+        _commands(timings),
+    ]
+    report = out / "report.html"
+    render(
+        "report.html",
+        report,
+        title="DPAR on fifteen photographs",
+        subtitle=(
+            f"Square crops of the photographs that ship with scikit-image, one class a photograph, "
+            f"{len(training.class_names)} classes; {training.rows} crops to train on, {len(held_out)} held out from "
+            "parts of the photographs that no training crop touches."
+        ),
+        sections=sections,
+        made_by=made_by(),
+    )
+    return report
+
+
+def one_a_class(artifact: Artifact) -> NDArray[np.int64]:
+    """The first row of each class, in order of labels."""
+    labels = artifact.gather(np.arange(len(artifact)), np.zeros(len(artifact), np.int64)).labels
+    return np.array([int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)])
+
+
+def _comparison(out: Path, scores: dict[str, dict[str, Any]], training: Manifest) -> Section:
+    def seen(name: str) -> str:
+        """Images trained on, and the last training loss in bits."""
+        lines = [line for line in read_metrics(out / name) if "bits_per_token" in line]
+        batch = json.loads((out / name / "run.json").read_text())["settings"]["batch"]
+        return f"{lines[-1]['step'] * batch}"
+
+    dpar, llamagen = scores["dpar"], scores["llamagen"]
+    rows = [
+        ["tokens an image", str(dpar["tokens_per_image"]), str(llamagen["tokens_per_image"])],
+        ["patches an image, held out", f"{dpar['patches_per_image']:.1f}", "–"],
+        ["GFLOPs an image (MACs, as the paper counts)", *(f"{s['gmacs_per_image']:.3f}" for s in (dpar, llamagen))],
+        ["parameters", *(f"{s['parameters'] / 1e6:.2f} M" for s in (dpar, llamagen))],
+        ["images trained on", seen("dpar"), seen("llamagen")],
+        ["bits per token, held-out crops", *(f"{s['bits_per_token']:.3f}" for s in (dpar, llamagen))],
+    ]
+    for a, b in zip(dpar["cells"], llamagen["cells"], strict=True):
+        name = f"{a['distance']} at guidance {a['cfg_scale']:g} ({a['samples']} samples)"
+        rows.append([name, f"{a[a['distance']]:.2f}", f"{b[b['distance']]:.2f}"])
+    statistics = training.statistics
+    lengths = {int(length): count for length, count in statistics["lengths"].items()}
+    total = sum(lengths.values())
+    return Section(
+        title="DPAR beside LlamaGen",
+        text=(
+            "Both have six layers of the same width and saw the same crops in the same order. DPAR's patch transformer "
+            f"worked on {statistics['patches_per_image']:.1f} patches an image in place of 256 tokens: mean length "
+            f"{statistics['mean_length']:.2f}, found by --target-length 1.81. Models this small, trained for a minute, "
+            "show that the chain works, not how good the method is."
+        ),
+        tables=[
+            Table(caption="Cost and likelihood", header=["", "dpar-tiny", "llamagen-tiny"], rows=rows),
+            Table(
+                caption="Patches of the training crops by length",
+                header=["tokens in the patch", "patches", "share"],
+                rows=[[str(n), f"{count}", f"{count / total:.1%}"] for n, count in lengths.items()],
+            ),
+        ],
+        svg=histogram_svg(
+            list(lengths.values()),
+            [str(length) for length in lengths],
+            title="Patch lengths",
+            description="How many patches of the training crops hold 1, 2, 3 and 4 tokens.",
+            axis="tokens in a patch",
+        ),
+    )
+
+
+def _reconstructions(
+    held_out: Artifact, rows: NDArray[np.int64], scores: dict[str, dict[str, Any]], pictures: Path
+) -> Section:
+    names = _names(held_out, rows)
+    originals, codes = _originals_and_codes(held_out, rows)
+    decoded = decode(load_tokenizer(TOKENIZER), codes, held_out.manifest.grid)
+    sheet = reconstruction_sheet(decoded, names, originals)
+    decibels = scores["dpar"]["reconstruction_psnr_db"]
+    return Section(
+        title="What the tokenizer keeps",
+        text=f"Held-out crops beside their reconstructions from 16×16 codes. PSNR over all held-out crops: "
+        f"{decibels:.2f} dB.",
+        pictures=[_keep(sheet, pictures / "reconstructions.png", "Originals and reconstructions, one row a class")],
+    )
+
+
+def _patches(held_out: Artifact, rows: NDArray[np.int64], training: Manifest, pictures: Path) -> Section:
+    originals, _ = _originals_and_codes(held_out, rows)
+    batch = held_out.gather(rows, np.zeros_like(rows))
+    assert batch.entropy is not None  # this is a patches artifact
+    assert batch.starts is not None
+    threshold = training.settings["threshold"]
+    sheet = patches_sheet(
+        originals, batch.entropy, {f"τ = {threshold:.2f}": batch.starts}, held_out.manifest.grid, _names(held_out, rows)
+    )
+    return Section(
+        title="Where the patches are",
+        text=(
+            "The entropy model's surprise at each token, in nats, and the patches that follow from it: tokens above "
+            f"the threshold of {threshold:.2f} nats start a patch, as do every fifth token in a run and each new row."
+        ),
+        pictures=[_keep(sheet, pictures / "patches.png", "Held-out crops, their entropy maps and their patches")],
+    )
+
+
+def _samples(out: Path, name: str, size: Size, pictures: Path) -> Section:
+    shown = []
+    for scale in size.guidance:
+        sheet = Image.open(out / f"eval-{name}" / f"samples-cfg-{scale:g}.png")
+        path = pictures / f"{name}-samples-cfg-{scale:g}.png"
+        shown.append(_keep(sheet, path, f"Samples of every class at guidance {scale:g}"))
+    return Section(
+        title=f"Samples of {name}-tiny",
+        text="One row a class. At guidance 1 the model is sampled as it is; above, away from the unconditional one.",
+        pictures=shown,
+    )
+
+
+def _commands(timings: dict[str, float]) -> Section:
+    rows = [[command, f"{seconds:.1f} s"] for command, seconds in timings.items()]
+    total = sum(timings.values())
+    return Section(
+        title="The commands",
+        text=f"What was run, in order; {total:.0f} s in all on this machine.",
+        tables=[Table(caption="Commands and their times", header=["command", "time"], rows=rows)],
+    )
+
+
+def _names(artifact: Artifact, rows: NDArray[np.int64]) -> list[str]:
+    labels = artifact.gather(rows, np.zeros_like(rows)).labels
+    return [artifact.manifest.class_names[label] for label in labels]
+
+
+def _originals_and_codes(artifact: Artifact, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    first = np.zeros_like(rows)
+    return load_originals(artifact.manifest, artifact.keys(rows), first), artifact.gather(rows, first).codes
+
+
+def _keep(picture: Image.Image, path: Path, caption: str) -> Picture:
+    """Saves a picture beside the report and gives it as the report shows it."""
+    picture.save(path)
+    return Picture(caption, data_uri(picture), caption, wide=True)
