@@ -155,11 +155,11 @@ class readable_errors:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         from pipeline.progress import Stopped
 
         if error is None or isinstance(error, (typer.Exit, typer.Abort, SystemExit)) or os.environ.get("DPAR_DEBUG"):
-            return False
+            return
         if isinstance(error, (StageError, ArtifactError, ModelError)):
             fail(str(error), 1)
         if isinstance(error, Stopped):
@@ -170,10 +170,9 @@ class readable_errors:
             where = f": {error.filename}" if error.filename else ""
             fail(f"{error.strerror or error}{where}. What was finished is kept; run the same command again to go on", 1)
         if isinstance(error, Exception) and type(error).__module__.startswith(("typer", "click")):
-            return False
+            return  # wrong usage; Typer says it itself
         if isinstance(error, Exception):
             fail(f"{type(error).__name__}: {error} (a fault of dpar itself; DPAR_DEBUG=1 shows where)", 1)
-        return False
 
 
 def fail(message: str, status: int, lead: str = "Error: ") -> typing.NoReturn:
@@ -291,15 +290,21 @@ def inspect_artifact(
 ) -> None:
     """What is in an artifact: numbers, and pictures of images with their patches."""
     from pipeline.inspect import inspect as look
+    from pipeline.inspect import tables
 
     found = look(artifact, out, settings)
     if json:
         console.print_json(data=found)
         return
-    table = Table(show_header=False, box=None)
-    for name, value in flat(found):
-        table.add_row(escape(name), escape(value))
-    console.print(table)
+    for part in tables(found):
+        table = Table(title=part.caption, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in part.header:
+            table.add_column(escape(name))
+        for row in part.rows:
+            table.add_row(*(escape(cell) for cell in row))
+        console.print(table)
+    if out is not None:
+        console.print(f"pictures: {out / 'index.html'}", markup=False, highlight=False)
 
 
 @app.command()
@@ -399,24 +404,6 @@ def show_metrics(metrics: dict[str, Any]) -> None:
     names = {"step": "step", "bits_per_token": "bits/token", "validation_bits_per_token": "held-out bits/token"}
     shown = [f"{text} {metrics[name]:.6g}" for name, text in names.items() if name in metrics]
     console.print(", ".join(shown), markup=False, highlight=False)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested numbers as lines of name and value."""
-    lines: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            lines += flat(value, f"{prefix}{name}.")
-        elif value is not None and not (isinstance(value, list) and value and isinstance(value[0], (dict, list))):
-            text = (
-                f"{value:.6g}"
-                if isinstance(value, float)
-                else ", ".join(map(str, value))
-                if isinstance(value, list)
-                else str(value)
-            )
-            lines.append((prefix + name, text))
-    return lines
 
 
 def _markdown_row(cells: list[str]) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,7 @@ from dpar.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
+    from _typeshed import DataclassInstance
     from torch import nn
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -41,7 +42,6 @@ class Pretrained(Generic[Config]):
             path: made if it is not there.
             dtype: what floating-point tensors are stored as; None keeps theirs.
         """
-        assert dataclasses.is_dataclass(self.config)
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         module: nn.Module = self  # type: ignore[assignment]
@@ -49,7 +49,11 @@ class Pretrained(Generic[Config]):
             name: (t.to(dtype) if dtype is not None and t.is_floating_point() else t).detach().contiguous().cpu()
             for name, t in module.state_dict().items()
         }
-        config = {"model_type": self.model_type, "format": FORMAT, **dataclasses.asdict(self.config)}
+        config = {
+            "model_type": self.model_type,
+            "format": FORMAT,
+            **dataclasses.asdict(cast("DataclassInstance", self.config)),
+        }
         part = folder / (WEIGHTS + ".part")
         # One entry: safetensors writes several in random order, and equal weights must have equal fingerprints.
         save_file(tensors, part, metadata={"format": "pt"})
@@ -75,7 +79,7 @@ class Pretrained(Generic[Config]):
             raise ModelError(f"{folder} holds a {found!r} model; a {cls.model_type!r} model is needed here")
         if values.pop("format", None) != FORMAT:
             raise ModelError(f"{folder / CONFIG} is of another format than this version reads ({FORMAT})")
-        model = cls(_config(cls.config_class, values, folder / CONFIG))
+        model = cls(_config(cls.config_class, values, folder / CONFIG))  # type: ignore[call-arg]  # a module's
         module: nn.Module = model  # type: ignore[assignment]
         load_tensors(module, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
         module.eval()

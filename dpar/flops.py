@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dpar.errors import ModelError
 from dpar.llamagen import LlamaGen, LlamaGenConfig
 from dpar.model import DPAR, DPARConfig
 from dpar.packing import PatchLayout
@@ -77,11 +78,11 @@ def count(config: DPARConfig | LlamaGenConfig, patch_length: float = 1.0) -> Cos
         patch_length: mean tokens a patch, N/M; of no effect on LlamaGen.
 
     Raises:
-        ValueError: the length is below 1 or above N.
+        ModelError: the length is below 1 or above N.
     """
     n = config.n_tokens
     if not 1 <= patch_length <= n:
-        raise ValueError(f"patch length is {patch_length}; it must be from 1 to {n}, the tokens of an image")
+        raise ModelError(f"patch length is {patch_length}; it must be from 1 to {n}, the tokens of an image")
     total = round(IMAGES * n / patch_length)
     counts = torch.full((IMAGES,), total // IMAGES) + (torch.arange(IMAGES) < total % IMAGES)
     layout = PatchLayout.from_starts(torch.arange(n) < counts.unsqueeze(1)).to("meta")

@@ -10,7 +10,7 @@ transformer, z_i the decoder's ``stream``, c the class embedding. ``docs/method.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +98,10 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
     def encode(self, codes: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
         """Tokens into patches: patches (ΣM, d) and tokens (B, N, d)."""
         tokens = self.tok_dropout(self.tok_embeddings(codes))
-        patches = None
+        patches: Tensor | None = None
         for layer in self.encoder:
             patches, tokens = layer(patches, tokens, self.token_table, dense_causal, layout)
+        assert patches is not None  # there is at least one layer
         return patches, tokens
 
     def transform(self, condition: Tensor, patches: Tensor, layout: PatchLayout) -> Tensor:
@@ -124,11 +125,19 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
     def decode(self, condition: Tensor, tokens: Tensor, outputs: Tensor, layout: PatchLayout) -> Tensor:
         """Logits (B, N, V) from tokens (B, N, d) shifted by one and from the outputs (ΣM, d) of their patches."""
         stream = torch.cat([condition.unsqueeze(1).to(tokens.dtype), tokens[:, :-1]], dim=1)
-        for layer in self.decoder:
+        for layer in self.decoder_layers():
             received = spread(layer.project(outputs), layout.patch_of_token).view_as(stream)
             stream = layer(stream, received, self.stream_table, dense_causal)
         logits: Tensor = self.output(self.norm(stream))
         return logits
+
+    def encoder_layers(self) -> list[EncoderLayer]:
+        """The layers of the patch encoder, in order."""
+        return cast("list[EncoderLayer]", list(self.encoder))
+
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """The layers of the patch decoder, in order."""
+        return cast("list[DecoderLayer]", list(self.decoder))
 
     def patch_positions(self, first: Tensor, last: Tensor) -> Tensor:
         """Dynamic RoPE of patches that span tokens ``first`` to ``last``, (M,) each: (M, head_dim / 2, 2)."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from dpar.errors import ModelError
+
 
 @dataclass(frozen=True)
 class PatchLayout:
@@ -41,9 +43,9 @@ class PatchLayout:
             ValueError: ``starts`` is not 2-D bool, or an image does not start with a patch.
         """
         if starts.ndim != 2 or starts.dtype != torch.bool:
-            raise ValueError(f"starts must be (B, N) bool, not {tuple(starts.shape)} {starts.dtype}")
+            raise ModelError(f"starts must be (B, N) bool, not {tuple(starts.shape)} {starts.dtype}")
         if not bool(starts[:, 0].all()):
-            raise ValueError("token 0 of every image must start a patch")
+            raise ModelError("token 0 of every image must start a patch")
         batch, n = starts.shape
         flat = starts.reshape(-1)
         first = flat.nonzero().squeeze(1)

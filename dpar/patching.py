@@ -13,9 +13,11 @@ NumPy arrays in, NumPy out; tensors in, tensors out. This module needs no torch 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+
+from dpar.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -61,24 +63,24 @@ def patch_starts(
         (..., N) bool, of the kind (and device) of ``entropy``.
 
     Raises:
-        ValueError: ``max_length`` or ``grid_width`` below 1, a threshold that is not a number, or no tokens.
+        ModelError: ``max_length`` or ``grid_width`` below 1, a threshold that is not a number, or no tokens.
     """
     check_rule(threshold, max_length, grid_width)
     if entropy.ndim == 0 or entropy.shape[-1] == 0:
-        raise ValueError(f"entropy has no tokens: its shape is {tuple(entropy.shape)}")
+        raise ModelError(f"entropy has no tokens: its shape is {tuple(entropy.shape)}")
     if isinstance(entropy, np.ndarray):
         return _starts_numpy(entropy, threshold, max_length, grid_width, row_reset)
     return _starts_torch(entropy, threshold, max_length, grid_width, row_reset)
 
 
 def check_rule(threshold: float, max_length: int | None, grid_width: int) -> None:
-    """Raises ValueError, naming the value, where the rule's settings cannot be meant."""
+    """Raises ModelError, naming the value, where the rule's settings cannot be meant."""
     if math.isnan(threshold):
-        raise ValueError("threshold is not a number")
+        raise ModelError("threshold is not a number")
     if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length is {max_length}; a patch holds at least 1 token")
+        raise ModelError(f"max_length is {max_length}; a patch holds at least 1 token")
     if grid_width < 1:
-        raise ValueError(f"grid_width is {grid_width}; a row holds at least 1 token")
+        raise ModelError(f"grid_width is {grid_width}; a row holds at least 1 token")
 
 
 # Between two forced starts (entropy, row), the length limit starts a patch every max_length tokens: so a token
@@ -99,9 +101,12 @@ def _starts_numpy(
     if max_length is None:
         return forced
     n = entropy.shape[-1]
-    position = np.arange(n, dtype=np.int16 if n < 2**15 else np.int64)
-    last_forced = np.maximum.accumulate(np.where(forced, position, position.dtype.type(0)), axis=-1)
-    return cast("NDArray[np.bool_]", (position - last_forced) % position.dtype.type(min(max_length, n)) == 0)
+    # the narrowest integers that hold a position: they halve the memory that is gone through
+    integer: type[np.signedinteger[Any]] = np.int16 if n < 2**15 else np.int64
+    position = np.arange(n, dtype=integer)
+    last_forced = np.maximum.accumulate(np.where(forced, position, integer(0)), axis=-1)
+    starts: NDArray[np.bool_] = (position - last_forced) % integer(min(max_length, n)) == 0
+    return starts
 
 
 def _starts_torch(
@@ -127,12 +132,12 @@ def static_starts(n_tokens: int, length: float) -> NDArray[np.bool_]:
         (n_tokens,) bool; token i starts a patch where floor(i / length) differs from floor((i - 1) / length).
 
     Raises:
-        ValueError: ``length`` below 1 or not finite, or no tokens.
+        ModelError: ``length`` below 1 or not finite, or no tokens.
     """
     if not (math.isfinite(length) and length >= 1):
-        raise ValueError(f"length is {length}; a static patch holds at least 1 token")
+        raise ModelError(f"length is {length}; a static patch holds at least 1 token")
     if n_tokens < 1:
-        raise ValueError(f"n_tokens is {n_tokens}; an image has at least 1 token")
+        raise ModelError(f"n_tokens is {n_tokens}; an image has at least 1 token")
     index = np.floor(np.arange(-1, n_tokens) / length)
     return index[1:] != index[:-1]
 

@@ -225,7 +225,7 @@ class PatchStepper:
             self._begin_patches(position, images)
         x = self.stream.unsqueeze(1)
         table = self.model.stream_table[position : position + 1]
-        for layer, received, cache in zip(self.model.decoder, self.received, self.decoder_cache, strict=True):
+        for layer, received, cache in zip(self.model.decoder_layers(), self.received, self.decoder_cache, strict=True):
             x = layer(x, received.unsqueeze(1), table, cache.at(position))
         logits: Tensor = self.model.output(self.model.norm(x[:, 0]))
         return logits
@@ -234,7 +234,7 @@ class PatchStepper:
         """See :class:`Stepper`."""
         x = self.model.tok_embeddings(codes).unsqueeze(1)
         table = self.model.token_table[position : position + 1]
-        for layer, tokens, cache in zip(self.model.encoder, self.tokens, self.encoder_cache, strict=True):
+        for layer, tokens, cache in zip(self.model.encoder_layers(), self.tokens, self.encoder_cache, strict=True):
             x = layer.block(x, table, cache.at(position))
             tokens[:, position] = x[:, 0]
         self.stream = x[:, 0].repeat(self.halves, 1)
@@ -254,7 +254,7 @@ class PatchStepper:
         places = self.patches[images].repeat(self.halves)
         for layer, cache in zip(self.model.layers, self.patch_cache, strict=True):
             x = layer(x, table, cache.at_rows(rows, places))
-        for index, layer in enumerate(self.model.decoder):
+        for index, layer in enumerate(self.model.decoder_layers()):
             self.received[index, rows] = layer.project(x[:, 0]).to(self.received.dtype)
         self.first[images] = position
         self.patches[images] += 1
@@ -267,7 +267,7 @@ class PatchStepper:
         offset = torch.arange(len(patch_of_token), device=images.device) - begins[patch_of_token]
         at = (images[patch_of_token], first[patch_of_token] + offset)
         patches = None
-        for layer, tokens in zip(self.model.encoder, self.tokens, strict=True):
+        for layer, tokens in zip(self.model.encoder_layers(), self.tokens, strict=True):
             patches = layer.cross_attention(patches, tokens[at], patch_of_token, offset, len(images))
         assert patches is not None  # there is at least one layer
         return patches

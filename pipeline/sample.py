@@ -52,7 +52,7 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
         Image.fromarray(drawn.pixels[i]).save(folder / f"{i % settings.per_class:04d}.png")
     picture = sample_sheet(generator, drawn, labels, patches=settings.show_patches)
     picture.save(out / "sheet.png")
-    how = {"settings": dataclasses.asdict(settings), "rule": generator.rule, "made_by": made_by()}
+    how: dict[str, Any] = {"settings": dataclasses.asdict(settings), "rule": generator.rule, "made_by": made_by()}
     how |= {"run": str(run), "weights": fingerprint_of(str(run))}
     np.savez_compressed(
         out / "samples.npz",

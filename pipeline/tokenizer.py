@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +138,7 @@ class RandomCrops:
         self.source, self.size, self.seed = source, size, seed
         self.order = TrainingOrder(rows=len(source), views=1, batch=batch, seed=seed)
         self._pool = ThreadPoolExecutor(workers)
-        self._ahead: dict[int, list] = {}  # type: ignore[type-arg]
+        self._ahead: dict[int, list[Future[NDArray[np.uint8]]]] = {}
 
     def __enter__(self) -> RandomCrops:
         return self

@@ -173,7 +173,9 @@ class _Loop:
         return torch.where(torch.rand(len(labels)) < self.objective.guidance_dropout, guidance, labels)
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        return self.wrapped.no_sync() if hasattr(self.wrapped, "no_sync") else contextlib.nullcontext()
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            return self.wrapped.no_sync()
+        return contextlib.nullcontext()
 
     def report(self, done: int, loss: float) -> None:
         """A line of metrics about the steps since the last one."""
