@@ -22,7 +22,7 @@ from PIL import Image
 
 from pipeline.generate import decode
 from pipeline.originals import load_originals
-from pipeline.pictures import data_uri, histogram_svg, patches_sheet, reconstruction_sheet
+from pipeline.pictures import data_uri, enlarge, histogram_svg, patches_sheet, sheet
 from pipeline.progress import Progress
 from pipeline.report import Picture, Section, Table, render
 from pipeline.run import read_metrics
@@ -33,6 +33,7 @@ from shards.reader import Artifact, open_artifact
 
 RunCommand = Callable[[list[str]], None]
 TOKENIZER = "builtin:photos"
+COLUMNS = 8  # classes side by side on a sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ def write_report(out: Path, size: Size, timings: dict[str, float]) -> Path:
     sections = [
         _comparison(out, scores, training),
         _reconstructions(held_out, chosen, scores, pictures),
-        _patches(held_out, chosen[:: max(1, len(chosen) // 6)], training, pictures),
+        _patches(held_out, chosen[::3], training, pictures),
         *(_samples(out, name, size, pictures) for name in ("dpar", "llamagen")),
         _commands(timings),
     ]
@@ -186,44 +187,58 @@ def _comparison(out: Path, scores: dict[str, dict[str, Any]], training: Manifest
 def _reconstructions(
     held_out: Artifact, rows: NDArray[np.int64], scores: dict[str, dict[str, Any]], pictures: Path
 ) -> Section:
+    originals, decoded = _originals_and_decoded(held_out, rows)
     names = _names(held_out, rows)
-    originals, codes = _originals_and_codes(held_out, rows)
-    decoded = decode(load_tokenizer(TOKENIZER), codes, held_out.manifest.grid)
-    sheet = reconstruction_sheet(decoded, names, originals)
+    shown = []
+    for first in range(0, len(rows), COLUMNS):
+        part = slice(first, first + COLUMNS)
+        picture = sheet(
+            [[enlarge(image, 1) for image in images[part]] for images in (originals, decoded)],
+            row_titles=("original", "from codes"),
+            column_titles=names[part],
+        )
+        path = pictures / f"reconstructions-{first // COLUMNS + 1}.png"
+        shown.append(_keep(picture, path, "Held-out crops, and what the tokenizer makes of their codes"))
     decibels = scores["dpar"]["reconstruction_psnr_db"]
     return Section(
         title="What the tokenizer keeps",
-        text=f"Held-out crops beside their reconstructions from 16×16 codes. PSNR over all held-out crops: "
+        text=f"Held-out crops above their reconstructions from 16×16 codes. PSNR over all held-out crops: "
         f"{decibels:.2f} dB.",
-        pictures=[_keep(sheet, pictures / "reconstructions.png", "Originals and reconstructions, one row a class")],
+        pictures=shown,
     )
 
 
 def _patches(held_out: Artifact, rows: NDArray[np.int64], training: Manifest, pictures: Path) -> Section:
-    originals, _ = _originals_and_codes(held_out, rows)
+    originals, decoded = _originals_and_decoded(held_out, rows)
     batch = held_out.gather(rows, np.zeros_like(rows))
     assert batch.entropy is not None  # this is a patches artifact
     assert batch.starts is not None
-    threshold = training.settings["threshold"]
-    sheet = patches_sheet(
-        originals, batch.entropy, {f"τ = {threshold:.2f}": batch.starts}, held_out.manifest.grid, _names(held_out, rows)
+    threshold, longest = (training.settings[name] for name in ("threshold", "max_length"))
+    picture = patches_sheet(
+        decoded,
+        batch.entropy,
+        {"patches": batch.starts},
+        held_out.manifest.grid,
+        _names(held_out, rows),
+        originals=originals,
     )
     return Section(
         title="Where the patches are",
         text=(
-            "The entropy model's surprise at each token, in nats, and the patches that follow from it: tokens above "
-            f"the threshold of {threshold:.2f} nats start a patch, as do every fifth token in a run and each new row."
+            "The entropy model's surprise at each token, in nats, and the patches that follow from it. A token starts "
+            f"a patch if its entropy is at least the threshold of {threshold:.2f} nats, if {longest} tokens are in "
+            "the open patch already, or if a new row begins."
         ),
-        pictures=[_keep(sheet, pictures / "patches.png", "Held-out crops, their entropy maps and their patches")],
+        pictures=[_keep(picture, pictures / "patches.png", "Held-out crops, their entropy maps and their patches")],
     )
 
 
 def _samples(out: Path, name: str, size: Size, pictures: Path) -> Section:
     shown = []
     for scale in size.guidance:
-        sheet = Image.open(out / f"eval-{name}" / f"samples-cfg-{scale:g}.png")
+        picture = Image.open(out / f"eval-{name}" / f"samples-cfg-{scale:g}.png")
         path = pictures / f"{name}-samples-cfg-{scale:g}.png"
-        shown.append(_keep(sheet, path, f"Samples of every class at guidance {scale:g}"))
+        shown.append(_keep(picture, path, f"Samples of every class at guidance {scale:g}"))
     return Section(
         title=f"Samples of {name}-tiny",
         text="One row a class. At guidance 1 the model is sampled as it is; above, away from the unconditional one.",
@@ -246,9 +261,11 @@ def _names(artifact: Artifact, rows: NDArray[np.int64]) -> list[str]:
     return [artifact.manifest.class_names[label] for label in labels]
 
 
-def _originals_and_codes(artifact: Artifact, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _originals_and_decoded(artifact: Artifact, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     first = np.zeros_like(rows)
-    return load_originals(artifact.manifest, artifact.keys(rows), first), artifact.gather(rows, first).codes
+    originals = load_originals(artifact.manifest, artifact.keys(rows), first)
+    codes = artifact.gather(rows, first).codes
+    return originals, decode(load_tokenizer(TOKENIZER), codes, artifact.manifest.grid)
 
 
 def _keep(picture: Image.Image, path: Path, caption: str) -> Picture:

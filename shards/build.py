@@ -12,8 +12,10 @@ same command again goes on where it stopped and ends with the same bytes. While 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -62,25 +64,37 @@ class ArtifactBuild:
         self.finished: Manifest | None = None
         if folder.exists() and not folder.is_dir():
             raise ArtifactError(f"{folder} is a file; name a directory to write to")
-        before = self._settings_before()
-        if before is not None and before != self.settings:
-            if not overwrite:
-                raise ArtifactError(
-                    f"{folder} was made with other settings: {differences(before, self.settings)}. "
-                    "Name another output, or pass --overwrite to replace it"
-                )
-            self._clear()
-            before = None
-        if before is None:
-            held = sorted(p.name for p in folder.iterdir())[:3] if folder.is_dir() else []
-            if held:
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            before = self._settings_before()
+            if before is not None and before != self.settings:
+                if not overwrite:
+                    raise ArtifactError(
+                        f"{folder} was made with other settings: {differences(before, self.settings)}. "
+                        "Name another output, or pass --overwrite to replace it"
+                    )
+                self._clear()
+                before = None
+            if before is None and (held := sorted(p.name for p in folder.iterdir())[:3]):
                 raise ArtifactError(
                     f"{folder} holds something else ({', '.join(held)} …); name an empty or new directory"
                 )
-        self.records.mkdir(parents=True, exist_ok=True)
-        if not (self.records / "settings.json").exists():
-            write_json(self.records / "settings.json", self.settings)
-        self._adopt_manifest()
+            self.records.mkdir(exist_ok=True)
+            if not (self.records / "settings.json").exists():
+                write_json(self.records / "settings.json", self.settings)
+            self._adopt_manifest()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps the build's other processes waiting meanwhile, where the file system has locks."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
+
+                held = os.open(self.folder, os.O_RDONLY)
+                stack.callback(os.close, held)
+                fcntl.flock(held, fcntl.LOCK_EX)
+            yield
 
     def _settings_before(self) -> dict[str, Any] | None:
         recorded = self.records / "settings.json"
@@ -107,9 +121,13 @@ class ArtifactBuild:
         if not (self.folder / MANIFEST).is_file():
             return
         manifest = Manifest.read(self.folder)
+        whole = True
         for index, info in enumerate(manifest.shards):
             write_json(self._record(index), dataclasses.asdict(info))
-        if all(self.done(index) is not None for index in range(self.n_shards)):
+            if self.done(index) is None:
+                self._record(index).unlink()
+                whole = False
+        if whole:
             self.finished = manifest
             shutil.rmtree(self.records, ignore_errors=True)
         else:
@@ -152,22 +170,29 @@ class ArtifactBuild:
         """Writes the manifest if every shard is done; None while other processes still have some to write."""
         if self.finished is not None:
             return self.finished
-        infos = [
-            parse_shard(json.loads(self._record(index).read_text(encoding="utf-8")))
-            for index in range(self.n_shards)
-            if self._record(index).is_file()
-        ]
-        if len(infos) < self.n_shards:
-            return None
-        manifest = make_manifest(tuple(infos))
-        left = [item for info in infos for item in info.left_out]
-        if left:
-            lines = "".join(f"{item.key}\t{item.reason}\n" for item in left)
-            (self.folder / LEFT_OUT).write_text("key\treason\n" + lines, encoding="utf-8", errors="backslashreplace")
-        manifest.write(self.folder)
-        shutil.rmtree(self.records, ignore_errors=True)
-        self.finished = manifest
-        return manifest
+        with self._alone():
+            if (self.folder / MANIFEST).is_file():  # another process was here first
+                self.finished = Manifest.read(self.folder)
+                return self.finished
+            infos = [
+                parse_shard(json.loads(self._record(index).read_text(encoding="utf-8")))
+                for index in range(self.n_shards)
+                if self._record(index).is_file()
+            ]
+            if len(infos) < self.n_shards:
+                return None
+            manifest = make_manifest(tuple(infos))
+            left = [item for info in infos for item in info.left_out]
+            if left:
+                lines = "".join(f"{item.key}\t{item.reason}\n" for item in left)
+                text = "key\treason\n" + lines
+                (self.folder / LEFT_OUT).write_text(text, encoding="utf-8", errors="backslashreplace")
+            for part in self.folder.glob("*.part"):  # of processes that were killed
+                part.unlink()
+            manifest.write(self.folder)
+            shutil.rmtree(self.records, ignore_errors=True)
+            self.finished = manifest
+            return manifest
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -93,10 +93,10 @@ class Manifest:
                 raise ArtifactError(
                     f"{path} has format version {values['format_version']}; this version reads {FORMAT_VERSION}"
                 )
-            return _parse(values)
+            return _parse(values, path)
         except ArtifactError:
             raise
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
     def fingerprint(self) -> str:
@@ -115,10 +115,10 @@ def parse_shard(values: dict[str, Any]) -> ShardInfo:
     return ShardInfo(**values, left_out=left_out)
 
 
-def _parse(values: dict[str, Any]) -> Manifest:
+def _parse(values: dict[str, Any], path: Path) -> Manifest:
     for name, choices in (("kind", get_args(Kind)), ("container", get_args(Container))):
         if values[name] not in choices:
-            raise ArtifactError(f"{name} is {values[name]!r}; this version reads {', '.join(choices)}")
+            raise ArtifactError(f"{path}: {name} is {values[name]!r}; this version reads {', '.join(choices)}")
     values["grid"] = (int(values["grid"][0]), int(values["grid"][1]))
     values["class_names"] = tuple(values["class_names"])
     values["shards"] = tuple(parse_shard(shard) for shard in values["shards"])

@@ -213,9 +213,10 @@ class TarShard:
             for member in tar:
                 _, field = member.name.split(".", 1)
                 self._members.setdefault(field, []).append((member.offset_data, member.size))
-        for field, members in self._members.items():
-            if len(members) != info.rows:
-                raise ValueError(f"it holds {len(members)} of {field}; the manifest says {info.rows} rows")
+        for field in {"json", "codes.npy"} | self._members.keys():
+            held = len(self._members.get(field, ()))
+            if held != info.rows:
+                raise ValueError(f"it holds {held} of {field}; the manifest says {info.rows} rows")
 
     def _bytes(self, field: str, row: int) -> bytes:
         start, size = self._members[field][row]

@@ -64,7 +64,8 @@ def write_shard(path: Path, rows: Rows, container: Container) -> str:
 
 def pack_starts(starts: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """(R, views, N) bool to (R, ceil(views · N / 8)) uint8, big-endian bits."""
-    return np.packbits(starts.reshape(starts.shape[0], -1), axis=1, bitorder="big")
+    rows, views, n_tokens = starts.shape
+    return np.packbits(starts.reshape(rows, views * n_tokens), axis=1, bitorder="big")
 
 
 def unpack_starts(packed: NDArray[np.uint8], views: int, n_tokens: int) -> NDArray[np.bool_]:

@@ -1,0 +1,259 @@
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dpar
+from dpar.tokenizer import VQConfig, VQTokenizer, from_uint8
+from pipeline.errors import StageError
+from pipeline.progress import Progress
+from pipeline.settings import TokenizeSettings
+from pipeline.sources import open_source
+from pipeline.tokenize import tokenize
+from pipeline.views import views
+from shards.manifest import BUILD, MANIFEST, Manifest
+from shards.reader import open_artifact
+
+SIZE, SIDE, V = 16, 8, 32
+CLASSES = ("bird", "cät")
+A_CLASS = 5
+QUIET = Progress(quiet=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def picture(rng: np.random.Generator) -> Image.Image:
+    width, height = rng.integers(20, 60, 2)
+    return Image.fromarray(rng.integers(0, 256, (int(height), int(width), 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer, a folder of sound images, and one with two that cannot be used."""
+    home = tmp_path_factory.mktemp("made")
+    rng = np.random.default_rng(0)
+    for folder in ("photos", "mixed"):
+        for name in CLASSES:
+            (home / folder / name).mkdir(parents=True)
+            for i in range(A_CLASS):
+                picture(rng).save(home / folder / name / f"{i}.png")
+    stream = io.BytesIO()
+    picture(rng).save(stream, "JPEG")
+    (home / "mixed" / "bird" / "2b cut.jpg").write_bytes(stream.getvalue()[:-200])
+    (home / "mixed" / "cät" / "notes.jpg").write_text("not a picture at all")
+    torch.manual_seed(0)
+    config = VQConfig(codebook_size=V, channels=32, channel_multipliers=(1, 1), residual_blocks=1, latent_channels=32)
+    VQTokenizer(config).save_pretrained(home / "vq")
+    return home
+
+
+def chosen(home: Path, **values: Any) -> TokenizeSettings:
+    return TokenizeSettings(
+        **{"tokenizer": str(home / "vq"), "image_size": SIZE, "shard_size": 3, "device": "cpu", **values}
+    )
+
+
+def run(home: Path, out: Path, data: str = "photos", **values: Any) -> Manifest:
+    manifest = tokenize(str(home / data), out, chosen(home, **values), QUIET)
+    assert manifest is not None
+    return manifest
+
+
+def command(home: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
+    """``dpar tokenize`` of the sound images, one a shard, in a process of its own."""
+    options = ["--tokenizer", str(home / "vq"), "--image-size", str(SIZE), "--shard-size", "1", "--device", "cpu"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "cli", "tokenize", str(home / "many"), str(out), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500", **environment},
+        cwd=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def many(home: Path) -> Path:
+    """What an undisturbed run makes of enough images to be stopped among."""
+    rng = np.random.default_rng(1)
+    for name in CLASSES:
+        (home / "many" / name).mkdir(parents=True)
+        for i in range(150):
+            picture(rng).save(home / "many" / name / f"{i}.png")
+    run(home, home / "undisturbed", "many", shard_size=1)
+    return home / "undisturbed"
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def wait_for_shards(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None and len(list((out / BUILD).glob("[0-9]*.json"))) < count:
+        time.sleep(0.001)
+    assert process.poll() is None, process.communicate()
+
+
+@pytest.mark.parametrize("container", ["arrow", "webdataset"])
+@pytest.mark.parametrize(("kind", "crop_range"), [("center", (1.0,)), ("ten-crop", (1.1, 1.05))])
+def test_codes_are_those_of_the_tokenizer_on_each_crop(
+    home: Path, tmp_path: Path, container: str, kind: Any, crop_range: tuple[float, ...]
+) -> None:
+    manifest = run(home, tmp_path / "a", views=kind, crop_range=crop_range, container=container, batch=7)
+    artifact = open_artifact(tmp_path / "a", kind="codes")
+    source = open_source(str(home / "photos"))
+    tokenizer = VQTokenizer.from_pretrained(home / "vq")
+    assert (manifest.rows, manifest.grid, manifest.codebook_size) == (len(source), (SIDE, SIDE), V)
+    assert manifest.class_names == CLASSES
+    assert manifest.views == (1 if kind == "center" else 20)
+    assert manifest.tokenizer["fingerprint"] == dpar.fingerprint(home / "vq")
+    row = 0
+    for index in range(len(manifest.shards)):
+        rows = artifact.shard_rows(index)
+        for i in range(len(rows)):
+            crops = views(source.load(row), SIZE, kind, crop_range)
+            with torch.no_grad():
+                codes = tokenizer.encode(from_uint8(torch.from_numpy(crops)))
+            np.testing.assert_array_equal(rows.codes[i], codes.numpy())
+            assert rows.keys[i] == source.key(row)
+            assert rows.labels[i] == source.label(row)
+            row += 1
+    assert row == len(source)
+
+
+def test_codes_do_not_depend_on_the_number_of_threads_that_decode(home: Path, tmp_path: Path) -> None:
+    run(home, tmp_path / "a", workers=1)
+    run(home, tmp_path / "b", workers=4)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_images_that_cannot_be_used_are_left_out_counted_and_listed_with_reasons(home: Path, tmp_path: Path) -> None:
+    mixed = run(home, tmp_path / "a", "mixed")
+    assert (mixed.rows, mixed.left_out) == (2 * A_CLASS, 2)
+    listed = (tmp_path / "a" / "left_out.tsv").read_text(encoding="utf-8").splitlines()
+    assert listed[0] == "key\treason"
+    found = dict(line.split("\t") for line in listed[1:])
+    assert list(found) == ["bird/2b cut.jpg", "cät/notes.jpg"]
+    assert "truncated" in found["bird/2b cut.jpg"]
+    assert "not an image" in found["cät/notes.jpg"]
+    artifact = open_artifact(tmp_path / "a")
+    keys = artifact.keys(np.arange(len(artifact)))
+    assert keys == [f"{name}/{i}.png" for name in CLASSES for i in range(A_CLASS)]
+
+
+def test_what_the_listing_rejects_is_left_out_too(home: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "empty").mkdir(parents=True)
+    (data / "bird").symlink_to(home / "photos" / "bird")
+    (data / "cat").mkdir()
+    for i in range(2):
+        Image.new("RGB", (20, 20)).save(data / "cat" / f"{i}.png")
+    Image.new("RGB", (20, 20)).save(data / "stray.png")
+    manifest = tokenize(str(data), tmp_path / "a", chosen(home), QUIET)
+    assert manifest is not None
+    assert (manifest.rows, manifest.left_out) == (2, 3)
+    listed = (tmp_path / "a" / "left_out.tsv").read_text(encoding="utf-8")
+    assert all(f"\n{key}\t" in listed for key in ("bird", "empty", "stray.png"))
+
+
+def test_strict_stops_at_the_first_image_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"bird/2b cut\.jpg: .*truncated.*Without --strict it would be left out"):
+        run(home, tmp_path / "a", "mixed", strict=True)
+    assert not (tmp_path / "a" / MANIFEST).exists()
+    assert run(home, tmp_path / "a", "mixed").left_out == 2  # goes on without it
+
+
+def test_a_source_without_a_single_usable_image_is_one_message_with_reasons(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    for i in range(4):
+        (tmp_path / "data" / "cat" / f"{i}.jpg").write_text("not a picture")
+    for _ in range(2):
+        with pytest.raises(StageError, match=r"none of the 4 images of .*data can be used \(cat/0\.jpg: "):
+            tokenize(str(tmp_path / "data"), tmp_path / "a", chosen(home), QUIET)
+
+
+def test_an_image_size_the_tokenizer_cannot_take_is_refused_before_anything_is_written(
+    home: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(StageError, match="--image-size is 15; this tokenizer needs a multiple of 2"):
+        run(home, tmp_path / "a", image_size=15)
+    assert not (tmp_path / "a").exists()
+
+
+def test_other_settings_are_refused_with_both_values_and_overwrite_replaces(home: Path, tmp_path: Path) -> None:
+    run(home, tmp_path / "a")
+    with pytest.raises(ValueError, match="views was 'center' and is now 'flip'"):
+        run(home, tmp_path / "a", views="flip")
+    assert run(home, tmp_path / "a", views="flip", overwrite=True).views == 2
+
+
+def test_images_added_to_the_source_are_noticed(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / "data" / "cat" / f"{i}.png")
+        if i == 1:
+            tokenize(str(tmp_path / "data"), tmp_path / "a", chosen(home), QUIET)
+    with pytest.raises(ValueError, match="listing was"):
+        tokenize(str(tmp_path / "data"), tmp_path / "a", chosen(home), QUIET)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_bytes_of_an_undisturbed_one(home: Path, many: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    process = command(home, out)
+    wait_for_shards(out, 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / MANIFEST).exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("[0-9]*.arrow")}
+    run(home, out, "many", shard_size=1)
+    assert files(out) == files(many)
+    recorded = sorted(kept)[:-1]  # the kill may have come between the last shard and its record
+    assert len(recorded) >= 2
+    assert all((out / name).stat().st_mtime_ns == kept[name] for name in recorded)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_130_and_says_what_is_kept_and_how_to_go_on(home: Path, many: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    process = command(home, out)
+    wait_for_shards(out, 2, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"Stopped. Finished shards are kept in {out}; run the same command again to go on." in said
+    assert "Traceback" not in said
+    assert not list(out.glob("*.part"))
+    run(home, out, "many", shard_size=1)
+    assert files(out) == files(many)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_bytes_of_one(home: Path, many: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    started = [command(home, out, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in range(2)]
+    for process in started:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    assert files(out) == files(many)

@@ -1,0 +1,329 @@
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shards.build import LEFT_OUT, ArtifactBuild
+from shards.errors import ArtifactError
+from shards.manifest import BUILD, MANIFEST, Container, LeftOut, Manifest, ShardInfo
+from shards.reader import open_artifact
+from shards.rows import Rows
+
+N_SHARDS = 12
+GRID, VIEWS = (8, 8), 2
+SETTINGS: dict[str, Any] = {"threshold": 1.5, "data": "föto", "sizes": [1, 2]}
+CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
+
+
+def shard_rows(index: int, large: bool = False) -> Rows:
+    """Rows of shard ``index``; every fifth shard is empty."""
+    rng = np.random.default_rng(index)
+    count = 0 if index % 5 == 4 else 3000 if large else 3
+    shape = (count, VIEWS, GRID[0] * GRID[1])
+    return Rows(
+        keys=[f"é{index}/{i}" for i in range(count)],
+        labels=np.full(count, index, np.int32),
+        codes=rng.integers(0, 32, shape).astype(np.uint16),
+        entropy=rng.random(shape).astype(np.float16),
+        starts=rng.random(shape) < 0.5,
+    )
+
+
+def make_manifest(shards: tuple[ShardInfo, ...], settings: dict[str, Any] = SETTINGS) -> Manifest:
+    return Manifest(
+        kind="patches",
+        container="webdataset" if shards[0].name.endswith(".tar") else "arrow",
+        grid=GRID,
+        codebook_size=32,
+        views=VIEWS,
+        class_names=("a", "b"),
+        rows=sum(shard.rows for shard in shards),
+        shards=shards,
+        settings=settings,
+        source={},
+        tokenizer={"path": "vq", "fingerprint": "0" * 64},
+        left_out=sum(len(shard.left_out) for shard in shards),
+    )
+
+
+def opened(out: Path, container: Container = "arrow", **options: Any) -> ArtifactBuild:
+    values = {"settings": SETTINGS, "n_shards": N_SHARDS, "container": container, **options}
+    return ArtifactBuild(out, **values)
+
+
+def run(
+    out: Path,
+    container: Container = "arrow",
+    rank: int = 0,
+    world_size: int = 1,
+    pause: float = 0.0,
+    large: bool = False,
+    **options: Any,
+) -> Manifest | None:
+    build = opened(out, container, **options)
+    for index in build.todo(rank, world_size):
+        reasons = [LeftOut(key=f"{index}.jpg", reason="empty file")] if index % 3 == 0 else []
+        build.add(index, shard_rows(index, large), statistics={"n": index}, left_out=reasons)
+        time.sleep(pause)
+    return build.finish(lambda shards: make_manifest(shards, build.settings))
+
+
+def start(out: Path, *arguments: object) -> subprocess.Popen[bytes]:
+    """``run`` in a process of its own."""
+    return subprocess.Popen([sys.executable, __file__, str(out), *map(str, arguments)], stderr=subprocess.PIPE)
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("[0-9]*")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("container", "kills"), [("arrow", 6), ("webdataset", 2)])
+def test_a_build_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(
+    tmp_path: Path, container: Container, kills: int
+) -> None:
+    out = tmp_path / "killed"
+    chance = random.Random(container)
+    for kill in range(kills):
+        process = start(out, container, 0, 1, 0.02, 1)
+        before = stamps(out) if out.exists() else {}
+        halfway = kill % 2 == 0
+        while process.poll() is None:  # either in the middle of a write, or some time after one
+            new = {path.name for path in out.glob("[0-9]*")} - before.keys()
+            if any(name.endswith(".part") == halfway for name in new):
+                time.sleep(0 if halfway else chance.random() * 0.02)
+                break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
+        assert not (out / MANIFEST).exists()
+        after = stamps(out)
+        finished = {name for name in before if not name.endswith(".part")}
+        assert {name: after[name] for name in finished} == {name: before[name] for name in finished}
+    before = stamps(out)
+    done = {path.stem for path in (out / BUILD).glob("[0-9]*.json")}
+    assert 0 < len(done) < N_SHARDS
+    run(out, container, large=True)
+    for name, stamp in before.items():
+        if name.partition(".")[0] in done and not name.endswith(".part"):
+            assert stamps(out)[name] == stamp
+    run(tmp_path / "whole", container, large=True)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_what_a_kill_left_half_written_is_gone_in_the_end(tmp_path: Path) -> None:
+    build = opened(tmp_path / "a")
+    build.add(0, shard_rows(0), left_out=[LeftOut(key="0.jpg", reason="empty file")], statistics={"n": 0})
+    for name in ("00001.arrow.77.part", f"{MANIFEST}.77.part", f"{BUILD}/00001.json.77.part"):
+        (tmp_path / "a" / name).write_bytes(b"half of it")
+    run(tmp_path / "a")
+    run(tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_running_a_finished_build_again_touches_nothing(tmp_path: Path, container: Container) -> None:
+    first = run(tmp_path / "a", container)
+    before, bytes_before = stamps(tmp_path / "a"), files(tmp_path / "a")
+    written = (tmp_path / "a" / MANIFEST).stat()
+    assert run(tmp_path / "a", container) == first
+    assert stamps(tmp_path / "a") == before
+    assert files(tmp_path / "a") == bytes_before
+    assert (tmp_path / "a" / MANIFEST).stat().st_mtime_ns == written.st_mtime_ns
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_damaged_or_missing_shard_alone_is_made_anew(tmp_path: Path, harm: Any, finished: bool) -> None:
+    out = tmp_path / "a"
+    run(tmp_path / "whole")
+    if finished:
+        run(out)
+    else:
+        build = opened(out)
+        for index in range(5):
+            left = [LeftOut(key=f"{index}.jpg", reason="empty file")] if index % 3 == 0 else []
+            build.add(index, shard_rows(index), statistics={"n": index}, left_out=left)
+    before = stamps(out)
+    harm(out / "00002.arrow")
+    run(out)
+    assert files(out) == files(tmp_path / "whole")
+    for name, stamp in before.items():
+        if name != "00002.arrow":
+            assert stamps(out)[name] == stamp
+
+
+def test_a_kill_before_the_settings_were_recorded_does_not_stop_the_next_run(tmp_path: Path) -> None:
+    (tmp_path / "a" / BUILD).mkdir(parents=True)
+    assert run(tmp_path / "a") is not None
+
+
+def test_a_kill_between_the_manifest_and_the_end_leaves_a_whole_artifact(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    bytes_before = files(tmp_path / "a")
+    opened(tmp_path / "b").add(0, shard_rows(0))
+    shutil.copytree(tmp_path / "b" / BUILD, tmp_path / "a" / BUILD)
+    assert len(open_artifact(tmp_path / "a")) > 0
+    run(tmp_path / "a")
+    assert files(tmp_path / "a") == bytes_before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused_with_each_difference_and_nothing_is_touched(tmp_path: Path, finished: bool) -> None:
+    if finished:
+        run(tmp_path / "a")
+    else:
+        opened(tmp_path / "a").add(0, shard_rows(0))
+    before = files(tmp_path / "a")
+    other = {**SETTINGS, "threshold": 2.5, "new": "x"}
+    with pytest.raises(ArtifactError) as refusal:
+        opened(tmp_path / "a", settings=other)
+    text = str(refusal.value)
+    assert "threshold was 1.5 and is now 2.5" in text
+    assert "new was None and is now 'x'" in text
+    assert "--overwrite" in text
+    assert "sizes" not in text
+    assert files(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_overwrite_replaces_what_other_settings_made(tmp_path: Path, finished: bool) -> None:
+    if finished:
+        run(tmp_path / "a", "webdataset", settings={**SETTINGS, "threshold": 9})
+    else:
+        build = opened(tmp_path / "a", "webdataset", settings={**SETTINGS, "threshold": 9})
+        build.add(3, shard_rows(3))
+    run(tmp_path / "a", overwrite=True)
+    run(tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_overwrite_keeps_what_the_same_settings_made(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    before = stamps(tmp_path / "a")
+    run(tmp_path / "a", overwrite=True)
+    assert stamps(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_something_else_is_refused_and_untouched(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ArtifactError, match=r"holds something else \(thesis\.tex"):
+        opened(tmp_path, overwrite=overwrite)
+    assert files(tmp_path) == {"thesis.tex": hashlib.sha256(b"years of work").hexdigest()}
+    assert not (tmp_path / BUILD).exists()
+
+
+def test_a_file_as_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(ArtifactError, match="is a file; name a directory"):
+        opened(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("container", "processes"), [("arrow", 2), ("arrow", 3), ("webdataset", 2)])
+def test_any_number_of_processes_make_the_same_bytes(tmp_path: Path, container: Container, processes: int) -> None:
+    started = [start(tmp_path / "many", container, rank, processes, 0.0, 0) for rank in range(processes)]
+    for process in started:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said.decode()
+    run(tmp_path / "one", container)
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+
+
+def test_processes_that_open_and_finish_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
+    run(tmp_path / "one")
+    out = tmp_path / "many"
+    builds = [opened(out) for _ in range(3)]
+    for rank, build in enumerate(builds):
+        for index in build.todo(rank, 3):
+            left = [LeftOut(key=f"{index}.jpg", reason="empty file")] if index % 3 == 0 else []
+            build.add(index, shard_rows(index), statistics={"n": index}, left_out=left)
+        if rank < 2:
+            assert build.finish(make_manifest) is None
+    made = builds[2].finish(make_manifest)
+    assert made is not None
+    assert [build.finish(make_manifest) for build in builds] == [made] * 3
+    assert files(out) == files(tmp_path / "one")
+
+
+def test_a_process_repairs_its_shard_while_another_finds_all_done(tmp_path: Path) -> None:
+    run(tmp_path / "one")
+    run(tmp_path / "many")
+    flip(tmp_path / "many" / "00001.arrow")
+    first, second = opened(tmp_path / "many"), opened(tmp_path / "many")
+    assert list(first.todo(0, 2)) == []
+    assert first.finish(make_manifest) is None
+    for index in second.todo(1, 2):
+        second.add(index, shard_rows(index), statistics={"n": index})
+    assert second.finish(make_manifest) is not None
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_an_artifact_of_empty_shards_alone_can_be_written_and_read(tmp_path: Path, container: Container) -> None:
+    build = opened(tmp_path / "a", container, n_shards=2)
+    for index in build.todo():
+        build.add(index, shard_rows(4))
+    build.finish(make_manifest)
+    artifact = open_artifact(tmp_path / "a", kind="patches")
+    assert len(artifact) == 0
+    assert [len(artifact.shard_rows(index)) for index in range(2)] == [0, 0]
+    assert list(artifact.damaged()) == []
+
+
+def test_what_was_left_out_is_listed_with_its_reason_in_order(tmp_path: Path) -> None:
+    build = opened(tmp_path / "a", n_shards=3)
+    build.add(2, shard_rows(2), left_out=[LeftOut(key="ü/z.jpg", reason="truncated")])
+    build.add(0, shard_rows(0), left_out=[LeftOut(key="a.jpg", reason="empty file"), LeftOut(key="b", reason="gone")])
+    assert not (tmp_path / "a" / LEFT_OUT).exists()
+    build.add(1, shard_rows(1))
+    manifest = build.finish(make_manifest)
+    assert manifest is not None
+    assert manifest.left_out == 3
+    assert (tmp_path / "a" / LEFT_OUT).read_text(encoding="utf-8") == (
+        "key\treason\na.jpg\tempty file\nb\tgone\nü/z.jpg\ttruncated\n"
+    )
+    assert run(tmp_path / "b") is not None
+    build = opened(tmp_path / "c", n_shards=1)
+    build.add(0, shard_rows(0))
+    build.finish(make_manifest)
+    assert not (tmp_path / "c" / LEFT_OUT).exists()
+
+
+def test_an_unfinished_build_is_told_from_an_artifact(tmp_path: Path) -> None:
+    opened(tmp_path / "a").add(0, shard_rows(0))
+    with pytest.raises(ArtifactError, match="not finished: run the command that makes it again"):
+        open_artifact(tmp_path / "a")
+
+
+if __name__ == "__main__":
+    folder, kind, rank, world_size, pause, large = sys.argv[1:]
+    os.environ.pop("PYTHONPATH", None)
+    run(Path(folder), kind, int(rank), int(world_size), float(pause), bool(int(large)))  # type: ignore[arg-type]

@@ -1,0 +1,183 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpar import VQConfig, VQTokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+def dpar(*arguments: object, status: int = 0, cwd: Path | None = None, **environment: str) -> str:
+    """Runs the command as a user would, and gives what it printed."""
+    command = [sys.executable, "-m", "cli", *(str(a) for a in arguments)]
+    env = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
+    assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = VQConfig(
+        codebook_size=64, channels=32, channel_multipliers=(1, 1, 1), residual_blocks=1, latent_channels=32
+    )
+    return VQTokenizer(config).save_pretrained(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name in ("ape", "bee", "château d'eau"):
+        (root / name).mkdir()
+        for i in range(6):
+            ramp = np.linspace(0, 255, 40 * 50 * 3).reshape(40, 50, 3)
+            noise = rng.normal(0, 40, (40, 50, 3))
+            Image.fromarray(np.clip(ramp + noise, 0, 255).astype(np.uint8)).save(root / name / f"{i} é.png")
+    return root
+
+
+def run_chain(work: Path, pictures: Path, tokenizer: Path, container: str) -> None:
+    encode = ("--tokenizer", tokenizer, "--image-size", 32, "--container", container, "--shard-size", 5)
+    recipe = ("--steps", 4, "--batch", 6, "--lr", 0.01, "--checkpoint-every", 2)
+    dpar("tokenize", pictures, work / "codes", *encode)
+    dpar("entropy", work / "codes", work / "entropy", "--model", "llamagen-tiny", *recipe)
+    dpar("patchify", work / "codes", work / "patches", "--entropy-model", work / "entropy", "--target-length", 1.5)
+    for model in ("dpar", "llamagen"):
+        dpar("train", work / "patches", work / model, "--model", f"{model}-tiny", *recipe)
+        reference = ("--reference", work / "patches", "--samples", 6, "--cfg-scale", 1.5)
+        dpar("eval", work / model, work / f"eval-{model}", *reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("container", ["arrow", "webdataset"])
+def test_the_five_commands_run_from_a_folder_of_images_to_scores(
+    tmp_path: Path, pictures: Path, tokenizer: Path, container: str
+) -> None:
+    run_chain(tmp_path, pictures, tokenizer, container)
+    manifest = json.loads((tmp_path / "patches" / "manifest.json").read_text())
+    assert manifest["container"] == container
+    assert manifest["rows"] == 18
+    assert manifest["class_names"] == ["ape", "bee", "château d'eau"]
+    for model in ("dpar", "llamagen"):
+        results = json.loads((tmp_path / f"eval-{model}" / "results.json").read_text())
+        assert 0 < results["bits_per_token"] < 7
+        assert results["cells"][0]["samples"] == 6
+        assert "FID" not in json.dumps(results)  # the tokenizer's features have another name
+        assert Image.open(tmp_path / f"eval-{model}" / "samples-cfg-1.5.png").size > (100, 100)
+    said = dpar("sample", tmp_path / "dpar", tmp_path / "pictures", "--classes", "bee", "--per-class", 2)
+    assert "2 images" in said
+    assert len(list((tmp_path / "pictures" / "0001-bee").glob("*.png"))) == 2
+    assert "tokens a view" in dpar("inspect", tmp_path / "patches", "--images", 0, "--verify")
+
+
+def test_help_answers_without_loading_torch() -> None:
+    code = "import sys, cli; sys.exit(any(m in sys.modules for m in ('torch', 'pyarrow', 'numpy.random', 'PIL')))"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_every_command_has_help_for_every_option() -> None:
+    from typer.main import get_command
+
+    import cli
+
+    command = get_command(cli.app)
+    commands = command.commands  # type: ignore[attr-defined]
+    assert {"tokenize", "entropy", "patchify", "train", "eval"} <= set(commands)
+    assert {"tokenizer", "sample", "inspect", "flops", "demo"} <= set(commands)
+    for name, one in commands.items():
+        assert one.help, name
+        for parameter in one.params:
+            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def test_a_config_file_gives_options_and_flags_win(tmp_path: Path) -> None:
+    config = tmp_path / "flops.toml"
+    config.write_text('model = ["dpar-b"]\nimage-size = [256]\npatch_length = 2.0\n')
+    rows = json.loads(dpar("flops", "--json", "--config", config))
+    assert [(row["model"], row["image_size"], row["patches"]) for row in rows] == [("dpar-b", 256, 128.0)]
+    rows = json.loads(dpar("flops", "--json", "--config", config, "--patch-length", 4))
+    assert [row["patches"] for row in rows] == [64.0]
+
+
+def test_a_config_file_can_give_a_required_option(tmp_path: Path) -> None:
+    config = tmp_path / "tokenize.toml"
+    config.write_text('tokenizer = "builtin:nothing"\n')
+    assert "builtin:nothing" in dpar("tokenize", "builtin:photos", tmp_path / "out", "--config", config, status=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("patch_lenght = 2.0\n", "did you mean 'patch_length'"),
+        ("patch_length = \n", "cannot be read"),
+        ('patch_length = "long"\n', "--patch-length"),
+    ],
+)
+def test_a_config_file_that_cannot_be_meant_is_wrong_usage(tmp_path: Path, content: str, says: str) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(content)
+    assert says in dpar("flops", "--config", config, status=2)
+
+
+def test_wrong_input_gets_one_message_and_a_status(tmp_path: Path, pictures: Path, tokenizer: Path) -> None:
+    encode = ("--tokenizer", tokenizer, "--image-size", 32)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("do not lose me")
+    empty = tmp_path / "empty"
+    (empty / "class").mkdir(parents=True)
+    cases: list[tuple[int, tuple[object, ...], str]] = [
+        (1, ("tokenize", tmp_path / "nowhere", tmp_path / "o", *encode), "no such"),
+        (1, ("tokenize", empty, tmp_path / "o", *encode), "no images"),
+        (1, ("tokenize", pictures, other, *encode), "holds something else"),
+        (1, ("tokenize", pictures, tmp_path / "o", *encode, "--classes", "bea"), "bee"),
+        (1, ("tokenize", pictures, tmp_path / "o", "--tokenizer", other), "no config.json"),
+        (1, ("tokenize", pictures, tmp_path / "o", "--tokenizer", tokenizer, "--image-size", 33), "multiple of 4"),
+        (2, ("tokenize", pictures, tmp_path / "o"), "--tokenizer"),
+        (2, ("tokenize", pictures, tmp_path / "o", *encode, "--batch", 0), "--batch is 0"),
+        (2, ("tokenize", pictures, tmp_path / "o", *encode, "--device"), "--device"),
+        (1, ("train", other, tmp_path / "o"), "manifest.json"),
+        (1, ("eval", other, tmp_path / "o", "--reference", other), "manifest.json"),
+        (1, ("sample", other, tmp_path / "o"), "run.json"),
+        (2, ("sample", other, tmp_path / "o", "--cfg-scale", 0), "--cfg-scale is 0"),
+        (2, ("patchify", other, tmp_path / "o", "--threshold", 1, "--target-length", 2), "give one of"),
+        (1, ("flops", "--model", "dpar-bb"), "Did you mean dpar-b?"),
+        (1, ("flops", "--patch-length", 1000), "1 to 256"),
+    ]
+    for status, arguments, says in cases:
+        said = dpar(*arguments, status=status)
+        assert says in said.replace("\n", " "), f"{arguments}: {said}"
+    assert not (tmp_path / "o").exists()
+    assert [p.name for p in other.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.slow
+def test_the_demo_makes_its_report_from_the_installed_wheel_outside_the_checkout(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    said = dpar("demo", "out", "--tiny", cwd=tmp_path, PYTHONPATH=str(site), PYTHONSAFEPATH="1")
+    spec = importlib.util.find_spec("cli", [str(site)])
+    assert spec is None or str(ROOT) not in str(spec.origin)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "bits per token" in report
+    assert "http" not in report.replace("http://www.w3.org", "")  # nothing is fetched
+    for name in ("reconstructions-1", "patches", "dpar-samples-cfg-1", "dpar-samples-cfg-2", "llamagen-samples-cfg-2"):
+        assert (tmp_path / "out" / "pictures" / f"{name}.png").is_file()
+    assert "$ dpar train out/patches out/dpar --model dpar-tiny" in said
+    assert "report.html" in said
