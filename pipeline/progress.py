@@ -7,8 +7,11 @@ with progress.task("tokenize", total=2048, unit="images") as task:
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -29,6 +32,30 @@ def stops_with(message: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise Stopped(message) from None
+
+
+@contextmanager
+def stop_between_steps() -> Iterator[Callable[[], bool]]:
+    """Holds the first Ctrl-C back, so that a loop can finish its step; gives the question whether there was one.
+
+    A second Ctrl-C stops at once. Outside the main thread, where signals cannot be caught, nothing is held back.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def hold(number: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Task:
@@ -66,9 +93,10 @@ class Task:
 class Progress:
     """Where stages report. Output goes to standard error, so that results can be piped."""
 
-    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+    def __init__(self, console: Console | None = None, quiet: bool | None = None) -> None:
+        """Reports on ``console``; ``quiet`` says nothing, None all but the first of ``torchrun``'s processes."""
         self.console = console or Console(stderr=True)
-        self.quiet = quiet
+        self.quiet = os.environ.get("RANK", "0") != "0" if quiet is None else quiet
 
     @contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Task]:

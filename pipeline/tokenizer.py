@@ -21,7 +21,7 @@ from dpar.tokenizer import VQTokenizer, from_uint8
 from dpar.vqgan import LossWeights, VQLoss, restart_unused
 from pipeline.device import autocast, choose_device
 from pipeline.errors import StageError
-from pipeline.progress import Progress, stops_with
+from pipeline.progress import Progress, Stopped, stop_between_steps, stops_with
 from pipeline.run import RunFolder
 from pipeline.settings import TokenizerSettings
 from pipeline.sources import Source, UnusableImage, open_source
@@ -69,12 +69,17 @@ def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress:
         optimizers["discriminator_optimizer"] = torch.optim.Adam(
             discriminator_parameters, lr=settings.lr, betas=(0.5, 0.9)
         )
-    trained = _Trained(model, loss)
+    trained = _Trained(model, loss).to(device)
+    used = trained.used
     begin = run.restore(trained, optimizers)
     crops = RandomCrops(source, settings.image_size, settings.batch, settings.seed, settings.workers)
-    used = torch.zeros(config.codebook_size, device=device)
     keeps = f"Stopped. The newest checkpoint is in {run.checkpoints}; run the same command again to go on from it."
-    with stops_with(keeps), progress.task("tokenizer", settings.steps, "steps") as task, crops:
+    with (
+        stops_with(keeps),
+        progress.task("tokenizer", settings.steps, "steps") as task,
+        crops,
+        stop_between_steps() as asked,
+    ):
         task.begin_at(begin)
         model.train()
         for step in range(begin, settings.steps):
@@ -113,9 +118,11 @@ def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress:
             if done % LOG_EVERY == 0 or done == settings.steps:
                 values = {name: part.item() for name, part in parts.items()}
                 run.log(step=done, loss=total.item(), lr=rate, codes_used=int((used > 0).sum()), **values)
-            if done % settings.checkpoint_every == 0 or done == settings.steps:
+            if done % settings.checkpoint_every == 0 or done == settings.steps or asked():
                 run.save(done, trained, optimizers, publish=model)
             task.advance(1, note)
+            if asked() and done < settings.steps:
+                raise Stopped(f"Stopped. Step {done} is saved in {out}; run the same command again to go on.")
     if settings.weights_dtype == "bf16":
         model.save_pretrained(run.model, dtype=torch.bfloat16)
     progress.say(f"weights: {run.model}")
@@ -123,12 +130,15 @@ def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress:
 
 
 class _Trained(torch.nn.Module):
-    """What a checkpoint of this run holds: the tokenizer, and the discriminator if there is one."""
+    """What a checkpoint of this run holds: the tokenizer, the discriminator if there is one, and counts of codes."""
+
+    used: torch.Tensor  # (V,) how often each code was chosen since the last restart
 
     def __init__(self, model: VQTokenizer, loss: VQLoss) -> None:
         super().__init__()
         self.tokenizer = model
         self.discriminator = loss.discriminator
+        self.register_buffer("used", torch.zeros(model.config.codebook_size))
 
 
 class RandomCrops:

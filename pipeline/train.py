@@ -99,7 +99,7 @@ def _train(
             unconditional=unconditional,
             guidance_dropout=guidance_dropout or 0.0,
         )
-        result = fit(model.to(device), objective, run, settings, progress if rank() == 0 else Progress(quiet=True))
+        result = fit(model.to(device), objective, run, settings, progress)
     if rank() == 0:
         progress.say(f"weights: {run.model}")
     return result

@@ -26,7 +26,7 @@ from dpar.model import DPAR
 from pipeline.device import autocast, rank, world_size
 from pipeline.errors import StageError
 from pipeline.likelihood import bits_per_token, forward, layout_for
-from pipeline.progress import Progress, stops_with
+from pipeline.progress import Progress, Stopped, stop_between_steps, stops_with
 from pipeline.run import RunFolder
 from pipeline.settings import OptimSettings
 from pipeline.tokenizer import learning_rate
@@ -81,7 +81,13 @@ def fit(
     wrapped = _wrap(model)
     loop = _Loop(model, wrapped, optimizer, objective, run, settings, n_steps)
     keeps = f"Stopped. The newest checkpoint is in {run.checkpoints}; run the same command again to go on from it."
-    with stops_with(keeps), progress.task(run.folder.name, n_steps * settings.batch, "images") as task:
+    # one process can finish its step and save; several would have to agree on the step first
+    can_wait = stop_between_steps() if world_size() == 1 else contextlib.nullcontext(lambda: False)
+    with (
+        stops_with(keeps),
+        progress.task(run.folder.name, n_steps * settings.batch, "images") as task,
+        can_wait as asked,
+    ):
         task.begin_at(begin * settings.batch)
         model.train()
         for step in range(begin, n_steps):
@@ -91,9 +97,11 @@ def fit(
                 loop.report(done, loss)
             if done % settings.eval_every == 0 or done == n_steps:
                 loop.validate(done)
-            if done % settings.checkpoint_every == 0 or done == n_steps:
+            if done % settings.checkpoint_every == 0 or done == n_steps or asked():
                 loop.save(done)
             task.advance(settings.batch, f"loss {loss:.3f}, {loss / math.log(2):.2f} bits/token")
+            if asked() and done < n_steps:
+                raise Stopped(f"Stopped. Step {done} is saved in {run.folder}; run the same command again to go on.")
     lines = run.metrics()
     return {key: value for line in lines for key, value in line.items()}
 

@@ -1,0 +1,340 @@
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dpar
+from dpar import LlamaGen, LlamaGenConfig
+from dpar.patching import patch_starts, static_starts, token_entropy
+from pipeline.errors import StageError
+from pipeline.patchify import patchify
+from pipeline.progress import Progress
+from pipeline.settings import PatchifySettings
+from shards.build import ArtifactBuild
+from shards.manifest import Container, Manifest, ShardInfo
+from shards.reader import open_artifact
+from shards.rows import Rows
+
+V, GRID, N, VIEWS = 32, (4, 6), 24, 2
+SIZES = (20, 0, 13)  # images a shard
+CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
+QUIET = Progress(quiet=True)
+TOKENIZER = {"path": "vq", "fingerprint": "0" * 64}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def save_model(path: Path, seed: int = 0, **sizes: int) -> Path:
+    torch.manual_seed(seed)
+    values = {"codebook_size": V, "grid_height": GRID[0], "grid_width": GRID[1], **sizes}
+    model = LlamaGen(LlamaGenConfig(classes=0, width=32, heads=2, layers=2, **values))
+    torch.nn.init.normal_(model.output.weight, std=0.4)
+    return model.save_pretrained(path)
+
+
+def build_codes(
+    out: Path, sizes: tuple[int, ...] = SIZES, container: Container = "arrow", first: int = 0, views: int = VIEWS
+) -> Path:
+    """Random codes; image ``i`` of shard ``s`` has the same ones in any artifact that holds it."""
+    settings = {"data": "photos", "image_size": 16}
+    build = ArtifactBuild(out, settings=settings, n_shards=len(sizes), container=container)
+    for index in build.todo():
+        count = sizes[index]
+        codes = np.stack(
+            [np.random.default_rng([index, i]).integers(0, V, (views, N)) for i in range(first, first + count)]
+            or [np.zeros((views, N), np.int64)]
+        )[:count]
+        keys = [f"{index}/{i}.png" for i in range(first, first + count)]
+        labels = np.arange(first, first + count, dtype=np.int32) % 2
+        build.add(index, Rows(keys=keys, labels=labels, codes=codes.astype(np.uint16)))
+
+    def manifest(shards: tuple[ShardInfo, ...]) -> Manifest:
+        return Manifest(
+            kind="codes",
+            container=container,
+            grid=GRID,
+            codebook_size=V,
+            views=views,
+            class_names=("a", "b"),
+            rows=sum(sizes),
+            shards=shards,
+            settings=settings,
+            source={"kind": "folder"},
+            tokenizer=TOKENIZER,
+            left_out=3,
+        )
+
+    build.finish(manifest)
+    return out
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("made")
+    save_model(home / "entropy")
+    for container in CONTAINERS:
+        build_codes(home / container, container=container)
+    return home
+
+
+def run(codes: Path, out: Path, **values: Any) -> Manifest:
+    manifest = patchify(codes, out, PatchifySettings(**{"device": "cpu", "precision": "fp32", **values}), QUIET)
+    assert manifest is not None
+    return manifest
+
+
+def everything(artifact: Path) -> Rows:
+    opened = open_artifact(artifact)
+    parts = [opened.shard_rows(index) for index in range(len(opened.manifest.shards))]
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("labels", "codes", "entropy", "starts")
+        if getattr(parts[0], name) is not None
+    }
+    return Rows(keys=[key for part in parts for key in part.keys], **columns)
+
+
+def entropy_of(artifact: Path) -> np.ndarray:
+    found = everything(artifact).entropy
+    assert found is not None
+    return found
+
+
+def starts_of(artifact: Path) -> np.ndarray:
+    found = everything(artifact).starts
+    assert found is not None
+    return found
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_entropies_are_those_of_the_models_teacher_forced_logits(
+    home: Path, tmp_path: Path, container: Container
+) -> None:
+    manifest = run(home / container, tmp_path / "a", entropy_model=str(home / "entropy"), threshold=2.5)
+    rows, codes = everything(tmp_path / "a"), everything(home / container)
+    assert manifest.container == container
+    assert rows.keys == codes.keys
+    np.testing.assert_array_equal(rows.labels, codes.labels)
+    np.testing.assert_array_equal(rows.codes, codes.codes)
+    assert rows.entropy is not None
+    with torch.no_grad():
+        logits = LlamaGen.from_pretrained(home / "entropy")(torch.from_numpy(codes.codes.reshape(-1, N).astype(int)))
+    expected = token_entropy(logits).numpy().reshape(rows.entropy.shape)
+    assert np.isinf(rows.entropy[..., 0]).all()
+    np.testing.assert_allclose(rows.entropy[..., 1:].astype(float), expected[..., 1:], rtol=2**-10)
+    assert rows.entropy[..., 1:].std() > 0.05
+
+
+def test_entropies_do_not_depend_on_batch_size_or_on_other_images(home: Path, tmp_path: Path) -> None:
+    model = {"entropy_model": str(home / "entropy"), "threshold": 2.5}
+    run(home / "arrow", tmp_path / "a", batch=64, **model)
+    run(home / "arrow", tmp_path / "b", batch=1, **model)
+    build_codes(tmp_path / "few", sizes=(3,), first=7)
+    run(tmp_path / "few", tmp_path / "c", **model)
+    whole = entropy_of(tmp_path / "a").astype(float)
+    np.testing.assert_allclose(entropy_of(tmp_path / "b").astype(float), whole, rtol=2**-10)
+    np.testing.assert_allclose(entropy_of(tmp_path / "c").astype(float), whole[7:10], rtol=2**-10)
+
+
+@pytest.mark.parametrize("max_length", [0, 1, 3])
+@pytest.mark.parametrize("row_reset", [False, True])
+def test_boundaries_are_the_rule_on_stored_entropies(
+    home: Path, tmp_path: Path, max_length: int, row_reset: bool
+) -> None:
+    rule = {"threshold": 3.0, "max_length": max_length, "row_reset": row_reset}
+    manifest = run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), **rule)
+    expected = patch_starts(entropy_of(tmp_path / "a"), 3.0, max_length or None, GRID[1], row_reset)
+    np.testing.assert_array_equal(starts_of(tmp_path / "a"), expected)
+    assert rule.items() <= manifest.settings.items()
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_statistics_are_the_numbers_counted_one_patch_at_a_time(
+    home: Path, tmp_path: Path, container: Container
+) -> None:
+    found = run(home / container, tmp_path / "a", entropy_model=str(home / "entropy"), threshold=3.0).statistics
+    lengths: dict[str, int] = {}
+    sequences = starts_of(tmp_path / "a").reshape(-1, N)
+    for sequence in sequences:
+        first = [*np.flatnonzero(sequence).tolist(), N]
+        for a, b in zip(first, first[1:], strict=False):
+            lengths[str(b - a)] = lengths.get(str(b - a), 0) + 1
+    patches = int(sequences.sum())
+    expected = {
+        "sequences": len(sequences),
+        "tokens_per_image": N,
+        "patches_per_image": patches / len(sequences),
+        "mean_length": sequences.size / patches,
+        "lengths": dict(sorted(lengths.items())),
+    }
+    assert found == expected
+
+
+@pytest.mark.parametrize("target", [1.2, 1.81, 2.5, 2.9])
+def test_a_target_length_is_reached_within_one_percent_on_all_data(home: Path, tmp_path: Path, target: float) -> None:
+    manifest = run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), target_length=target)
+    starts = starts_of(tmp_path / "a")
+    assert starts.size / starts.sum() == pytest.approx(target, rel=0.01)
+    expected = patch_starts(entropy_of(tmp_path / "a"), manifest.settings["threshold"], 4, GRID[1], True)
+    np.testing.assert_array_equal(starts, expected)
+
+
+def test_a_target_length_is_reached_from_a_sample_of_the_images_too(home: Path, tmp_path: Path) -> None:
+    build_codes(tmp_path / "codes", sizes=(900, 600), views=1)
+    model = str(home / "entropy")
+    run(tmp_path / "codes", tmp_path / "a", entropy_model=model, target_length=1.81, sample=500)
+    starts = starts_of(tmp_path / "a")
+    assert starts.size / starts.sum() == pytest.approx(1.81, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("rule", "longest"), [({}, "3.000"), ({"row_reset": False}, "4.000"), ({"max_length": 2}, "2")]
+)
+def test_a_target_length_out_of_reach_is_refused_with_the_range(
+    home: Path, tmp_path: Path, rule: dict[str, Any], longest: str
+) -> None:
+    with pytest.raises(StageError, match=rf"--target-length 4\.5 cannot be reached.*lengths from 1 to {longest}"):
+        run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), target_length=4.5, **rule)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("rule", [{"threshold": 2.7, "max_length": 0}, {"target_length": 1.5}])
+def test_moving_boundaries_needs_no_model_and_equals_patchifying_the_codes_anew(
+    home: Path, tmp_path: Path, container: Container, rule: dict[str, Any]
+) -> None:
+    shutil.copytree(home / "entropy", tmp_path / "model")
+    run(home / container, tmp_path / "before", entropy_model=str(tmp_path / "model"), threshold=3.1)
+    run(home / container, tmp_path / "anew", entropy_model=str(tmp_path / "model"), **rule)
+    shutil.rmtree(tmp_path / "model")
+    run(tmp_path / "before", tmp_path / "moved", **rule)
+    assert files(tmp_path / "moved") == files(tmp_path / "anew")
+
+
+def test_codes_without_an_entropy_model_are_refused_with_what_to_name(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="holds no entropies; name the entropy model with --entropy-model"):
+        run(home / "arrow", tmp_path / "a", threshold=3.0)
+
+
+@pytest.mark.parametrize("length", [1.81, 3.0])
+def test_static_patches_need_no_model_and_have_their_length(home: Path, tmp_path: Path, length: float) -> None:
+    manifest = run(home / "arrow", tmp_path / "a", strategy="static", static_length=length)
+    starts = starts_of(tmp_path / "a")
+    np.testing.assert_array_equal(starts, np.broadcast_to(static_starts(N, length), starts.shape))
+    assert np.isnan(entropy_of(tmp_path / "a")[..., 1:]).all()
+    assert manifest.entropy_model is None
+    assert manifest.settings["static_length"] == length
+
+
+def test_static_patches_keep_the_entropies_that_are_there(home: Path, tmp_path: Path) -> None:
+    run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=3.0)
+    run(tmp_path / "a", tmp_path / "b", strategy="static", static_length=2.0)
+    run(tmp_path / "b", tmp_path / "c", threshold=3.0)
+    assert files(tmp_path / "c") == files(tmp_path / "a")
+
+
+def test_entropy_patches_of_static_ones_without_entropies_are_refused(home: Path, tmp_path: Path) -> None:
+    run(home / "arrow", tmp_path / "a", strategy="static", static_length=2.0)
+    with pytest.raises(StageError, match="holds no entropies"):
+        run(tmp_path / "a", tmp_path / "b", threshold=3.0)
+    with pytest.raises(StageError, match="holds no entropies.*patchify the codes"):
+        run(tmp_path / "a", tmp_path / "b", threshold=3.0, entropy_model=str(home / "entropy"))
+
+
+def test_a_threshold_that_makes_every_token_a_patch_is_refused_with_the_range(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"--threshold 0\.1 makes every token its own patch.* reach from .* nats"):
+        run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=0.1)
+    manifest = run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=0.1, max_length=1)
+    assert manifest.statistics["mean_length"] == 1
+
+
+def test_a_model_that_cannot_tell_tokens_apart_is_one_message(home: Path, tmp_path: Path) -> None:
+    LlamaGen(LlamaGen.from_pretrained(home / "entropy").config).save_pretrained(tmp_path / "new")  # its head is zero
+    with pytest.raises(StageError, match=r"--target-length 2 cannot be reached"):
+        run(home / "arrow", tmp_path / "a", entropy_model=str(tmp_path / "new"), target_length=2.0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"codebook_size": 16}, "codebook size is 32, the model's 16"),
+        ({"grid_height": 3}, "grid is 4×6, the model's 3×6"),
+    ],
+)
+def test_an_entropy_model_of_other_codes_is_refused_with_both_sides(
+    home: Path, tmp_path: Path, sizes: dict[str, int], says: str
+) -> None:
+    save_model(tmp_path / "other", **sizes)
+    with pytest.raises(StageError, match=f"{home}/arrow does not fit the model: its {says}"):
+        run(home / "arrow", tmp_path / "a", entropy_model=str(tmp_path / "other"), threshold=3.0)
+    assert not (tmp_path / "a").exists()
+
+
+def test_another_entropy_model_than_the_stored_entropies_came_from_is_refused(home: Path, tmp_path: Path) -> None:
+    run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=3.0)
+    save_model(tmp_path / "other", seed=1)
+    with pytest.raises(StageError, match="already holds entropies, of another entropy model"):
+        run(tmp_path / "a", tmp_path / "b", entropy_model=str(tmp_path / "other"), threshold=2.5)
+    manifest = run(tmp_path / "a", tmp_path / "b", entropy_model=str(home / "entropy"), threshold=2.5)
+    assert manifest.entropy_model is not None
+    assert manifest.entropy_model["fingerprint"] == dpar.fingerprint(home / "entropy")
+
+
+def test_a_patches_artifact_is_converted_between_containers_and_back(home: Path, tmp_path: Path) -> None:
+    run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=3.0)
+    run(tmp_path / "a", tmp_path / "b", threshold=3.0, container="webdataset")
+    assert [path.suffix for path in sorted((tmp_path / "b").glob("0*"))] == [".tar"] * 3
+    for name in ("codes", "labels", "entropy", "starts"):
+        one, other = (getattr(everything(tmp_path / folder), name) for folder in "ab")
+        np.testing.assert_array_equal(one, other)
+    assert everything(tmp_path / "a").keys == everything(tmp_path / "b").keys
+    run(tmp_path / "b", tmp_path / "c", threshold=3.0, container="arrow")
+    assert files(tmp_path / "c") == files(tmp_path / "a")
+
+
+def test_what_made_the_codes_is_handed_on(home: Path, tmp_path: Path) -> None:
+    codes = open_artifact(home / "arrow").manifest
+    found = run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=3.0)
+    for name in ("grid", "codebook_size", "views", "class_names", "rows", "source", "tokenizer", "left_out"):
+        assert getattr(found, name) == getattr(codes, name)
+    assert found.settings["codes"] == codes.fingerprint()
+    assert found.settings["codes_settings"] == codes.settings
+
+
+@pytest.mark.parametrize("rule", [{"threshold": 3.0}, {"target_length": 1.81}])
+def test_two_processes_make_the_bytes_of_one(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: dict[str, Any]
+) -> None:
+    settings = PatchifySettings(entropy_model=str(home / "entropy"), device="cpu", precision="fp32", **rule)
+    patchify(home / "arrow", tmp_path / "one", settings, QUIET)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        made = patchify(home / "arrow", tmp_path / "two", settings, QUIET)
+        assert (made is None) == (rank == 0)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_other_settings_over_an_artifact_are_refused_with_both_values(home: Path, tmp_path: Path) -> None:
+    run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=3.0)
+    with pytest.raises(ValueError, match=r"threshold was 3\.0 and is now 2\.5"):
+        run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=2.5)

@@ -1,0 +1,85 @@
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpar.tokenizer import VQTokenizer, from_uint8
+from pipeline.errors import StageError
+from pipeline.progress import Progress
+from pipeline.run import read_metrics
+from pipeline.settings import TokenizerSettings
+from pipeline.sources import open_source
+from pipeline.tokenizer import train_tokenizer
+from pipeline.views import views
+
+QUIET = Progress(quiet=True)
+SMALL = TokenizerSettings(
+    codebook_size=32, image_size=16, classes=("cat", "coffee"), steps=12, batch=4, checkpoint_every=4, precision="fp32"
+)
+
+
+def error(weights: Path) -> float:
+    """Mean squared reconstruction error on crops of held-out photographs."""
+    source = open_source("builtin:photos", split="validation", classes=("cat", "coffee"))
+    pixels = np.concatenate([views(source.load(i), 16, "center", (1.0,)) for i in range(len(source))])
+    images = from_uint8(torch.from_numpy(pixels))
+    tokenizer = VQTokenizer.from_pretrained(weights)
+    with torch.no_grad():
+        return float((tokenizer.decode(tokenizer.encode(images)) - images).square().mean())
+
+
+def test_training_lowers_the_error_on_images_it_has_not_seen(tmp_path: Path) -> None:
+    short = train_tokenizer("builtin:photos", tmp_path / "short", dataclasses.replace(SMALL, steps=1), QUIET)
+    long = train_tokenizer("builtin:photos", tmp_path / "long", dataclasses.replace(SMALL, steps=120), QUIET)
+    assert error(long) < 0.7 * error(short)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMALL, steps=60, restart_every=7, checkpoint_every=13)
+    train_tokenizer("builtin:photos", tmp_path / "whole", settings, QUIET)
+    options = [
+        f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(settings).items() if isinstance(v, int | str)
+    ]
+    options += ["--classes=cat", "--classes=coffee"]
+    command = [sys.executable, "-m", "cli", "tokenizer", "builtin:photos", str(tmp_path / "broken"), *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "broken").glob("checkpoints/*.safetensors")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130, said
+    assert "run the same command again to go on" in " ".join(said.split())
+    subprocess.run(command, check=True, capture_output=True)
+    one, other = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken"))
+    assert one == other
+
+
+def test_bf16_weights_take_half_the_space_and_load_as_float32(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMALL, steps=1)
+    full = train_tokenizer("builtin:photos", tmp_path / "a", settings, QUIET)
+    half = train_tokenizer("builtin:photos", tmp_path / "b", dataclasses.replace(settings, weights_dtype="bf16"), QUIET)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (full, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+    assert VQTokenizer.from_pretrained(half).quantize.embedding.weight.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_the_adversarial_loss_trains_a_discriminator_from_its_first_step_on(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMALL, adversarial_weight=0.1, adversarial_start=3, image_size=32, steps=6)
+    train_tokenizer("builtin:photos", tmp_path / "vq", settings, QUIET)
+    assert "adversarial" in read_metrics(tmp_path / "vq")[-1]
+
+
+def test_an_image_size_that_does_not_divide_and_other_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="multiple of 8"):
+        train_tokenizer("builtin:photos", tmp_path / "vq", dataclasses.replace(SMALL, image_size=20), QUIET)
+    train_tokenizer("builtin:photos", tmp_path / "vq", dataclasses.replace(SMALL, steps=1), QUIET)
+    with pytest.raises(StageError, match=r"lr was 0.001 and is now 0.002"):
+        train_tokenizer("builtin:photos", tmp_path / "vq", dataclasses.replace(SMALL, steps=1, lr=2e-3), QUIET)
