@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dpar.errors import ModelError
-from dpar.patching import patch_starts
-from dpar.tokenizer import VQTokenizer, psnr, to_uint8
+from dpar.patching import patch_lengths, patch_starts
+from dpar.tokenizer import VQTokenizer, psnr
 from pipeline.device import choose_device
 from pipeline.errors import StageError
+from pipeline.generate import decode
 from pipeline.originals import load_originals
 from pipeline.pictures import (
     data_uri,
@@ -203,11 +204,6 @@ class Survey:
         """One colour scale for all entropy maps of the artifact."""
         percentiles = entropy_quantiles(self.entropy, np.arange(1, 100) / 100) if self.finite_entropies else []
         return entropy_scale(np.array(percentiles))
-
-
-def patch_lengths(starts: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Lengths in tokens of all patches of (..., N) boundaries whose token 0 starts one, in order: (patches,) int64."""
-    return np.diff(np.flatnonzero(starts), append=starts.size)
 
 
 def entropy_quantiles(counts: NDArray[np.int64], quantiles: Sequence[float] | NDArray[np.float64]) -> list[float]:
@@ -397,19 +393,6 @@ def _rows_of_keys(artifact: Artifact, keys: Sequence[str]) -> NDArray[np.int64]:
     return np.array([found[key] for key in keys], np.int64)
 
 
-@torch.no_grad()
-def decode(
-    tokenizer: VQTokenizer, codes: NDArray[np.int64], grid: tuple[int, int], batch: int = 32
-) -> NDArray[np.uint8]:
-    """The images that codes (n, N) stand for: (n, H, W, 3) uint8. Runs where the tokenizer is."""
-    device = tokenizer.quantize.embedding.weight.device
-    pixels = [
-        to_uint8(tokenizer.decode(torch.from_numpy(codes[i : i + batch]).to(device), grid)).cpu().numpy()
-        for i in range(0, len(codes), batch)
-    ]
-    return np.concatenate(pixels)
-
-
 def _tokenizer(manifest: Manifest, settings: InspectSettings) -> VQTokenizer:
     name = settings.tokenizer or str(manifest.tokenizer["path"])
     try:
@@ -455,7 +438,7 @@ def _draw(
     batch = artifact.gather(rows, view)
     keys = artifact.keys(rows)
     names = [_class_name(manifest, int(label)) for label in batch.labels]
-    images = decode(_tokenizer(manifest, settings), batch.codes, manifest.grid, settings.batch)
+    images = decode(_tokenizer(manifest, settings), batch.codes, manifest.grid, batch=settings.batch)
     originals = _originals(manifest, keys, view, images.shape, notes)
     quality = None if originals is None else psnr(torch.from_numpy(images), torch.from_numpy(originals)).tolist()
     measured = batch.entropy if survey.finite_entropies else None

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpar.llamagen import LlamaGen
-from dpar.patching import patch_starts, static_starts
+from dpar.patching import patch_lengths, patch_starts, static_starts
 from pipeline.device import choose_device, precision_name, rank, world_size
 from pipeline.errors import StageError
 from pipeline.likelihood import entropies, fits
@@ -109,7 +109,9 @@ class EntropyMeter:
         self.precision: str | None = manifest.settings["precision"] if manifest.kind == "patches" else None
         if settings.entropy_model is not None and manifest.kind == "patches":
             given = fingerprint_of(settings.entropy_model)
-            if self.origin is None or given != self.origin["fingerprint"]:
+            if self.origin is None:
+                raise StageError(f"{artifact.folder} holds no entropies; to measure them, patchify the codes anew")
+            if given != self.origin["fingerprint"]:
                 raise StageError(
                     f"{artifact.folder} already holds entropies, of another entropy model; "
                     "leave --entropy-model out to use them, or patchify the codes anew"
@@ -131,10 +133,13 @@ class EntropyMeter:
         return self._of_codes(rows.codes)
 
     def sample(self, images: int) -> NDArray[np.float16]:
-        """Entropies (n, N) of one view each of at most ``images`` images, spread evenly over the artifact."""
+        """Entropies (n, N): every view where there are at most ``images``, else one each of images spread evenly."""
         manifest = self.artifact.manifest
         chosen = np.unique(np.linspace(0, manifest.rows - 1, min(images, manifest.rows)).astype(np.int64))
-        batch = self.artifact.gather(chosen, np.arange(len(chosen)) % manifest.views)
+        drawn = np.arange(len(chosen)) % manifest.views
+        if manifest.rows * manifest.views <= images:
+            chosen, drawn = np.divmod(np.arange(manifest.rows * manifest.views), manifest.views)
+        batch = self.artifact.gather(chosen, drawn)
         if batch.entropy is not None and self.model is None:
             return batch.entropy
         return self._of_codes(batch.codes)
@@ -226,12 +231,11 @@ def _statistics(starts: NDArray[np.bool_]) -> dict[str, Any]:
     """Sequences, patches, and how many patches have each length, of (R, views, N) boundaries."""
     if starts.size == 0:
         return {"sequences": 0, "patches": 0, "lengths": {}}
-    first = np.flatnonzero(starts)  # token 0 of every sequence starts a patch, so none spans two
-    lengths = np.diff(first, append=starts.size)
+    lengths = patch_lengths(starts)
     values, counts = np.unique(lengths, return_counts=True)
     return {
         "sequences": int(np.prod(starts.shape[:-1])),
-        "patches": len(first),
+        "patches": len(lengths),
         "lengths": {str(int(v)): int(c) for v, c in zip(values, counts, strict=True)},
     }
 

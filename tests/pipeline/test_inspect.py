@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 import dpar
-from dpar.patching import patch_starts, static_starts
+from dpar.patching import patch_lengths, patch_starts, static_starts
 from dpar.tokenizer import VQConfig, VQTokenizer
 from pipeline.errors import StageError
-from pipeline.inspect import decode, entropy_quantiles, inspect, patch_lengths, spread, tables
+from pipeline.generate import decode
+from pipeline.inspect import entropy_quantiles, inspect, spread, tables
 from pipeline.originals import load_originals
 from pipeline.progress import Progress
 from pipeline.settings import InspectSettings
