@@ -7,6 +7,7 @@ likelihood = bits_per_token(model, artifact, batch=32, precision="auto")
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,3 +121,10 @@ def fits(model: DPAR | LlamaGen, manifest: Manifest, name: str, unconditional: b
             raise StageError(f"{name} does not fit the model: its {what} is {theirs}, the model's {ours}")
     if isinstance(model, DPAR) and manifest.kind != "patches":
         raise StageError(f"{name} holds codes without boundaries; DPAR needs patches, which `dpar patchify` makes")
+
+
+def same_classes(ours: Sequence[str], theirs: Sequence[str], our_name: str, their_name: str) -> None:
+    """Raises StageError where two artifacts number other classes, naming the first that differs."""
+    for label, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if a != b:
+            raise StageError(f"class {label} is {a!r} in {our_name} and {b!r} in {their_name}; both must have the same")

@@ -84,8 +84,8 @@ class RunFolder:
         path = self.checkpoints / f"step-{step:08d}.safetensors"
         part = path.with_name(path.name + ".part")
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, metadata={"step": str(step)})
+        publish.save_pretrained(self.model)  # first: a run that finds its last checkpoint does not come here again
         os.replace(part, path)
-        publish.save_pretrained(self.model)
         for old in self._complete()[:-KEEP]:
             old.unlink()
 
@@ -103,6 +103,7 @@ class RunFolder:
                 load_optimizer_tensors(optimizer, _under(label, tensors))
             self._forget_metrics_after(step)
             return step
+        self._forget_metrics_after(0)
         return 0
 
     def _complete(self) -> list[Path]:
@@ -110,7 +111,7 @@ class RunFolder:
 
     def _forget_metrics_after(self, step: int) -> None:
         kept = [line for line in self.metrics() if line.get("step", 0) <= step]
-        part = self.folder / "metrics.jsonl.part"
+        part = self.folder / f"metrics.jsonl.{os.getpid()}.part"  # every process comes here
         part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(part, self.folder / "metrics.jsonl")
 

@@ -46,21 +46,23 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
     with stops_with("Stopped; nothing was written."):
         drawn = generator.sample(labels, np.arange(len(labels)), settings.cfg_scale, progress, "sample")
     out.mkdir(parents=True, exist_ok=True)
-    for i, label in enumerate(labels):
-        folder = out / folder_name(int(label), generator.class_names[label])
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(drawn.pixels[i]).save(folder / f"{i % settings.per_class:04d}.png")
-    picture = sample_sheet(generator, drawn, labels, patches=settings.show_patches)
-    picture.save(out / "sheet.png")
     how: dict[str, Any] = {"settings": dataclasses.asdict(settings), "rule": generator.rule, "made_by": made_by()}
     how |= {"run": str(run), "weights": fingerprint_of(str(run))}
-    np.savez_compressed(
+    np.savez_compressed(  # first: by it a later sampling knows the directory for its own
         out / "samples.npz",
         codes=drawn.codes.astype(np.uint16),
         starts=drawn.starts,
         labels=labels.astype(np.int32),
         how=np.array(json.dumps(how)),
     )
+    for old in out.glob("[0-9][0-9][0-9][0-9]*/[0-9]*.png"):  # of an earlier sampling
+        old.unlink()
+    for i, label in enumerate(labels):
+        folder = out / folder_name(int(label), generator.class_names[label])
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(drawn.pixels[i]).save(folder / f"{i % settings.per_class:04d}.png")
+    picture = sample_sheet(generator, drawn, labels, patches=settings.show_patches)
+    picture.save(out / "sheet.png")
     return {
         "sheet": str(out / "sheet.png"),
         "images": len(labels),
@@ -73,7 +75,7 @@ def sample_sheet(
 ) -> Image.Image:
     """A row of pictures for each class, at most ``columns`` of them, with their patches drawn on if asked."""
     size = drawn.pixels.shape[1]
-    scale = 1 if size >= 256 else 2 if size >= 96 else 3
+    scale = max(1, round((320 if patches else 128) / size))  # lines need room
     rows = []
     chosen = sorted({int(label) for label in labels})
     for label in chosen:

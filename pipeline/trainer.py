@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpar.flops import TRAINING_FLOPS_A_MAC, linear_macs
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from pipeline.device import autocast, rank, world_size
@@ -32,6 +33,8 @@ from pipeline.settings import OptimSettings
 from pipeline.tokenizer import learning_rate
 from shards.order import TrainingOrder
 from shards.reader import Artifact, Batch
+
+MEASURED_STEPS = 500  # over which the mean cost of an image is taken
 
 
 @contextlib.contextmanager
@@ -93,14 +96,17 @@ def fit(
         for step in range(begin, n_steps):
             loss = loop.step(step)
             done = step + 1
-            if done % settings.log_every == 0 or done == n_steps:
+            stopping = asked()  # once, so that what is said below is what was done
+            if done == min(MEASURED_STEPS, n_steps) and not objective.unconditional:
+                loop.report(done, loss, **loop.measure(begin, done, progress))
+            elif done % settings.log_every == 0 or done == n_steps:
                 loop.report(done, loss)
             if done % settings.eval_every == 0 or done == n_steps:
                 loop.validate(done)
-            if done % settings.checkpoint_every == 0 or done == n_steps or asked():
+            if done % settings.checkpoint_every == 0 or done == n_steps or stopping:
                 loop.save(done)
             task.advance(settings.batch, f"loss {loss:.3f}, {loss / math.log(2):.2f} bits/token")
-            if asked() and done < n_steps:
+            if stopping and done < n_steps:
                 raise Stopped(f"Stopped. Step {done} is saved in {run.folder}; run the same command again to go on.")
     lines = run.metrics()
     return {key: value for line in lines for key, value in line.items()}
@@ -132,6 +138,7 @@ class _Loop:
         self.micro = min(settings.micro_batch or self.share, self.share)
         self.peak_lr = settings.lr * (settings.batch / 256 if settings.scale_lr else 1.0)
         self.spoke, self.images, self.patches = time.monotonic(), 0, 0
+        self.measured = 0  # patches of this process since the run was begun or gone on with
 
     def step(self, step: int) -> float:
         """One optimizer step on global batch ``step``; gives this process's mean loss, nats a token."""
@@ -153,13 +160,13 @@ class _Loop:
                 loss = self._loss(batch) * weight
                 loss.backward()
             total += loss.item()
-        if not math.isfinite(total):
+        # Of all processes' gradients, so that they end together; a step with it would spoil the next checkpoint.
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
+        if not (math.isfinite(total) and math.isfinite(norm)):
             raise StageError(
-                f"the loss is not finite at step {step}; lower --lr (it is {self.peak_lr:g}) or add --warmup. "
-                f"The newest checkpoint is in {self.run.checkpoints}"
+                f"the loss is not finite at step {step}; begin a new run with a lower --lr (it is {self.peak_lr:g}) or "
+                f"more --warmup. The newest checkpoint of this one is in {self.run.checkpoints}"
             )
-        if self.settings.clip > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
         return total
 
@@ -168,7 +175,9 @@ class _Loop:
         labels = self._labels(torch.from_numpy(batch.labels)).to(self.device, non_blocking=True)
         layout = layout_for(self.model, batch, self.device)
         self.images += len(codes)
-        self.patches += codes.numel() if layout is None else layout.n_patches
+        patches = codes.numel() if layout is None else layout.n_patches
+        self.patches += patches
+        self.measured += patches
         with autocast(self.device, self.settings.precision):
             logits = forward(self.wrapped, codes, labels, layout)  # type: ignore[arg-type]  # it may be wrapped
         return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
@@ -185,8 +194,8 @@ class _Loop:
             return self.wrapped.no_sync()
         return contextlib.nullcontext()
 
-    def report(self, done: int, loss: float) -> None:
-        """A line of metrics about the steps since the last one."""
+    def report(self, done: int, loss: float, **more: float) -> None:
+        """A line of metrics about the steps since the last one, with ``more`` in it."""
         now = time.monotonic()
         mean_loss = _mean_over_processes(loss, self.device)
         if rank() == 0:
@@ -199,8 +208,44 @@ class _Loop:
                 images_per_s=round(rate, 2),
                 tokens_per_s=round(rate * self.model.config.n_tokens, 1),
                 patches_per_image=self.patches / max(self.images, 1),
+                **more,
             )
         self.spoke, self.images, self.patches = now, 0, 0
+
+    def measure(self, begin: int, done: int, progress: Progress) -> dict[str, float]:
+        """Gives and says what an image of the run's first steps cost on average, from its patches (paper section 4.3).
+
+        Args:
+            begin: step that the run was gone on with; batches before it are looked up, being a function of the seed.
+            done: steps to measure.
+            progress: where to say it.
+
+        Returns:
+            For the metrics, of the first process; nothing in the others.
+        """
+        patches = _sum_over_processes(self.measured, self.device)
+        if rank() != 0:
+            return {}
+        mean = (patches + sum(self._patches_of(step) for step in range(begin))) / (done * self.settings.batch)
+        macs = linear_macs(self.model.config, mean)
+        flops = TRAINING_FLOPS_A_MAC * macs
+        progress.say(
+            f"mean cost of an image over the first {done} steps: {flops / 1e9:.6g} GFLOPs "
+            f"(3 × 2 × {macs / 1e9:.6g} GMACs), {mean:.2f} patches"
+        )
+        return {
+            "measured_steps": done,
+            "measured_patches_per_image": mean,
+            "training_gflops_per_image": flops / 1e9,
+        }
+
+    def _patches_of(self, step: int) -> int:
+        """Patches of global batch ``step``; tokens for LlamaGen."""
+        if isinstance(self.model, LlamaGen):
+            return self.settings.batch * self.model.config.n_tokens
+        starts = self.objective.artifact.gather(*self.order.batch(step)).starts
+        assert starts is not None  # fits() has refused artifacts without boundaries
+        return int(starts.sum())
 
     def validate(self, done: int) -> None:
         """Held-out bits per token, where there is a held-out artifact."""
@@ -255,3 +300,11 @@ def _mean_over_processes(value: float, device: torch.device) -> float:
     tensor = torch.tensor(value, device=device)
     dist.all_reduce(tensor)
     return float(tensor) / world_size()
+
+
+def _sum_over_processes(value: int, device: torch.device) -> int:
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, device=device, dtype=torch.int64)
+    dist.all_reduce(tensor)
+    return int(tensor)

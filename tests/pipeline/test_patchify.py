@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,7 +177,7 @@ def test_statistics_are_the_numbers_counted_one_patch_at_a_time(
     sequences = starts_of(tmp_path / "a").reshape(-1, N)
     for sequence in sequences:
         first = [*np.flatnonzero(sequence).tolist(), N]
-        for a, b in zip(first, first[1:], strict=False):
+        for a, b in itertools.pairwise(first):
             lengths[str(b - a)] = lengths.get(str(b - a), 0) + 1
     patches = int(sequences.sum())
     expected = {
@@ -256,7 +257,7 @@ def test_entropy_patches_of_static_ones_without_entropies_are_refused(home: Path
     run(home / "arrow", tmp_path / "a", strategy="static", static_length=2.0)
     with pytest.raises(StageError, match="holds no entropies"):
         run(tmp_path / "a", tmp_path / "b", threshold=3.0)
-    with pytest.raises(StageError, match="holds no entropies.*patchify the codes"):
+    with pytest.raises(StageError, match=r"holds no entropies.*patchify the codes"):
         run(tmp_path / "a", tmp_path / "b", threshold=3.0, entropy_model=str(home / "entropy"))
 
 

@@ -95,7 +95,7 @@ def many(home: Path) -> Path:
     rng = np.random.default_rng(1)
     for name in CLASSES:
         (home / "many" / name).mkdir(parents=True)
-        for i in range(150):
+        for i in range(60):
             picture(rng).save(home / "many" / name / f"{i}.png")
     run(home, home / "undisturbed", "many", shard_size=1)
     return home / "undisturbed"
