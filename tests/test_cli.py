@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def dpar(*arguments: object, status: int = 0, cwd: Path | None = None, **environment: str) -> str:
     """Runs the command as a user would, and gives what it printed."""
     command = [sys.executable, "-m", "cli", *(str(a) for a in arguments)]
-    env = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **environment}
+    env = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
     assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
