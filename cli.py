@@ -1,7 +1,7 @@
 """The command line: parses, calls a stage, renders what it gives. No logic lives here.
 
     dpar tokenize | entropy | patchify | train | eval        the five stages, in order
-    dpar tokenizer | sample | inspect | flops | demo         what people need around them
+    dpar tokenizer | sample | inspect | convert | flops | demo   what people need around them
 
 Options are made from the stages' settings (``pipeline/settings.py``); ``--config FILE.toml`` takes the same names.
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C. ``DPAR_DEBUG=1`` shows tracebacks.
@@ -16,7 +16,7 @@ import os
 import sys
 import tomllib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,7 @@ from rich.table import Table
 from dpar.errors import ModelError
 from pipeline.errors import StageError
 from pipeline.settings import (
+    ConvertSettings,
     EntropySettings,
     EvalSettings,
     FlopsSettings,
@@ -202,7 +203,7 @@ def entropy(
     out: Out,
     settings: EntropySettings,
 ) -> None:
-    """Train the entropy model: the second stage."""
+    """Train the entropy model, or take it from a LlamaGen: the second stage."""
     from pipeline.train import train_entropy
 
     show_metrics(train_entropy(codes, out, settings))
@@ -237,7 +238,7 @@ def train(
 @app.command(name="eval")
 @stage(EvalSettings)
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made, or a LlamaGen's weights.")],
     out: Out,
     settings: EvalSettings,
 ) -> None:
@@ -263,7 +264,7 @@ def tokenizer(data: Data, out: Out, settings: TokenizerSettings) -> None:
 @app.command()
 @stage(SampleSettings)
 def sample(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made, or a LlamaGen's weights.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory for the pictures.")],
     settings: SampleSettings,
 ) -> None:
@@ -308,6 +309,26 @@ def inspect_artifact(
 
 
 @app.command()
+@stage(ConvertSettings)
+def convert(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="LlamaGen's .pt file, or a directory, run or Hub name.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Directory; a name in .pt is a file for LlamaGen's code.")],
+    settings: ConvertSettings,
+) -> None:
+    """LlamaGen's checkpoints to directories of config.json and model.safetensors, and back."""
+    from pipeline.convert import convert as run
+
+    done = run(src, dst, settings)
+    lines = [
+        done.description,
+        f"{done.parameters / 1e6:.1f} M parameters in {done.tensors} tensors, {done.bytes / 1e6:.1f} MB",
+        f"{dst}: SHA-256 {done.fingerprint}",
+    ]
+    lines += [] if done.pushed_to is None else [f"pushed to {done.pushed_to}"]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 @stage(FlopsSettings)
 def flops(
     settings: FlopsSettings,
@@ -315,43 +336,24 @@ def flops(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
     """What each model costs, beside the paper's figures."""
-    from pipeline.flops import cost_table
+    from pipeline.flops import HEADER, NOTES, cost_table, table, tables
 
     rows = cost_table(settings)
     if json:
         console.print_json(data=[row.as_dict() for row in rows])
         return
-    header = ["model", "px", "patches", "params", "paper", "GMACs", "paper", "off", "attn", "train"]
-    lines = [
-        [
-            row.model,
-            str(row.image_size),
-            f"{row.patches:.1f}",
-            f"{row.parameters / 1e6:.1f}",
-            "" if row.paper_parameters is None else f"{row.paper_parameters:.0f}",
-            f"{row.gmacs:.2f}",
-            "" if row.paper_gmacs is None else f"{row.paper_gmacs:.2f}",
-            "" if row.paper_gmacs is None else f"{row.gmacs / row.paper_gmacs - 1:+.2%}",
-            f"{row.attention_gmacs:.2f}",
-            f"{row.training_gflops / 1e3:.2f}",
-        ]
-        for row in rows
-    ]
-    notes = (
-        "params: millions. GMACs: multiply-accumulates (1e9) of the linear layers of one forward pass of an image, "
-        "the paper's count; attn: those of attention products. train: TFLOPs an image, 3 × 2 × MACs. "
-        "The paper's 120 M for DPAR-B fit neither its own GFLOPs nor its other rows."
-    )
     if markdown:
-        console.print("\n".join(_markdown_row(line) for line in [header, ["---"] * len(header), *lines]), markup=False)
-        console.print("\n" + notes, markup=False, soft_wrap=True)
-        return
-    table = Table(caption=notes, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+        rule = ("---", *["---:"] * (len(HEADER) - 1))
+        console.print("\n".join(map(_markdown_row, [HEADER, rule, *table(rows)])), markup=False, soft_wrap=True)
+    else:
+        for part in tables(rows):
+            grid = Table(title=part.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+            for i, name in enumerate(part.header):
+                grid.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+            for line in part.lines:
+                grid.add_row(*line)
+            console.print(grid)
+    console.print(("\n" if markdown else "") + NOTES, markup=False, highlight=False, soft_wrap=markdown)
 
 
 @app.command()
@@ -401,12 +403,18 @@ def show_metrics(metrics: dict[str, Any]) -> None:
     """The last metrics of a run."""
     if not first_process():
         return
-    names = {"step": "step", "bits_per_token": "bits/token", "validation_bits_per_token": "held-out bits/token"}
+    names = {
+        "step": "step",
+        "bits_per_token": "bits/token",
+        "validation_bits_per_token": "held-out bits/token",
+        "training_gflops_per_image": "training GFLOPs/image",
+    }
     shown = [f"{text} {metrics[name]:.6g}" for name, text in names.items() if name in metrics]
-    console.print(", ".join(shown), markup=False, highlight=False)
+    if shown:
+        console.print(", ".join(shown), markup=False, highlight=False)
 
 
-def _markdown_row(cells: list[str]) -> str:
+def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

@@ -2,6 +2,7 @@
 
 model.save_pretrained("weights/")
 model = DPAR.from_pretrained("weights/")                 # or "owner/name" on the Hugging Face Hub
+tokenizer = VQTokenizer.from_pretrained("vq_ds16_c2i.pt")  # LlamaGen's own files: see dpar/llamagen_files.py
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
 Config = TypeVar("Config")
+Grid = tuple[int, int]  # rows and columns of tokens
 
 
 class Pretrained(Generic[Config]):
@@ -42,48 +45,132 @@ class Pretrained(Generic[Config]):
             path: made if it is not there.
             dtype: what floating-point tensors are stored as; None keeps theirs.
         """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
         module: nn.Module = self  # type: ignore[assignment]
         tensors = {
-            name: (t.to(dtype) if dtype is not None and t.is_floating_point() else t).detach().contiguous().cpu()
+            name: t.to(dtype) if dtype is not None and t.is_floating_point() else t
             for name, t in module.state_dict().items()
         }
-        config = {
-            "model_type": self.model_type,
-            "format": FORMAT,
-            **dataclasses.asdict(cast("DataclassInstance", self.config)),
-        }
-        part = folder / (WEIGHTS + ".part")
-        # One entry: safetensors writes several in random order, and equal weights must have equal fingerprints.
-        save_file(tensors, part, metadata={"format": "pt"})
-        _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        _write(folder / CARD, _card(self.model_type, config))
-        os.replace(part, folder / WEIGHTS)
-        return folder
+        return write_weights(path, self.model_type, dataclasses.asdict(cast("DataclassInstance", self.config)), tensors)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> Self:
-        """The model that ``save_pretrained`` wrote, in evaluation mode, on the CPU.
+        """The model that ``save_pretrained`` wrote, in evaluation mode, on the CPU, in float32.
 
         Args:
-            path: a local directory, or ``owner/name`` of a repository on the Hugging Face Hub.
+            path: a local directory, ``owner/name`` of a repository on the Hugging Face Hub, or LlamaGen's own file.
 
         Raises:
             ModelError: nothing is there, it is another kind of model, or tensors are missing, left over or misshapen.
         """
-        folder = local_folder(path)
-        values = read_config(folder)
-        found = values.pop("model_type", None)
-        if found != cls.model_type:
-            raise ModelError(f"{folder} holds a {found!r} model; a {cls.model_type!r} model is needed here")
-        if values.pop("format", None) != FORMAT:
-            raise ModelError(f"{folder / CONFIG} is of another format than this version reads ({FORMAT})")
-        model = cls(_config(cls.config_class, values, folder / CONFIG))  # type: ignore[call-arg]  # a module's
+        return cls.from_weights(read_weights(path, cls.model_type))
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Self:
+        """The model of :func:`read_weights`; see :meth:`from_pretrained`."""
+        model = cls(weights.make_config(cls.config_class))  # type: ignore[call-arg]  # a module's
         module: nn.Module = model  # type: ignore[assignment]
-        load_tensors(module, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+        load_tensors(module, weights.tensors, weights.source)
         module.eval()
         return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A model as it lies on disk."""
+
+    model_type: str
+    values: dict[str, Any]  # of its config
+    tensors: dict[str, torch.Tensor]  # in the dtypes of the file
+    source: str  # the file that holds the tensors, for messages
+    config_source: str  # likewise of the values
+
+    def make_config(self, config_class: type[Any]) -> Any:
+        """The config; raises ModelError for values that it does not know or refuses."""
+        return _config(config_class, self.values, self.config_source)
+
+
+def read_weights(
+    path: str | os.PathLike[str], wanted: str | None = None, *, heads: int | None = None, grid: Grid | None = None
+) -> Weights:
+    """Config values and tensors of a model: a directory, a Hub repository or LlamaGen's own file.
+
+    Args:
+        path: as :meth:`Pretrained.from_pretrained` takes it.
+        wanted: the model type that is needed: ``dpar``, ``llamagen``, ``vq``; None takes any.
+        heads: of a LlamaGen, which must agree with what is there, or fills in for a file that does not say.
+        grid: rows and columns of tokens, likewise.
+
+    Raises:
+        ModelError: nothing usable is there, or it is of another type, for other heads or another grid.
+    """
+    if Path(path).is_file():
+        return _read_file(Path(path), wanted, heads, grid)
+    folder = local_folder(path)
+    values = read_config(folder)
+    found = values.pop("model_type", None)
+    if wanted is not None and found != wanted:
+        raise ModelError(f"{folder} holds a {found!r} model; a {wanted!r} model is needed here")
+    if values.pop("format", None) != FORMAT:
+        raise ModelError(f"{folder / CONFIG} is of another format than this version reads ({FORMAT})")
+    if heads is not None and values.get("heads") != heads:
+        raise ModelError(f"{folder} has {values.get('heads')} heads; {heads} were asked for")
+    if grid is not None and (values.get("grid_height"), values.get("grid_width")) != tuple(grid):
+        theirs = f"{values.get('grid_height')}×{values.get('grid_width')}"
+        raise ModelError(f"{folder} is for a grid of {theirs}; {grid[0]}×{grid[1]} was asked for")
+    return Weights(
+        model_type=str(found),
+        values=values,
+        tensors=read_tensors(folder / WEIGHTS),
+        source=str(folder / WEIGHTS),
+        config_source=str(folder / CONFIG),
+    )
+
+
+def _read_file(path: Path, wanted: str | None, heads: int | None, grid: Grid | None) -> Weights:
+    from dpar import llamagen_files
+
+    if path.name in (CONFIG, WEIGHTS, CARD) or wanted == "dpar":
+        raise ModelError(f"{path} is a file; a directory with {CONFIG} and {WEIGHTS} is needed")
+    found = llamagen_files.read(path, heads=heads, grid=grid)
+    if wanted is not None and found.model_type != wanted:
+        what = llamagen_files.describe(found.model_type, found.sizes)
+        needed = llamagen_files.TITLES[wanted]
+        raise ModelError(f"{path} is {what}; {needed} is needed here")
+    return Weights(
+        model_type=found.model_type,
+        values=found.sizes,
+        tensors=found.tensors,
+        source=str(path),
+        config_source=str(path),
+    )
+
+
+def write_weights(
+    path: str | os.PathLike[str],
+    model_type: str,
+    values: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    note: str = "",
+) -> Path:
+    """Writes a model directory; a reader sees the old weights or the new, never half of them.
+
+    Args:
+        path: made if it is not there.
+        model_type: ``dpar``, ``llamagen`` or ``vq``.
+        values: the config's.
+        tensors: stored in their own dtypes.
+        note: a sentence for the model card.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": model_type, "format": FORMAT, **values}
+    part = folder / (WEIGHTS + ".part")
+    # One entry: safetensors writes several in random order, and equal weights must have equal fingerprints.
+    save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, part, metadata={"format": "pt"})
+    _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    _write(folder / CARD, _card(model_type, config, note))
+    os.replace(part, folder / WEIGHTS)
+    return folder
 
 
 def local_folder(path: str | os.PathLike[str]) -> Path:
@@ -94,6 +181,8 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
     if folder.exists():
         raise ModelError(f"{folder} is a file; a directory with {CONFIG} and {WEIGHTS} is needed")
     name = str(path)
+    if folder.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise ModelError(f"no model at {folder}: there is no such file")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -119,7 +208,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_type(path: str | os.PathLike[str]) -> str | None:
-    """What kind of model a directory or Hub repository holds, by its config: ``dpar``, ``llamagen``, ``vq``."""
+    """What kind of model is there, ``dpar``, ``llamagen`` or ``vq``: by its config, or by the tensors of a file."""
+    if Path(path).is_file():
+        return read_weights(path).model_type
     found = read_config(local_folder(path)).get("model_type")
     return None if found is None else str(found)
 
@@ -136,6 +227,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Fills ``module`` with exactly ``tensors``; raises ModelError that lists what does not fit."""
+    check_tensors(module, tensors, source)
+    module.load_state_dict(tensors)
+
+
+def check_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Raises ModelError, with a list, where ``tensors`` are not exactly those of ``module``, which may be on meta."""
     own = module.state_dict()
     faults = [f"missing {name}" for name in own if name not in tensors]
     faults += [f"unexpected {name}" for name in tensors if name not in own]
@@ -147,16 +244,16 @@ def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: st
     if faults:
         shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise ModelError(f"{source} does not fit a {type(module).__name__}: {shown}")
-    module.load_state_dict(tensors)
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a model's weights file, as manifests record it."""
-    with open(local_folder(path) / WEIGHTS, "rb") as file:
+    """SHA-256 of a model's weights file, or of LlamaGen's own file, as manifests record it."""
+    weights = Path(path) if Path(path).is_file() else local_folder(path) / WEIGHTS
+    with open(weights, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _config(config_class: type[Any], values: dict[str, Any], source: Path) -> Any:
+def _config(config_class: type[Any], values: dict[str, Any], source: str) -> Any:
     known = {f.name for f in dataclasses.fields(config_class)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -171,10 +268,11 @@ def _write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _card(kind: str, config: dict[str, Any]) -> str:
+def _card(kind: str, config: dict[str, Any], note: str) -> str:
     rows = "\n".join(f"| {key} | {value} |" for key, value in config.items())
     return (
         f"---\nlibrary_name: dpar\ntags: [dpar, {kind}, image-generation]\n---\n\n# {kind}\n\n"
         f"Weights of the `dpar` toolkit. Load them with `from_pretrained` of the class that `model_type` names.\n\n"
+        f"{note}{chr(10) * 2 if note else ''}"
         f"| setting | value |\n| --- | --- |\n{rows}\n"
     )

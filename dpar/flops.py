@@ -3,6 +3,8 @@
     cost = count(preset("dpar-b"), patch_length=1.81)
     cost.parameters, cost.linear / 1e9                       # GMACs an image, as the paper counts them
 
+    linear_macs(preset("dpar-b"), patches=141.4)             # the same count for a measured mean of patches an image
+
 The paper's GFLOPs are multiply-accumulates of the linear layers of one forward pass per image; attention products
 are left out there and counted apart here (in full squares, as kernels without causal skipping would compute them).
 """
@@ -19,6 +21,7 @@ from dpar.llamagen import LlamaGen, LlamaGenConfig
 from dpar.model import DPAR, DPARConfig
 from dpar.packing import PatchLayout
 
+TRAINING_FLOPS_A_MAC = 6  # a multiplication and an addition, forward once and backward twice
 IMAGES = 100  # in the counted batch, so that mean patch lengths come out to a hundredth of a patch
 
 # The paper's figures: parameters in millions (Table 1), and GMACs by resolution (its Tables 8, 256 and 384 px).
@@ -62,7 +65,7 @@ class Cost:
     @property
     def training_flops(self) -> float:
         """FLOPs of forward and backward per image: 3 × 2 × MACs."""
-        return 6 * self.linear
+        return TRAINING_FLOPS_A_MAC * self.linear
 
     def sampling(self, entropy_model: Cost | None = None, guidance: bool = True) -> float:
         """MACs of linear layers to sample one image, the entropy model's included."""
@@ -110,6 +113,20 @@ def count(config: DPARConfig | LlamaGenConfig, patch_length: float = 1.0) -> Cos
         attention=attention / IMAGES,
         shared=encoder / IMAGES,
     )
+
+
+def linear_macs(config: DPARConfig | LlamaGenConfig, patches: float) -> float:
+    """MACs of linear layers of one forward pass of an image that has ``patches`` patches, or so many on average.
+
+    They are linear in the number of patches, so two counts give all others, and a mean of patches gives the mean cost.
+
+    Args:
+        config: of the model; the number is of no effect on LlamaGen.
+        patches: mean an image, 1 to N.
+    """
+    n = config.n_tokens
+    tokens, one = count(config, 1.0).linear, count(config, float(n)).linear
+    return tokens if n == 1 else one + (tokens - one) * (patches - 1) / (n - 1)
 
 
 def _macs(flops_by_op: dict[object, int]) -> tuple[float, float]:

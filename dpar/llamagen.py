@@ -9,13 +9,15 @@ Parameter names and shapes are LlamaGen's, so its checkpoints load as they are.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from dpar.attention import KVCache, dense_causal
-from dpar.checkpoint import Pretrained
+from dpar.checkpoint import Pretrained, read_weights
 from dpar.errors import ModelError
 from dpar.layers import NORM_EPS, Block, LabelEmbedder, init_weights
 from dpar.rope import token_table, with_condition
@@ -33,16 +35,18 @@ class SequenceConfig:
     heads: int = 12
     dropout: float = 0.1  # on tokens, residual branches and feed-forward, in training
 
+    head_multiple: ClassVar[int] = 8  # what rotary positions need the width of a head to divide by
+
     def __post_init__(self) -> None:
         for name in ("codebook_size", "grid_height", "grid_width", "width", "heads"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.classes < 0:
             raise ModelError(f"classes is {self.classes}; it must be 0 (unconditional) or more")
-        if self.width % self.heads or self.head_dim % 8:
+        if self.width % self.heads or self.head_dim % self.head_multiple:
             raise ModelError(
                 f"width {self.width} over {self.heads} heads is {self.width / self.heads:g} a head; "
-                "rotary positions need a multiple of 8"
+                f"rotary positions need a multiple of {self.head_multiple}"
             )
         if not 0 <= self.dropout < 1:
             raise ModelError(f"dropout is {self.dropout}; it must be at least 0 and under 1")
@@ -63,6 +67,8 @@ class LlamaGenConfig(SequenceConfig):
     """LlamaGen's sizes; the defaults are LlamaGen-B at 256 px."""
 
     layers: int = 12
+
+    head_multiple: ClassVar[int] = 4  # rows and columns, in pairs; LlamaGen-3B has 100 a head
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +96,23 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
         self.table: Tensor
         self.apply(init_weights)
         nn.init.zeros_(self.output.weight)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, heads: int | None = None, grid: tuple[int, int] | None = None
+    ) -> Self:
+        """The model at ``path``, in evaluation mode, on the CPU, in float32.
+
+        Args:
+            path: a local directory, ``owner/name`` on the Hugging Face Hub, or LlamaGen's own file.
+            heads: of a file that does not say how many (:mod:`dpar.llamagen_files` says where that is looked for).
+            grid: rows and columns of tokens, likewise. Weights trained on one grid serve that grid alone.
+
+        Raises:
+            ModelError: nothing is there, it is another kind of model, tensors are missing, left over or misshapen, or
+                it is for other heads or another grid than asked for.
+        """
+        return cls.from_weights(read_weights(path, cls.model_type, heads=heads, grid=grid))
 
     def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         """Teacher-forced logits.

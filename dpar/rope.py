@@ -69,10 +69,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     Computed in float32, returned in the dtype of x.
     """
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table.unsqueeze(-3).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    # as complex numbers: one pass over the pairs instead of eight
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(table).unsqueeze(-2)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def _cos_sin(angle: Tensor) -> Tensor:

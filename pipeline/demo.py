@@ -47,7 +47,7 @@ class Size:
     guidance: tuple[float, ...] = (1.0, 2.0)
 
 
-FULL = Size(train_images=1920, validation_images=240, steps=110, samples=60)
+FULL = Size(train_images=1920, validation_images=240, steps=60, samples=60)
 TINY = Size(train_images=60, validation_images=30, steps=12, samples=15)
 
 
@@ -78,7 +78,7 @@ def demo(out: Path, *, run_command: RunCommand, tiny: bool = False, progress: Pr
 
     # no dropout: so few steps cannot overfit
     recipe = ["--steps", size.steps, "--batch", 32, "--lr", 2e-3, "--warmup", 10, "--schedule", "cosine"]
-    recipe += ["--dropout", 0.0]
+    recipe += ["--dropout", 0.0, "--micro-batch", 16]
     held_out = ("--validation", out / "codes-validation")
     run("entropy", out / "codes", out / "entropy", "--model", "llamagen-tiny", *recipe, *held_out)
 

@@ -6,6 +6,8 @@
     OUT/results.md        the same as a table
     OUT/samples-cfg-S.png a sheet of every class at each guidance scale, and the same with patches drawn
 
+RUN may also be a LlamaGen that was trained elsewhere: its own file, or a directory of weights without a run.
+
 Bits per token are exact. The distance between samples and the reference's originals is FID with
 ``--features inception``; on the tokenizer's own features it goes by another name and compares only with its like.
 """
@@ -28,10 +30,9 @@ from dpar.tokenizer import psnr
 from pipeline.errors import StageError
 from pipeline.features import Extract, frechet_distance, inception_features, resize, tokenizer_features
 from pipeline.generate import Generator, decode
-from pipeline.likelihood import bits_per_token, fits
+from pipeline.likelihood import bits_per_token, fits, same_classes
 from pipeline.originals import load_originals
 from pipeline.progress import Progress, stops_with
-from pipeline.run import read_run
 from pipeline.sample import sample_sheet
 from pipeline.settings import EvalSettings
 from pipeline.versions import made_by
@@ -44,7 +45,9 @@ DISTANCE = {"inception": "FID", "tokenizer": "tokenizer Fréchet distance"}
 
 
 def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | None = None) -> dict[str, Any]:
-    """Scores a run of ``dpar train`` against a held-out artifact; a cell that is in ``out`` already is not repeated.
+    """Scores a run of ``dpar train``, or a LlamaGen's weights, against a held-out artifact.
+
+    A cell that is in ``out`` already is not repeated.
 
     Returns:
         What ``results.json`` holds.
@@ -55,9 +58,10 @@ def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | 
     """
     progress = progress or Progress()
     artifact = open_artifact(settings.reference)
-    generator = Generator.load(run, settings)
+    generator = Generator.load(run, settings, artifact)
     fits(generator.model, artifact.manifest, str(settings.reference))
-    _check_tokenizer(run, artifact)
+    same_classes(generator.class_names, artifact.manifest.class_names, str(run), str(settings.reference))
+    _check_tokenizer(generator, artifact)
     identity = _identity(run, settings, artifact)
     results = _earlier(out, identity)
     out.mkdir(parents=True, exist_ok=True)
@@ -199,8 +203,8 @@ def _earlier(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return {"identity": identity, "cells": [], "made_by": made_by()}
 
 
-def _check_tokenizer(run: Path, artifact: Artifact) -> None:
-    ours = read_run(run)["inputs"]["tokenizer"]["fingerprint"]
+def _check_tokenizer(generator: Generator, artifact: Artifact) -> None:
+    ours = generator.tokenizer_fingerprint
     theirs = artifact.manifest.tokenizer["fingerprint"]
     if ours != theirs:
         raise StageError(

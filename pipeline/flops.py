@@ -1,6 +1,7 @@
 """``dpar flops``: what each model costs, beside the paper's figures.
 
 rows = cost_table(FlopsSettings(model=("dpar-b", "llamagen-b")))
+for part in tables(rows): print(part.title)                      # as text, for a terminal; table(rows) for Markdown
 """
 
 from __future__ import annotations
@@ -28,11 +29,24 @@ class CostRow:
     gmacs: float  # linear layers, as the paper counts
     paper_gmacs: float | None
     attention_gmacs: float
+    gmacs_with_attention: float
     training_gflops: float  # 3 × 2 × MACs of linear layers
+    sampling_gmacs: float  # linear layers, with guidance; for DPAR with LlamaGen-B as entropy model
+
+    @property
+    def parameters_off(self) -> float | None:
+        """Parameters' difference from the paper's figure, as a share of it."""
+        return None if self.paper_parameters is None else self.parameters / 1e6 / self.paper_parameters - 1
+
+    @property
+    def gmacs_off(self) -> float | None:
+        """GMACs' difference from the paper's figure, as a share of it."""
+        return None if self.paper_gmacs is None else self.gmacs / self.paper_gmacs - 1
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return dataclasses.asdict(self)
+        off = {"parameters_off": self.parameters_off, "gmacs_off": self.gmacs_off}
+        return dataclasses.asdict(self) | off
 
 
 def cost_table(settings: FlopsSettings) -> list[CostRow]:
@@ -44,20 +58,17 @@ def cost_table(settings: FlopsSettings) -> list[CostRow]:
     rows = []
     for size in settings.image_size:
         side = size // settings.downsampling
+        codes = {"grid_height": side, "grid_width": side, "codebook_size": settings.codebook_size}
+        entropy_model = count(preset("llamagen-b", classes=0, **codes))  # the paper's
         for name in settings.model or [name for name in PRESETS if not name.endswith("tiny")]:
-            config = preset(
-                name,
-                grid_height=side,
-                grid_width=side,
-                codebook_size=settings.codebook_size,
-                classes=settings.classes,
-            )
+            config = preset(name, classes=settings.classes, **codes)
             # The paper's figures are for its own codebook, classes, patch lengths and 16-pixel tokens.
             length = settings.patch_length or PAPER_PATCH_LENGTH.get(size, PAPER_PATCH_LENGTH[256])
             papers = (settings.downsampling, settings.codebook_size, settings.classes) == (16, 16384, 1000)
-            same_length = name.startswith("llamagen") or length == PAPER_PATCH_LENGTH.get(size)
+            llamagen = name.startswith("llamagen")
+            same_length = llamagen or length == PAPER_PATCH_LENGTH.get(size)
             try:
-                cost = count(config, 1.0 if name.startswith("llamagen") else length)
+                cost = count(config, 1.0 if llamagen else length)
             except ValueError as error:
                 raise StageError(f"--patch-length: {error}") from error
             rows.append(
@@ -71,7 +82,69 @@ def cost_table(settings: FlopsSettings) -> list[CostRow]:
                     gmacs=cost.linear / 1e9,
                     paper_gmacs=PAPER_GMACS.get((name, size)) if papers and same_length else None,
                     attention_gmacs=cost.attention / 1e9,
+                    gmacs_with_attention=(cost.linear + cost.attention) / 1e9,
                     training_gflops=cost.training_flops / 1e9,
+                    sampling_gmacs=cost.sampling(None if llamagen else entropy_model) / 1e9,
                 )
             )
     return rows
+
+
+HEADER = ("model", "px", "patches", "params", "paper", "off", "GMACs", "paper", "off", "+attn", "train", "sample")
+NOTES = (
+    "params: millions. GMACs: 1e9 multiply-accumulates of the linear layers in one forward pass of an image, the "
+    "paper's count; +attn: with those of attention products. train: TFLOPs an image, 3 × 2 × MACs. sample: GMACs to "
+    "sample an image with guidance, for DPAR with LlamaGen-B as entropy model. off: from the paper's figure, where it "
+    "has one. The paper's 120 M for DPAR-B fit neither its own GFLOPs nor its other rows: the sizes that give all "
+    "twelve of its GFLOPs have 115.0 M."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostTable:
+    """The rows of one image size as text, without the columns that its title says."""
+
+    title: str
+    header: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+
+
+def table(rows: list[CostRow]) -> list[tuple[str, ...]]:
+    """The rows as text, all columns of :data:`HEADER`."""
+    return [_line(row) for row in rows]
+
+
+def tables(rows: list[CostRow]) -> list[CostTable]:
+    """The rows as a table for each image size, narrow enough for a terminal of 80 columns."""
+    found = []
+    for size in dict.fromkeys(row.image_size for row in rows):
+        these = [row for row in rows if row.image_size == size]
+        patches = {row.patches for row in these if row.model.startswith("dpar")}
+        said = "".join(f", {count:.1f} patches an image for DPAR" for count in patches)
+        lines = [(row.model, *_line(row)[3:]) for row in these]
+        title = f"{size} px: {these[0].tokens} tokens{said}"
+        found.append(CostTable(title=title, header=(HEADER[0], *HEADER[3:]), lines=lines))
+    return found
+
+
+def _line(row: CostRow) -> tuple[str, ...]:
+    def number(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:+.2%}"
+
+    return (
+        row.model,
+        str(row.image_size),
+        number(row.patches, 1),
+        number(row.parameters / 1e6, 1),
+        number(row.paper_parameters, 0),
+        share(row.parameters_off),
+        number(row.gmacs, 2),
+        number(row.paper_gmacs, 2),
+        share(row.gmacs_off),
+        number(row.gmacs_with_attention, 1),
+        number(row.training_gflops / 1e3, 2),
+        number(row.sampling_gmacs, 1),
+    )

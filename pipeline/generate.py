@@ -1,6 +1,6 @@
 """A trained run, with everything that sampling from it needs: model, entropy model, tokenizer and patch rule.
 
-generator = Generator.load("run", settings)
+generator = Generator.load(Path("run"), settings)                # or the weights of a LlamaGen trained elsewhere
 drawn = generator.sample(labels, indices, cfg_scale=2.0)         # codes, starts, pixels
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dpar.checkpoint import CONFIG, model_type
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.patching import static_starts
@@ -25,7 +26,8 @@ from pipeline.progress import Progress
 from pipeline.run import read_run
 from pipeline.settings import Precision, SamplingSettings
 from pipeline.sources.source import nearest
-from pipeline.weights import load_entropy_model, load_model, load_tokenizer
+from pipeline.weights import fingerprint_of, load_entropy_model, load_model, load_tokenizer, same_tokens
+from shards.reader import Artifact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +46,26 @@ class Generator:
     model: DPAR | LlamaGen
     entropy_model: LlamaGen | None
     tokenizer: VQTokenizer
+    tokenizer_fingerprint: str  # of the weights that made what the model was trained on, as far as is known
     class_names: tuple[str, ...]
     rule: dict[str, Any]  # arguments of dpar.sample: threshold, max_length, row_reset, static_length
     settings: SamplingSettings
     device: torch.device
 
     @classmethod
-    def load(cls, run: Path, settings: SamplingSettings) -> Generator:
-        """Loads a run of ``dpar train``.
+    def load(cls, run: Path, settings: SamplingSettings, reference: Artifact | None = None) -> Generator:
+        """Loads a run of ``dpar train``, or weights of a LlamaGen that was trained elsewhere.
+
+        Args:
+            run: the run's directory; or LlamaGen's own file, or a model directory without a ``run.json``.
+            settings: how to sample, and where other weights than the recorded ones are to be found.
+            reference: what weights without a run take their tokenizer and their class names from.
 
         Raises:
             StageError, ModelError: it is no such run, has no weights yet, or its parts are gone or do not fit.
         """
+        if is_weights(run):
+            return cls._of_weights(run, settings, reference)
         record = read_run(run)
         if record["kind"] != "train":
             raise StageError(f"{run} is a run of `dpar {record['kind']}`; one of `dpar train` is needed")
@@ -79,8 +89,48 @@ class Generator:
             model=model.to(device),
             entropy_model=None if entropy_model is None else entropy_model.to(device),
             tokenizer=tokenizer.to(device),
+            tokenizer_fingerprint=inputs["tokenizer"]["fingerprint"],
             class_names=tuple(inputs["class_names"]),
             rule=rule,
+            settings=settings,
+            device=device,
+        )
+
+    @classmethod
+    def _of_weights(cls, path: Path, settings: SamplingSettings, reference: Artifact | None) -> Generator:
+        """A LlamaGen that was trained elsewhere: its classes have numbers, or the names of ``reference``."""
+        if model_type(path) == DPAR.model_type:
+            raise StageError(
+                f"{path} holds a DPAR model without its run, and only run.json says which entropy model and which "
+                "patch rule it was trained with; name the run of `dpar train`"
+            )
+        model = LlamaGen.from_pretrained(path)
+        classes = model.config.classes
+        if classes == 0:
+            raise StageError(f"{path} is a LlamaGen without classes; it serves as an entropy model, not for sampling")
+        origin: dict[str, str] | None = None
+        names = tuple(str(label) for label in range(classes))
+        if reference is not None:
+            manifest = reference.manifest
+            origin, names = manifest.tokenizer, manifest.class_names
+            same_tokens(model.config, manifest, str(path), str(reference.folder))
+            if len(names) != classes:
+                raise StageError(f"{path} is a LlamaGen for {classes} classes; {reference.folder} has {len(names)}")
+        elif settings.tokenizer is None:
+            raise StageError(f"{path} does not say which tokenizer decodes its codes; name it with --tokenizer")
+        tokenizer = _part(origin, settings.tokenizer, load_tokenizer, "--tokenizer")
+        if tokenizer.config.codebook_size != model.config.codebook_size:
+            raise StageError(
+                f"the tokenizer has {tokenizer.config.codebook_size} codes, the model {model.config.codebook_size}"
+            )
+        device = choose_device(settings.device)
+        return cls(
+            model=model.to(device),
+            entropy_model=None,
+            tokenizer=tokenizer.to(device),
+            tokenizer_fingerprint=fingerprint_of(str(settings.tokenizer)) if origin is None else origin["fingerprint"],
+            class_names=names,
+            rule={},
             settings=settings,
             device=device,
         )
@@ -122,6 +172,11 @@ class Generator:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
         return self.model.config.grid_height, self.model.config.grid_width
+
+
+def is_weights(path: Path) -> bool:
+    """Whether weights lie at ``path`` without a run around them: a file, or a directory with a config."""
+    return path.is_file() or ((path / CONFIG).is_file() and not (path / "run.json").is_file())
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ runs record them. The string beside each type is its help.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ class TokenizerSettings:
 class TokenizeSettings:
     """Images to codes."""
 
-    tokenizer: Annotated[str, "Directory or Hub repository of the VQ tokenizer; builtin:photos is the one shipped."]
+    tokenizer: Annotated[str, "Directory, LlamaGen .pt file or Hub name of the VQ tokenizer; builtin:photos ships."]
     image_size: Annotated[int, "Pixels along a side."] = 256
     views: Annotated[Views, "Crops of each image: the centre, it and its mirror image, or ADM's ten."] = "center"
     crop_range: Annotated[
@@ -136,6 +137,20 @@ class EntropySettings(OptimSettings):
     """Training the entropy model."""
 
     model: Annotated[str, "Preset of LlamaGen's family, trained without classes."] = "llamagen-b"
+    from_llamagen: Annotated[
+        str | None, "LlamaGen's c2i_*.pt (or a directory of it), read without classes in place of training."
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.from_llamagen is not None:
+            given = [
+                "--" + field.name.replace("_", "-")
+                for field in dataclasses.fields(self)
+                if field.name not in ("from_llamagen", "device", "precision")
+                and getattr(self, field.name) != field.default
+            ]
+            require(not given, f"--from-llamagen trains nothing; leave out {', '.join(given)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +294,13 @@ class FlopsSettings:
                 size > 0 and size % self.downsampling == 0,
                 f"--image-size is {size}; it must be a multiple of --downsampling, {self.downsampling}",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings:
+    """Converting weights."""
+
+    push_to: Annotated[str | None, "Upload DST to this repository of the Hugging Face Hub, owner/name."] = None
 
 
 @dataclass(frozen=True, kw_only=True)

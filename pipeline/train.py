@@ -2,6 +2,7 @@
 
 train(Path("patches"), Path("run"), TrainSettings(model="dpar-b"))
 train_entropy(Path("codes"), Path("entropy"), EntropySettings(model="llamagen-b"))
+train_entropy(Path("codes"), Path("entropy"), EntropySettings(from_llamagen="c2i_B_256.pt"))     # trains nothing
 """
 
 from __future__ import annotations
@@ -12,21 +13,24 @@ from typing import Any
 
 import torch
 
+from dpar.checkpoint import CONFIG, check_tensors, fingerprint, read_weights, write_weights
 from dpar.llamagen import LlamaGen, LlamaGenConfig
 from dpar.model import DPAR, DPARConfig
 from dpar.presets import preset
 from pipeline.device import choose_device, rank, world_size
 from pipeline.errors import StageError
-from pipeline.likelihood import fits
+from pipeline.likelihood import fits, same_classes
 from pipeline.progress import Progress
 from pipeline.run import RunFolder
 from pipeline.settings import EntropySettings, OptimSettings, TrainSettings
 from pipeline.trainer import Objective, fit, process_group, total_steps, wait_for_all
+from pipeline.weights import same_tokens, weights_path
 from shards.manifest import Manifest
 from shards.reader import Artifact, open_artifact
 
 # Settings that do not decide a run's result, so that they may change when it is gone on with.
-FREE = ("device", "micro_batch", "log_every", "checkpoint_every", "validation", "eval_every")
+FREE = ("device", "micro_batch", "log_every", "checkpoint_every", "validation", "eval_every", "from_llamagen")
+GUIDANCE_CLASS = "cls_embedding.embedding_table.weight"  # its last row
 
 
 def train(patches: Path, out: Path, settings: TrainSettings, progress: Progress | None = None) -> dict[str, Any]:
@@ -50,12 +54,52 @@ def train(patches: Path, out: Path, settings: TrainSettings, progress: Progress 
 def train_entropy(
     codes: Path, out: Path, settings: EntropySettings, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Trains the entropy model, a LlamaGen without classes; see :func:`train`."""
+    """Trains the entropy model, a LlamaGen without classes, or takes it from a LlamaGen; see :func:`train`."""
     artifact = open_artifact(codes)
+    if settings.from_llamagen is not None:
+        return entropy_from_llamagen(artifact, out, settings.from_llamagen, progress or Progress())
     if not settings.model.startswith("llamagen-"):
         raise StageError(f"--model is {settings.model!r}; the entropy model is of LlamaGen's family: llamagen-…")
     config = _config(artifact.manifest, settings, classes=0)
     return _train("entropy", artifact, out, config, settings, None, progress or Progress())
+
+
+def entropy_from_llamagen(artifact: Artifact, out: Path, name: str, progress: Progress) -> dict[str, Any]:
+    """Writes the run of an entropy model that is a class-conditional LlamaGen, read at its guidance class.
+
+    LlamaGen leaves the class out of a tenth of its training images, so that row of its embedding, put in front of the
+    tokens, makes it a model without classes. The run holds that row alone, and is used like one that was trained here.
+
+    Args:
+        artifact: the codes that it is to measure.
+        out: the run's directory.
+        name: LlamaGen's file, or weights of a LlamaGen by any other name.
+        progress: where to report.
+
+    Returns:
+        No metrics.
+
+    Raises:
+        StageError, ModelError: the weights are something else, or for another grid or codebook than the codes.
+    """
+    path = weights_path(name)
+    weights = read_weights(path, LlamaGen.model_type)
+    config = weights.make_config(LlamaGenConfig)
+    same_tokens(config, artifact.manifest, name, str(artifact.folder))
+    with torch.device("meta"):
+        model = LlamaGen(config)
+    check_tensors(model, weights.tensors, weights.source)
+    if rank() == 0:
+        origin = {"path": name, "fingerprint": fingerprint(path)}
+        data = {"data": str(artifact.folder), "artifact": artifact.manifest.fingerprint()}
+        run = RunFolder(out, "entropy", {"from_llamagen": origin}, data | lineage(artifact.manifest))
+        if not (run.model / CONFIG).is_file():
+            values = dataclasses.asdict(dataclasses.replace(config, classes=0))
+            tensors = weights.tensors | {GUIDANCE_CLASS: weights.tensors[GUIDANCE_CLASS][-1:]}
+            note = f"An entropy model: `{Path(name).name}` (SHA-256 `{origin['fingerprint']}`) at its guidance class."
+            write_weights(run.model, LlamaGen.model_type, values, tensors, note)
+        progress.say(f"weights: {run.model}, of {name}, read without classes")
+    return {}
 
 
 def _config(manifest: Manifest, settings: TrainSettings | EntropySettings, classes: int) -> DPARConfig | LlamaGenConfig:
@@ -128,4 +172,6 @@ def _open_validation(
     ours, theirs = training.tokenizer["fingerprint"], artifact.manifest.tokenizer["fingerprint"]
     if ours != theirs:
         raise StageError(f"{path} was made by tokenizer {theirs[:12]}, the training data by {ours[:12]}")
+    if not unconditional:
+        same_classes(training.class_names, artifact.manifest.class_names, "the training data", str(path))
     return artifact

@@ -1,5 +1,7 @@
-import importlib.util
 import json
+import runpy
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,9 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from dpar import LlamaGen, LlamaGenConfig
+from dpar import LlamaGen
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -25,51 +26,59 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 class Reference(NamedTuple):
-    """LlamaGen's own tensors and what its own code made of them."""
+    """A checkpoint in LlamaGen's format and what LlamaGen's own code made of it."""
 
-    tensors: dict[str, Tensor]
+    checkpoint: Path
     arrays: dict[str, Any]
 
 
-def reference(name: str) -> Reference:
-    spec = importlib.util.spec_from_file_location("procedural_weights", FIXTURES / "procedural_weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    weights = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(weights)
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the checkpoints lie; hundreds of megabytes, so they do not outlive the session."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    yield path
+    shutil.rmtree(path)
+
+
+def reference(name: str, folder: Path) -> Reference:
+    checkpoint = folder / f"{name}.pt"
+    arguments = sys.argv
+    try:  # as a user would: python procedural_weights.py SPEC OUT.pt
+        sys.argv = ["procedural_weights.py", str(FIXTURES / f"{name}.spec.json"), str(checkpoint)]
+        runpy.run_path(str(FIXTURES / "procedural_weights.py"), run_name="__main__")
+    finally:
+        sys.argv = arguments
     with np.load(FIXTURES / f"{name}.npz") as file:
-        return Reference(weights.state_dict(FIXTURES / f"{name}.spec.json"), dict(file))
+        return Reference(checkpoint, dict(file))
 
 
 @pytest.fixture(scope="session")
-def vq16() -> Reference:
-    return reference("vq16")
+def vq16(folder: Path) -> Reference:
+    return reference("vq16", folder)
 
 
 @pytest.fixture(scope="session")
-def vq8() -> Reference:
-    return reference("vq8")
+def vq8(folder: Path) -> Reference:
+    return reference("vq8", folder)
 
 
 @pytest.fixture(scope="session")
-def gpt_b_256() -> Reference:
-    return reference("gpt_b_256")
+def gpt_b_256(folder: Path) -> Reference:
+    return reference("gpt_b_256", folder)
 
 
 @pytest.fixture(scope="session")
-def gpt_tiny() -> tuple[LlamaGen, dict[str, Any]]:
-    tensors, arrays = reference("gpt_tiny")
+def gpt_tiny_file(folder: Path) -> Reference:
+    return reference("gpt_tiny", folder)
+
+
+@pytest.fixture(scope="session")
+def gpt_tiny(gpt_tiny_file: Reference) -> tuple[LlamaGen, dict[str, Any]]:
     sizes = json.loads((FIXTURES / "gpt_tiny.config.json").read_text())
     side = int(sizes["block_size"] ** 0.5)
-    config = LlamaGenConfig(
-        codebook_size=sizes["vocab_size"],
-        grid_height=side,
-        grid_width=side,
-        classes=sizes["num_classes"],
-        width=sizes["dim"],
-        heads=sizes["n_head"],
-        layers=sizes["n_layer"],
+    model = LlamaGen.from_pretrained(gpt_tiny_file.checkpoint, heads=sizes["n_head"], grid=(side, side))
+    found = model.config
+    assert (found.codebook_size, found.classes, found.width, found.layers) == tuple(
+        sizes[name] for name in ("vocab_size", "num_classes", "dim", "n_layer")
     )
-    model = LlamaGen(config).eval()
-    model.load_state_dict(tensors)
-    return model, arrays
+    return model, gpt_tiny_file.arrays

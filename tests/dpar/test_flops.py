@@ -1,7 +1,9 @@
 import pytest
 
 from dpar import DPARConfig, ModelError, preset
-from dpar.flops import PAPER_GMACS, PAPER_PARAMETERS, PAPER_PATCH_LENGTH, Cost, count
+from dpar.flops import PAPER_GMACS, PAPER_PARAMETERS, PAPER_PATCH_LENGTH, Cost, count, linear_macs
+from pipeline.flops import HEADER, NOTES, CostRow, cost_table, table, tables
+from pipeline.settings import FlopsSettings
 
 HERE = {  # GMACs an image, the table of docs/method.md
     ("llamagen-b", 256): 24.96,
@@ -116,3 +118,46 @@ def test_a_patch_length_that_no_image_has_is_refused(length: float) -> None:
 def test_counting_knows_only_presets_that_there_are() -> None:
     with pytest.raises(ModelError, match="Did you mean dpar-xxl"):
         preset("dpar-xxxl")
+
+
+@pytest.mark.parametrize("length", [1.0, 1.81, 2.5, 256.0])
+def test_two_counts_give_the_cost_of_any_mean_of_patches(length: float) -> None:
+    config = DPARConfig(codebook_size=8, width=32, heads=2, patch_layers=2, decoder_layers=1)
+    counted = count(config, length)
+    assert linear_macs(config, counted.patches) == pytest.approx(counted.linear, rel=1e-9)
+    assert linear_macs(preset("llamagen-tiny"), 141.4) == count(preset("llamagen-tiny")).linear
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[CostRow]:
+    return cost_table(FlopsSettings(model=("dpar-b", "llamagen-b"), image_size=(256, 384)))
+
+
+def test_each_row_has_its_cost_of_sampling_and_its_differences_from_the_paper(rows: list[CostRow]) -> None:
+    for row, resolution in zip(rows, (256, 256, 384, 384), strict=True):
+        own, entropy_model = cost(row.model, resolution), cost("llamagen-b", resolution)
+        guided = own.sampling(entropy_model if row.model == "dpar-b" else None)
+        assert row.sampling_gmacs == pytest.approx(guided / 1e9)
+        assert row.gmacs_with_attention == pytest.approx((own.linear + own.attention) / 1e9)
+        assert row.training_gflops == pytest.approx(6 * own.linear / 1e9)
+        held = row.as_dict()
+        assert held["gmacs_off"] == pytest.approx(own.linear / 1e9 / PAPER_GMACS[row.model, resolution] - 1)
+        assert abs(held["gmacs_off"]) < 0.005
+    assert rows[0].parameters_off == pytest.approx(115.0 / 120 - 1, abs=0.001)
+    assert "120 M for DPAR-B fit neither" in NOTES
+
+
+def test_the_table_is_narrow_enough_for_80_columns_and_the_full_one_has_every_column(rows: list[CostRow]) -> None:
+    parts = tables(rows)
+    assert [part.title[:6] for part in parts] == ["256 px", "384 px"]
+    assert "141.4 patches an image for DPAR" in parts[0].title
+    for part in parts:
+        widths = [max(map(len, column)) for column in zip(part.header, *part.lines, strict=True)]
+        assert sum(widths) + len(widths) + 1 <= 80
+    assert [len(line) for line in table(rows)] == [len(HEADER)] * 4
+
+
+def test_another_patch_length_is_counted_and_not_held_against_the_paper() -> None:
+    (row,) = cost_table(FlopsSettings(model=("dpar-tiny",), image_size=(256,), patch_length=2.5))
+    assert row.patches == pytest.approx(102.4)
+    assert (row.paper_gmacs, row.gmacs_off, row.paper_parameters) == (None, None, None)

@@ -1,5 +1,6 @@
-"""Against what LlamaGen's own modules give for the same weights: tests/fixtures/README.md."""
+"""Files in LlamaGen's format against what LlamaGen's own modules give for them: tests/fixtures/README.md."""
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ CLEAR_GAP = 1e-4  # codes nearer than this to the second best may flip with roun
 
 
 class Reference(Protocol):
-    tensors: dict[str, Tensor]
+    checkpoint: Path
     arrays: dict[str, Any]
 
 
@@ -26,8 +27,8 @@ def assert_close(ours: Tensor, theirs: Any, tolerance: float = 1e-4) -> None:
 
 @torch.no_grad()
 def check_tokenizer(name: str, reference: Reference) -> None:
-    tokenizer = VQTokenizer(tokenizer_preset(name)).eval()
-    tokenizer.load_state_dict(reference.tensors)
+    tokenizer = VQTokenizer.from_pretrained(reference.checkpoint)
+    assert tokenizer.config == tokenizer_preset(name)  # read off the tensors
     arrays = reference.arrays
     images = from_uint8(torch.from_numpy(arrays["image"]))
     latent = tokenizer.latent(images)
@@ -58,8 +59,8 @@ def test_logits_of_a_small_gpt_equal_llamagens(gpt_tiny: tuple[LlamaGen, dict[st
 @pytest.mark.slow
 @torch.no_grad()
 def test_logits_losses_and_entropies_of_gpt_b_equal_llamagens(gpt_b_256: Reference) -> None:
-    model = LlamaGen(LlamaGenConfig()).eval()
-    model.load_state_dict(gpt_b_256.tensors)
+    model = LlamaGen.from_pretrained(gpt_b_256.checkpoint)
+    assert model.config == LlamaGenConfig()  # read off the tensors, and the name
     arrays = gpt_b_256.arrays
     tokens = torch.from_numpy(arrays["tokens"].astype(np.int64))
     logits = model(tokens, torch.from_numpy(arrays["labels"]))

@@ -1,0 +1,306 @@
+"""LlamaGen's own checkpoint files (``vq_ds16_c2i.pt``, ``c2i_B_256.pt``, …), read without running anything in them.
+
+    found = read("c2i_B_256.pt")
+    found.model_type, found.sizes, found.tensors             # "llamagen", fields of LlamaGenConfig, name to tensor
+
+``VQTokenizer.from_pretrained`` and ``LlamaGen.from_pretrained`` come here with any path that is a file. The state dict
+is looked for under ``model``, ``ema``, ``module``, ``state_dict``, in that order, then taken for bare; LlamaGen's own
+sampling and code extraction read ``model`` too. Sizes are read off the tensors. What tensors do not say:
+
+- heads: ``freqs_cis`` where it is stored, else the training arguments, else the width, if it is one of LlamaGen's;
+- grid: ``freqs_cis``, else the training arguments, else ``_256``, ``_384`` or ``_512`` in the file's name (pixels, of
+  which a token has 16), else 16×16, LlamaGen's default.
+
+``heads`` and ``grid`` say it for a file that does not. A file that says otherwise is refused: rotary positions count
+rows and columns of the grid that weights were trained on. Weights for 384 px would see a 256 px image as the top
+left corner of a larger one, broken off at its 16th column, which they were never trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpar.errors import ModelError
+from dpar.rope import token_table, with_condition
+
+KEYS = ("model", "ema", "module", "state_dict")
+DERIVED = ("freqs_cis", "quantize.codebook_used")  # computed anew, or a statistic of training
+CODEBOOK_USED = 65536  # entries of the latter; LlamaGen's VQ does not load without it
+HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 3200: 32, 4096: 32}  # by width: B, L, XL, XXL, 1B, 3B, 7B
+NAMES = {"GPT-B": 12, "GPT-L": 16, "GPT-XL": 20, "GPT-XXL": 24, "GPT-1B": 32, "GPT-3B": 32, "GPT-7B": 32}
+TITLES = {"vq": "LlamaGen's VQ tokenizer", "llamagen": "LlamaGen's GPT", "dpar": "a DPAR model"}
+NEEDED = "LlamaGen's .pt checkpoint, or a directory with config.json and model.safetensors, is needed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaGenFile:
+    """What a checkpoint file holds."""
+
+    path: Path
+    model_type: str  # "vq" or "llamagen"
+    sizes: dict[str, Any]  # fields of VQConfig or LlamaGenConfig
+    tensors: dict[str, Tensor]  # in the file's own dtypes, memory-mapped where the file allows; without DERIVED
+    key: str | None  # where the state dict lay; None: bare
+    grid_from: str | None = None  # what the grid was read off; None for a VQ
+
+
+def read(
+    path: str | os.PathLike[str], *, heads: int | None = None, grid: tuple[int, int] | None = None
+) -> LlamaGenFile:
+    """Reads one of LlamaGen's files.
+
+    Args:
+        path: the file.
+        heads: of a GPT's attention, for a file that does not say.
+        grid: rows and columns of tokens that a GPT is for, likewise.
+
+    Raises:
+        ModelError: the file is something else, with what it is; or it says other heads or another grid.
+    """
+    file = Path(path)
+    held = _load(file)
+    tensors, key = _state_dict(held, file)
+    kind = _kind(tensors)
+    if kind is None:
+        raise ModelError(f"{file} holds {_other(tensors)}; {NEEDED}")
+    kept = {name: tensor for name, tensor in tensors.items() if name not in DERIVED}
+    if kind == "vq":
+        return LlamaGenFile(path=file, model_type=kind, sizes=_vq_sizes(kept, file), tensors=kept, key=key)
+    arguments = held.get("args") if key is not None else None
+    said = dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else arguments
+    said = said if isinstance(said, dict) else {}
+    sizes = _gpt_sizes(kept, said, file)
+    rotary = _rotary(tensors.get("freqs_cis"), sizes["width"], file)
+    sizes["heads"] = _heads(rotary, said, sizes["width"], heads, file)
+    (sizes["grid_height"], sizes["grid_width"]), grid_from = _grid(rotary, said, grid, file)
+    if "freqs_cis" in tensors:
+        _check_rotary(tensors["freqs_cis"], sizes, file)
+    return LlamaGenFile(path=file, model_type=kind, sizes=sizes, tensors=kept, key=key, grid_from=grid_from)
+
+
+def write(path: Path, model_type: str, sizes: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes a file that LlamaGen's own code loads: ``{"model": state dict}``; whole or not at all.
+
+    Heads and grid that neither tensors nor file name can tell go into a plain ``args`` beside it, for :func:`read`.
+    """
+    state = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    held: dict[str, Any] = {"model": state}
+    if model_type == "vq":
+        state["quantize.codebook_used"] = torch.zeros(CODEBOOK_USED)
+    else:
+        grid = (sizes["grid_height"], sizes["grid_width"])
+        guessed = _grid(None, {}, None, path)[0]
+        if HEADS.get(sizes["width"]) != sizes["heads"] or guessed != grid:
+            held["args"] = {"n_head": sizes["heads"], "grid": list(grid)}
+    part = path.with_name(path.name + ".part")
+    torch.save(held, part)
+    os.replace(part, path)
+
+
+def _load(path: Path) -> Any:
+    """The unpickled file: tensors, numbers, strings, and at most an ``argparse.Namespace``."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    what = _not_a_checkpoint(path, head)
+    if what is not None:
+        raise ModelError(f"{path} is {what}; {NEEDED}")
+    zipped = head.startswith(b"PK")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign files, which get one message, below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
+    except Exception as error:  # torch tells damaged and foreign files by many classes of exception
+        unsafe = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
+        if unsafe:
+            raise ModelError(
+                f"{path} holds Python objects ({', '.join(unsafe)}), which could run code when they are read; "
+                "a checkpoint of tensors (and argparse.Namespace) alone is needed"
+            ) from error
+        what = "a zip file that PyTorch did not write" if zipped else "no file that PyTorch wrote, or a damaged one"
+        raise ModelError(f"{path} is {what}; {NEEDED}") from error
+
+
+def _not_a_checkpoint(path: Path, head: bytes) -> str | None:
+    """What a file is whose first bytes say that it is no PyTorch checkpoint; None if they may be one's."""
+    if not head:
+        return "empty (0 bytes)"
+    if head.startswith(b"version https://git-lfs"):
+        size = re.search(rb"\nsize (\d+)", head)
+        of = f" of a file of {int(size[1]):,} bytes" if size else ""
+        return f"a Git LFS pointer{of}, not the file itself (`git lfs pull` fetches it)"
+    if head.startswith(b"PK\x03\x04"):
+        whole = zipfile.is_zipfile(path)
+        return None if whole else f"a broken-off download: a zip file of {path.stat().st_size:,} bytes without its end"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+        return "a safetensors file (its directory is what from_pretrained takes)"
+    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        return "a web page, not the file that was to be downloaded"
+    if not any(byte < 9 for byte in head):
+        return "a text file"
+    return None if head.startswith(b"\x80") else "no file that PyTorch wrote"
+
+
+def _state_dict(held: Any, path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The state dict of an unpickled file, and the key that it lay under."""
+
+    def is_state(value: Any) -> bool:
+        return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+    if isinstance(held, dict):
+        for key in KEYS:
+            if is_state(held.get(key)):
+                return dict(held[key]), key
+        if is_state(held):
+            return dict(held), None
+        names = ", ".join(str(name) for name in list(held)[:5]) or "nothing"
+        raise ModelError(f"{path} holds no state dict under {', '.join(KEYS)}, nor a bare one (it holds {names})")
+    raise ModelError(f"{path} holds a {type(held).__name__}; {NEEDED}")
+
+
+def _kind(tensors: dict[str, Tensor]) -> str | None:
+    """``vq``, ``llamagen``, or None where the tensors are neither's."""
+    if any(name.startswith(("encoder.conv_blocks.", "decoder.conv_blocks.")) for name in tensors):
+        return "vq"
+    if any(name.startswith("cls_embedding.cap_proj.") for name in tensors):
+        return None
+    if any(re.fullmatch(r"layers\.\d+\.attention\.wqkv\.weight", name) for name in tensors):
+        return "llamagen"
+    return None
+
+
+def _other(tensors: dict[str, Tensor]) -> str:
+    if any(name.startswith("cls_embedding.cap_proj.") for name in tensors):
+        return "LlamaGen's text-to-image GPT, which reads captions and not classes"
+    return f"another model (its tensors: {', '.join(list(tensors)[:3])} …)"
+
+
+def _vq_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    levels = _count(tensors, r"encoder\.conv_blocks\.(\d+)\.")
+    stages = [f"encoder.conv_blocks.{i}.res.0.conv1.weight" for i in range(levels)]
+    needed = ["quantize.embedding.weight", "encoder.conv_in.weight", "encoder.conv_out.weight", *stages]
+    codebook, first, last, *widths = _shapes(tensors, needed, "VQTokenizer", path)
+    if first[0] < 1 or any(width[0] % first[0] for width in widths):
+        shown = ", ".join(str(width[0]) for width in widths)
+        raise ModelError(f"{path}: its widths ({shown}) are no multiples of the first layer's {first[0]}")
+    return {
+        "codebook_size": codebook[0],
+        "codebook_dim": codebook[1],
+        "channels": first[0],
+        "channel_multipliers": tuple(width[0] // first[0] for width in widths),
+        "residual_blocks": _count(tensors, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        "latent_channels": last[0],
+    }
+
+
+def _gpt_sizes(tensors: dict[str, Tensor], said: dict[str, Any], path: Path) -> dict[str, Any]:
+    needed = ["tok_embeddings.weight", "cls_embedding.embedding_table.weight"]
+    tokens, labels = _shapes(tensors, needed, "LlamaGen", path)
+    if said.get("num_classes") == labels[0]:
+        raise ModelError(f"{path} was trained without a guidance class (class dropout 0); one with it is needed")
+    layers = _count(tensors, r"layers\.(\d+)\.")
+    return {"codebook_size": tokens[0], "classes": labels[0] - 1, "width": tokens[1], "layers": layers}
+
+
+def _count(tensors: dict[str, Tensor], pattern: str) -> int:
+    """One more than the largest number that ``pattern`` finds in the tensors' names."""
+    return 1 + max((int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=-1)
+
+
+def _shapes(tensors: dict[str, Tensor], names: list[str], model: str, path: Path) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that sizes are read off."""
+    faults = [f"missing {name}" for name in names if name not in tensors]
+    faults += [
+        f"{name} is {tuple(tensors[name].shape)}" for name in names if name in tensors and tensors[name].ndim < 2
+    ]
+    if faults:
+        raise ModelError(f"{path} does not fit a {model}: {'; '.join(faults)}")
+    return [tuple(tensors[name].shape) for name in names]
+
+
+def _rotary(freqs_cis: Tensor | None, width: int, path: Path) -> tuple[int, int] | None:
+    """Heads and side of the grid, by a stored table of (1 + N, head_dim / 2, 2)."""
+    if freqs_cis is None:
+        return None
+    side = math.isqrt(max(freqs_cis.shape[0] - 1, 0)) if freqs_cis.ndim == 3 else 0
+    if side == 0 or side * side + 1 != freqs_cis.shape[0] or width % max(2 * freqs_cis.shape[1], 1):
+        raise ModelError(f"{path}: freqs_cis is {tuple(freqs_cis.shape)}; (1 + N, head width / 2, 2) is needed")
+    return width // (2 * freqs_cis.shape[1]), side
+
+
+def _heads(rotary: tuple[int, int] | None, said: dict[str, Any], width: int, asked: int | None, path: Path) -> int:
+    found: int | None
+    if rotary is not None:
+        found = rotary[0]
+    elif isinstance(said.get("n_head"), int):
+        found = int(said["n_head"])
+    else:
+        found = NAMES.get(str(said.get("gpt_model")), HEADS.get(width))
+    if found is None:
+        if asked is not None:
+            return asked
+        raise ModelError(
+            f"{path} does not say how many heads it has, and its width of {width} is none of LlamaGen's own; "
+            "pass heads= to LlamaGen.from_pretrained"
+        )
+    if asked not in (None, found):
+        raise ModelError(f"{path} has {found} heads; {asked} were asked for")
+    return found
+
+
+def _grid(
+    rotary: tuple[int, int] | None, said: dict[str, Any], asked: tuple[int, int] | None, path: Path
+) -> tuple[tuple[int, int], str]:
+    """Rows and columns of tokens, and what says so."""
+    found: tuple[int, int] | None = None
+    source = "freqs_cis"
+    if rotary is not None:
+        found = (rotary[1], rotary[1])
+    elif isinstance(said.get("grid"), list):
+        found, source = (int(said["grid"][0]), int(said["grid"][1])), "its training arguments"
+    elif isinstance(said.get("image_size"), int):
+        side = said["image_size"] // int(said.get("downsample_size") or 16)
+        found, source = (side, side), "its training arguments"
+    elif named := re.findall(r"_(256|384|512)(?!\d)", path.name):
+        side = int(named[-1]) // 16
+        found, source = (side, side), f"_{named[-1]} in its name"
+    if found is not None and asked is not None and tuple(asked) != found:
+        raise ModelError(
+            f"{path} is for a grid of {found[0]}×{found[1]} ({source}), and {asked[0]}×{asked[1]} was asked for: "
+            "rotary positions count rows and columns of the grid that weights were trained on, so it serves that alone"
+        )
+    if found is not None:
+        return found, source
+    return (asked, "as asked") if asked is not None else ((16, 16), "LlamaGen's default; the file does not say")
+
+
+def _check_rotary(freqs_cis: Tensor, sizes: dict[str, Any], path: Path) -> None:
+    """Refuses a stored table that is not LlamaGen's: the model would compute with ours."""
+    head_dim = sizes["width"] // sizes["heads"]
+    ours = with_condition(token_table(sizes["grid_height"], sizes["grid_width"], head_dim))
+    if freqs_cis.shape != ours.shape or not torch.allclose(freqs_cis.float(), ours, atol=1e-2):
+        raise ModelError(f"{path} was trained with other rotary positions (freqs_cis) than LlamaGen's 2D ones")
+
+
+def describe(model_type: str, sizes: dict[str, Any]) -> str:
+    """A model in a line, by its config's values."""
+    title = TITLES.get(model_type, model_type)
+    if model_type == "vq":
+        pixels = 2 ** (len(sizes["channel_multipliers"]) - 1)
+        return f"{title}: {sizes['codebook_size']} codes of dimension {sizes['codebook_dim']}, {pixels} pixels a code"
+    depth = "layers" if model_type == "llamagen" else "patch_layers"
+    classes = f"{sizes['classes']} classes" if sizes["classes"] else "no classes"
+    return (
+        f"{title}: {sizes[depth]} {depth.replace('_', ' ')} of width {sizes['width']}, {sizes['heads']} heads, "
+        f"{sizes['grid_height']}×{sizes['grid_width']} tokens of {sizes['codebook_size']} codes, {classes}"
+    )

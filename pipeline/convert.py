@@ -1,0 +1,135 @@
+"""``dpar convert SRC DST``: LlamaGen's checkpoint files to our directories and back, and weights to the Hub.
+
+    converted = convert("c2i_B_256.pt", Path("c2i-b"), ConvertSettings())       # config.json, model.safetensors, card
+    converted = convert("c2i-b", Path("c2i_B_256.pt"), ConvertSettings())       # a file that LlamaGen's code loads
+
+Tensors are copied byte for byte, in the dtype they have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from dpar import llamagen_files
+from dpar.checkpoint import CARD, CONFIG, WEIGHTS, Weights, check_tensors, fingerprint, read_weights, write_weights
+from dpar.llamagen import LlamaGen
+from dpar.model import DPAR
+from dpar.tokenizer import VQTokenizer
+from pipeline.errors import StageError
+from pipeline.progress import Progress
+from pipeline.settings import ConvertSettings
+from pipeline.weights import weights_path
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+MODELS: dict[str, type[Any]] = {model.model_type: model for model in (DPAR, LlamaGen, VQTokenizer)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What was converted."""
+
+    description: str  # the model in a line
+    parameters: int
+    tensors: int
+    bytes: int  # of the tensors
+    fingerprint: str  # SHA-256 of what was written
+    pushed_to: str | None  # address on the Hub
+
+
+def convert(src: str, dst: Path, settings: ConvertSettings, progress: Progress | None = None) -> Converted:
+    """Writes the model ``src`` to ``dst``: LlamaGen's format where ``dst`` ends in ``.pt``, else a directory of ours.
+
+    Args:
+        src: LlamaGen's file, or a directory, run, Hub repository or built-in name.
+        dst: a new file or directory; one that holds this very model already is left as it is.
+        settings: see :class:`ConvertSettings`.
+        progress: where to report.
+
+    Raises:
+        StageError, ModelError: source, destination or repository cannot be used.
+    """
+    progress = progress or Progress()
+    path = weights_path(src)
+    to_file = dst.suffix == ".pt"
+    if to_file and settings.push_to is not None:
+        raise StageError("--push-to takes a directory, which from_pretrained can load; DST must not end in .pt")
+    weights = read_weights(path)
+    if weights.model_type not in MODELS:
+        raise StageError(f"{src} holds a {weights.model_type!r} model; there are {', '.join(MODELS)}")
+    with torch.device("meta"):
+        model_class = MODELS[weights.model_type]
+        model = model_class(weights.make_config(model_class.config_class))
+    check_tensors(cast("nn.Module", model), weights.tensors, weights.source)
+    values = dataclasses.asdict(cast("DataclassInstance", model.config))
+    if to_file and weights.model_type == "dpar":
+        raise StageError(f"{src} holds a DPAR model; LlamaGen's format, which {dst} is to have, knows none")
+    if _holds(dst, weights, values):
+        progress.say(f"{dst} holds this model already")
+    elif to_file:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        llamagen_files.write(dst, weights.model_type, values, weights.tensors)
+    else:
+        note = f"Converted from LlamaGen's `{Path(src).name}`, SHA-256 `{fingerprint(path)}`."
+        from_file = Path(path).is_file()
+        write_weights(dst, weights.model_type, values, weights.tensors, note if from_file else "")
+    return Converted(
+        description=llamagen_files.describe(weights.model_type, values),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tensors=len(weights.tensors),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in weights.tensors.values()),
+        fingerprint=fingerprint(dst),
+        pushed_to=None if settings.push_to is None else push(dst, settings.push_to),
+    )
+
+
+def push(folder: Path, repo: str) -> str:
+    """Uploads a model directory to a repository on the Hugging Face Hub, made if it is not there; gives its address.
+
+    Raises:
+        StageError: the Hub cannot be reached, or does not take it: no login, no permission, a name it refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[CONFIG, WEIGHTS, CARD])
+    except Exception as error:  # its transport's exceptions have no class in common
+        first_line = next(iter(str(error).splitlines()), "")
+        raise StageError(
+            f"{folder} is written, but {repo} on the Hub did not take it ({type(error).__name__}: {first_line}). "
+            "`hf auth login` gives this machine a token; run the same command again to push"
+        ) from error
+    return str(address)
+
+
+def _holds(dst: Path, weights: Weights, values: dict[str, Any]) -> bool:
+    """Whether ``dst`` holds this very model; False where it is not there, or an empty directory.
+
+    Raises:
+        StageError: it holds anything else.
+    """
+    if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
+        return False
+    refusal = f"{dst} exists and holds something else; name a new directory, or a new file that ends in .pt"
+    try:
+        there = read_weights(dst, weights.model_type)
+    except ValueError as error:
+        raise StageError(refusal) from error
+    ours, theirs = (json.loads(json.dumps(held)) for held in (values, there.values))
+    same = all(ours.get(name) == value for name, value in theirs.items()) and all(
+        name in there.tensors and there.tensors[name].dtype == tensor.dtype and torch.equal(there.tensors[name], tensor)
+        for name, tensor in weights.tensors.items()
+    )
+    if not same:
+        raise StageError(refusal)
+    return True
