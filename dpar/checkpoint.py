@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
@@ -169,6 +170,7 @@ def write_weights(
     save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, part, metadata={"format": "pt"})
     _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     _write(folder / CARD, _card(model_type, config, note))
+    shutil.copymode(folder / CONFIG, part)  # safetensors lets nobody else read what it writes
     os.replace(part, folder / WEIGHTS)
     return folder
 

@@ -41,6 +41,7 @@ from shards.manifest import write_json
 from shards.reader import Artifact, open_artifact
 
 RESULTS = "results.json"
+FEWEST_ORIGINALS = 1000  # compared with their reconstructions, where the reference has as many
 DISTANCE = {"inception": "FID", "tokenizer": "tokenizer Fréchet distance"}
 
 
@@ -106,9 +107,7 @@ def _reconstruction(
     generator: Generator, artifact: Artifact, settings: EvalSettings, progress: Progress
 ) -> dict[str, Any]:
     """PSNR of the tokenizer on the reference's images, where their originals can still be read."""
-    rows = np.arange(len(artifact))
-    if settings.samples and len(rows) > settings.samples:
-        rows = np.linspace(0, len(artifact) - 1, settings.samples).astype(np.int64)
+    rows = _spread(len(artifact), max(settings.samples, FEWEST_ORIGINALS))
     try:
         originals = _originals(artifact, rows)
     except StageError as error:
@@ -118,6 +117,11 @@ def _reconstruction(
     decoded = decode(generator.tokenizer, codes, generator.grid, batch=settings.batch)
     each = psnr(torch.from_numpy(decoded), torch.from_numpy(originals))
     return {"originals": len(rows), "reconstruction_psnr_db": float(each.mean())}
+
+
+def _spread(rows: int, most: int) -> NDArray[np.int64]:
+    """At most ``most`` of the artifact's rows, evenly over it."""
+    return np.arange(rows) if rows <= most else np.linspace(0, rows - 1, most).astype(np.int64)
 
 
 def _originals(artifact: Artifact, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -144,7 +148,7 @@ def _reference(
         if settings.features == "inception"
         else tokenizer_features(generator.tokenizer, settings.batch)
     )
-    rows = np.linspace(0, len(artifact) - 1, results["originals"]).astype(np.int64)
+    rows = _spread(len(artifact), results["originals"])
     originals = _originals(artifact, rows)
     return _Reference(extract(_at_256(originals, settings)), extract, DISTANCE[settings.features], len(rows))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ class RunFolder:
         part = path.with_name(path.name + ".part")
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, metadata={"step": str(step)})
         publish.save_pretrained(self.model)  # first: a run that finds its last checkpoint does not come here again
+        shutil.copymode(self.folder / "run.json", part)  # safetensors lets nobody else read what it writes
         os.replace(part, path)
         for old in self._complete()[:-KEEP]:
             old.unlink()

@@ -397,3 +397,9 @@ def test_an_unknown_preset_suggests_the_nearest(name: str, nearest: str) -> None
 def test_a_preset_unlike_any_is_answered_with_all() -> None:
     with pytest.raises(ModelError, match=r"no preset is called '?qqq'?\. There are: .*llamagen-xxl"):
         preset("qqq")
+
+
+def test_saved_weights_can_be_read_by_whoever_can_read_their_config(tmp_path: Path) -> None:
+    folder = LlamaGen(LlamaGenConfig(codebook_size=8, width=16, heads=2, layers=1)).save_pretrained(tmp_path / "m")
+    modes = {(folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1

@@ -172,8 +172,8 @@ def test_scores_are_written_as_numbers_a_table_and_sheets(home: Path, tmp_path: 
     }
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == found
     assert [(cell["cfg_scale"], cell["samples"], cell["reference_images"]) for cell in found["cells"]] == [
-        (1.0, 5, 5),
-        (2.5, 5, 5),
+        (1.0, 5, 10),
+        (2.5, 5, 10),
     ]
     table = (out / "results.md").read_text(encoding="utf-8")
     assert f"| held-out bits per token | {found['bits_per_token']:.4f} |" in table
@@ -181,7 +181,7 @@ def test_scores_are_written_as_numbers_a_table_and_sheets(home: Path, tmp_path: 
         name = "tokenizer Fréchet distance"
         assert cell["distance"] == name
         assert cell[name] > 0
-        assert f"| {name} at guidance {cell['cfg_scale']:g} | {cell[name]:.3f} (5 samples, 5 references) |" in table
+        assert f"| {name} at guidance {cell['cfg_scale']:g} | {cell[name]:.3f} (5 samples, 10 references) |" in table
     assert found["held_out_images"] == 10
     assert found["patches_per_image"] == pytest.approx(
         open_artifact(home / "patches").manifest.statistics["patches_per_image"]
