@@ -29,7 +29,7 @@ from dpar.llamagen import LlamaGen
 from dpar.tokenizer import psnr
 from pipeline.errors import StageError
 from pipeline.features import Extract, frechet_distance, inception_features, resize, tokenizer_features
-from pipeline.generate import Generator, decode
+from pipeline.generate import Drawn, Generator, decode
 from pipeline.likelihood import bits_per_token, fits, same_classes
 from pipeline.originals import load_originals
 from pipeline.progress import Progress, stops_with
@@ -42,6 +42,7 @@ from shards.reader import Artifact, open_artifact
 
 RESULTS = "results.json"
 FEWEST_ORIGINALS = 1000  # compared with their reconstructions, where the reference has as many
+CHUNK = 1000  # images held in memory at once
 DISTANCE = {"inception": "FID", "tokenizer": "tokenizer Fréchet distance"}
 
 
@@ -108,15 +109,22 @@ def _reconstruction(
 ) -> dict[str, Any]:
     """PSNR of the tokenizer on the reference's images, where their originals can still be read."""
     rows = _spread(len(artifact), max(settings.samples, FEWEST_ORIGINALS))
+    each = []
     try:
-        originals = _originals(artifact, rows)
+        for part in _in_chunks(rows):
+            originals = torch.from_numpy(_originals(artifact, part))
+            codes = artifact.gather(part, np.zeros_like(part)).codes
+            decoded = decode(generator.tokenizer, codes, generator.grid, batch=settings.batch)
+            each.append(psnr(torch.from_numpy(decoded), originals))
     except StageError as error:
         progress.say(f"no originals: {error}")
         return {"originals": 0}
-    codes = artifact.gather(rows, np.zeros_like(rows)).codes
-    decoded = decode(generator.tokenizer, codes, generator.grid, batch=settings.batch)
-    each = psnr(torch.from_numpy(decoded), torch.from_numpy(originals))
-    return {"originals": len(rows), "reconstruction_psnr_db": float(each.mean())}
+    return {"originals": len(rows), "reconstruction_psnr_db": float(torch.cat(each).mean())}
+
+
+def _in_chunks(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The same rows, at most CHUNK at a time, so that memory does not grow with their number."""
+    return np.array_split(rows, -(-len(rows) // CHUNK))
 
 
 def _spread(rows: int, most: int) -> NDArray[np.int64]:
@@ -149,8 +157,8 @@ def _reference(
         else tokenizer_features(generator.tokenizer, settings.batch)
     )
     rows = _spread(len(artifact), results["originals"])
-    originals = _originals(artifact, rows)
-    return _Reference(extract(_at_256(originals, settings)), extract, DISTANCE[settings.features], len(rows))
+    features = [extract(_at_256(_originals(artifact, part), settings)) for part in _in_chunks(rows)]
+    return _Reference(np.concatenate(features), extract, DISTANCE[settings.features], len(rows))
 
 
 def _at_256(pixels: NDArray[np.uint8], settings: EvalSettings) -> NDArray[np.uint8]:
@@ -167,20 +175,29 @@ def _cell(
     progress: Progress,
 ) -> dict[str, Any]:
     """One guidance scale: samples of all classes alike, their distance from the reference, and two sheets."""
-    labels = np.arange(settings.samples) % len(generator.class_names)
-    drawn = generator.sample(labels, np.arange(len(labels)), scale, progress, f"sample at guidance {scale:g}")
-    for name, patches in (("samples", False), ("patches", True)):
-        if patches and isinstance(generator.model, LlamaGen):
+    classes = len(generator.class_names)
+    patches, features, shown = 0, [], []
+    for part in _in_chunks(np.arange(settings.samples)):
+        drawn = generator.sample(part % classes, part, scale, progress, f"sample at guidance {scale:g}")
+        patches += int(drawn.starts.sum())
+        if reference is not None:
+            features.append(reference.extract(_at_256(drawn.pixels, settings)))
+        if part[0] < classes * settings.sheet_per_class:  # later ones would not be on a sheet
+            shown.append((part, drawn))
+    labels = np.concatenate([part for part, _ in shown]) % classes
+    first = Drawn.joined([drawn for _, drawn in shown])
+    for name, with_patches in (("samples", False), ("patches", True)):
+        if with_patches and isinstance(generator.model, LlamaGen):
             continue
-        picture = sample_sheet(generator, drawn, labels, patches=patches, columns=settings.sheet_per_class)
+        picture = sample_sheet(generator, first, labels, patches=with_patches, columns=settings.sheet_per_class)
         picture.save(out / f"{name}-cfg-{scale:g}.png")
     cell: dict[str, Any] = {
         "cfg_scale": scale,
-        "samples": len(labels),
-        "patches_per_image": float(drawn.starts.sum(axis=1).mean()),
+        "samples": settings.samples,
+        "patches_per_image": patches / settings.samples,
     }
     if reference is not None:
-        distance = frechet_distance(reference.extract(_at_256(drawn.pixels, settings)), reference.features)
+        distance = frechet_distance(np.concatenate(features), reference.features)
         cell |= {"distance": reference.name, reference.name: distance, "reference_images": reference.images}
     return cell
 

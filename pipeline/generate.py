@@ -6,6 +6,7 @@ drawn = generator.sample(labels, indices, cfg_scale=2.0)         # codes, starts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ class Drawn:
     codes: NDArray[np.int64]  # (n, N)
     starts: NDArray[np.bool_]  # (n, N)
     pixels: NDArray[np.uint8]  # (n, H, W, 3)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Drawn]) -> Drawn:
+        """All images of ``parts``, in order."""
+        return cls(
+            codes=np.concatenate([part.codes for part in parts]),
+            starts=np.concatenate([part.starts for part in parts]),
+            pixels=np.concatenate([part.pixels for part in parts]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

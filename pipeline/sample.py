@@ -27,6 +27,8 @@ from pipeline.settings import SampleSettings
 from pipeline.versions import made_by
 from pipeline.weights import fingerprint_of
 
+SHEET_CLASSES = 50  # rows of a sheet, at most
+
 
 def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Progress | None = None) -> dict[str, Any]:
     """Samples pictures from a run of ``dpar train`` and writes them to ``out``.
@@ -73,11 +75,16 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
 def sample_sheet(
     generator: Generator, drawn: Drawn, labels: NDArray[np.integer], *, patches: bool, columns: int | None = None
 ) -> Image.Image:
-    """A row of pictures for each class, at most ``columns`` of them, with their patches drawn on if asked."""
+    """A row of pictures for each class, at most ``columns`` of them, with their patches drawn on if asked.
+
+    Where there are more than SHEET_CLASSES classes, those shown are spread evenly over them.
+    """
     size = drawn.pixels.shape[1]
     scale = max(1, round((320 if patches else 128) / size))  # lines need room
     rows = []
-    chosen = sorted({int(label) for label in labels})
+    chosen = np.unique(labels)
+    if len(chosen) > SHEET_CLASSES:
+        chosen = chosen[np.linspace(0, len(chosen) - 1, SHEET_CLASSES).astype(int)]
     for label in chosen:
         mine = np.flatnonzero(labels == label)[:columns]
         rows.append(

@@ -16,7 +16,7 @@ from dpar import DPAR, LlamaGen, LlamaGenConfig
 from dpar.sampling import sample
 from dpar.tokenizer import VQConfig, VQTokenizer, psnr
 from pipeline.errors import StageError
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import _in_chunks, evaluate
 from pipeline.features import frechet_distance, inception_features, tokenizer_features
 from pipeline.generate import decode
 from pipeline.likelihood import bits_per_token
@@ -384,3 +384,10 @@ def test_inception_weights_that_are_something_else_are_one_message(home: Path, t
     for name in ("other.pth", "missing.pth"):
         with pytest.raises(StageError, match=f"could not be had in {tmp_path / name}"):
             inception_features(tmp_path / name, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("n", [1, 1000, 1001, 2500])
+def test_images_are_gone_through_in_order_at_most_a_thousand_at_a_time(n: int) -> None:
+    parts = _in_chunks(np.arange(n))
+    assert max(len(part) for part in parts) <= 1000
+    np.testing.assert_array_equal(np.concatenate(parts), np.arange(n))
