@@ -83,7 +83,7 @@ def demo(out: Path, *, run_command: RunCommand, tiny: bool = False, progress: Pr
     run("entropy", out / "codes", out / "entropy", "--model", "llamagen-tiny", *recipe, *held_out)
 
     meter = ("--entropy-model", out / "entropy")
-    run("patchify", out / "codes", out / "patches", *meter, "--target-length", 1.81, "--sample", 480)
+    run("patchify", out / "codes", out / "patches", *meter, "--target-length", 1.81, "--sample", 960)
     threshold = Manifest.read(out / "patches").settings["threshold"]
     run("patchify", out / "codes-validation", out / "patches-validation", *meter, "--threshold", threshold)
 

@@ -94,7 +94,7 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
 
     manifest = build.finish(make_manifest)
     if manifest is not None and settings.target_length is not None:
-        _say_target(manifest, settings.target_length, progress)
+        _say_target(manifest, settings, progress)
     return manifest
 
 
@@ -255,10 +255,16 @@ def merge_statistics(parts: list[dict[str, Any]], n_tokens: int) -> dict[str, An
     }
 
 
-def _say_target(manifest: Manifest, target: float, progress: Progress) -> None:
+def _say_target(manifest: Manifest, settings: PatchifySettings, progress: Progress) -> None:
+    assert settings.target_length is not None
     reached = manifest.statistics["mean_length"]
-    off = abs(reached / target - 1)
+    off = abs(reached / settings.target_length - 1)
+    why = (
+        "no threshold comes nearer: too many entropies are alike"
+        if manifest.rows * manifest.views <= settings.sample
+        else "the sample was not like the rest: raise --sample"
+    )
     progress.say(
-        f"mean patch length {reached:.3f} on all data, {off:.1%} from --target-length {target:g}"
-        + ("" if off <= 0.01 else "; the sample was not like the rest: raise --sample")
+        f"mean patch length {reached:.3f} on all data, {off:.1%} from --target-length {settings.target_length:g}"
+        + ("" if off <= 0.01 else f"; {why}")
     )
