@@ -34,7 +34,7 @@ class Reference(NamedTuple):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the checkpoints lie; hundreds of megabytes, so they do not outlive the session."""
+    """Where the checkpoints lie; hundreds of megabytes, so they do not outlive the test run."""
     path = tmp_path_factory.mktemp("checkpoints")
     yield path
     shutil.rmtree(path)
