@@ -206,11 +206,10 @@ def _rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progress) -
     if settings.strategy == "static":
         return rule | {"max_length": 0, "row_reset": False}
     limit = settings.max_length or None
+    sample = meter.sample(PROBE if settings.target_length is None else settings.sample)
     if settings.target_length is not None:
-        sample = meter.sample(settings.sample)
         rule["threshold"] = find_threshold(sample, settings.target_length, limit, manifest.grid[1], settings.row_reset)
         progress.say(f"threshold {rule['threshold']:.4f} nats, found on {len(sample)} sequences")
-    sample = meter.sample(PROBE)
     starts = boundaries(sample, rule, manifest.grid[1])
     if bool(starts.all()) and settings.max_length != 1:
         finite = sample[:, 1:].astype(np.float32)

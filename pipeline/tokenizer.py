@@ -23,6 +23,7 @@ from pipeline.device import autocast, choose_device
 from pipeline.errors import StageError
 from pipeline.progress import Progress, Stopped, stop_between_steps, stops_with
 from pipeline.run import RunFolder
+from pipeline.schedule import learning_rate
 from pipeline.settings import TokenizerSettings
 from pipeline.sources import Source, UnusableImage, open_source
 from shards.order import TrainingOrder
@@ -185,16 +186,6 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> NDAr
     left, top = rng.integers(width - size + 1), rng.integers(height - size + 1)
     crop = np.asarray(resized.crop((int(left), int(top), int(left) + size, int(top) + size)))
     return crop[:, ::-1] if rng.random() < 0.5 else crop
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """The rate of step ``step``: a linear warm-up, then constant, or a cosine down to a tenth."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule == "constant":
-        return peak
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 def _psnr(mean_squared_error: float) -> float:

@@ -29,8 +29,8 @@ from pipeline.errors import StageError
 from pipeline.likelihood import bits_per_token, forward, layout_for
 from pipeline.progress import Progress, Stopped, stop_between_steps, stops_with
 from pipeline.run import RunFolder
+from pipeline.schedule import learning_rate
 from pipeline.settings import OptimSettings
-from pipeline.tokenizer import learning_rate
 from shards.order import TrainingOrder
 from shards.reader import Artifact, Batch
 
