@@ -1,4 +1,4 @@
-"""Causal attention in its three settings: dense over tokens, packed over patches, and against a KV cache.
+"""Causal attention in its three settings: dense over tokens, packed over patches, and patches over their tokens.
 
 Each is a callable (q, k, v) -> out over tensors (..., T, heads, head_dim), so that one block serves training and
 sampling. Packed attention has interchangeable backends that give the same numbers:
@@ -97,47 +97,3 @@ def patch_cross_attention(q: Tensor, k: Tensor, v: Tensor, patch_of_token: Tenso
     weights = segment_softmax(scores, patch_of_token, n_patches)
     out = segment_sum((weights.unsqueeze(-1) * v).flatten(1), patch_of_token, n_patches)
     return out.view(n_patches, *v.shape[1:]).to(v.dtype)
-
-
-class KVCache:
-    """Keys and values of one attention layer while sampling, allocated once.
-
-    Every row (an image, or an image's guidance half) has its own length, so rows can be at different places.
-    """
-
-    def __init__(
-        self, rows: int, capacity: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        # a row's past is one stretch of memory, so that choosing rows copies whole stretches
-        self.k = torch.zeros(rows, capacity, heads, head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
-
-    def at(self, position: int) -> Attend:
-        """Attention of one new token a row, (rows, 1, heads, head_dim), all rows standing at ``position``."""
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[:, position], self.v[:, position] = k[:, 0].to(self.k.dtype), v[:, 0].to(self.v.dtype)
-            return _one_query(q, self.k[:, : position + 1], self.v[:, : position + 1])
-
-        return attend
-
-    def at_rows(self, rows: Tensor, positions: Tensor) -> Attend:
-        """The same for some rows, (R,) int64, each at a position of its own, (R,) int64: (R, 1, heads, head_dim)."""
-        longest = int(positions.max()) + 1
-        visible = torch.arange(longest, device=rows.device) <= positions.unsqueeze(1)  # (R, longest)
-        mask = None if bool(visible.all()) else visible[:, None, None]
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[rows, positions], self.v[rows, positions] = k[:, 0].to(self.k.dtype), v[:, 0].to(self.v.dtype)
-            keys, values = (past[:, :longest].index_select(0, rows) for past in (self.k, self.v))
-            return _one_query(q, keys, values, mask)
-
-        return attend
-
-
-def _one_query(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of (R, 1, heads, head_dim) over (R, T, heads, head_dim)."""
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), keys.to(q.dtype).transpose(1, 2), values.to(q.dtype).transpose(1, 2), attn_mask=mask
-    )
-    return out.transpose(1, 2)

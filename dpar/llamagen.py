@@ -16,7 +16,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from dpar.attention import KVCache, dense_causal
+from dpar.attention import dense_causal
+from dpar.cache import KVCache
 from dpar.checkpoint import Pretrained, read_weights
 from dpar.errors import ModelError
 from dpar.layers import NORM_EPS, Block, LabelEmbedder, init_weights

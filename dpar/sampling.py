@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpar.attention import KVCache
+from dpar.cache import KVCache
 from dpar.errors import ModelError
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
