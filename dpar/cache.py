@@ -1,7 +1,7 @@
 """The keys and values that sampling keeps: one cache an attention layer, allocated once.
 
-    cache = KVCache(rows=16, capacity=256, heads=12, head_dim=64, device=device, dtype=torch.float32)
-    out = block(x, table, cache.at(position))                # x (rows, 1, width): one new token a row
+cache = KVCache(rows=16, capacity=256, heads=12, head_dim=64, device=device, dtype=torch.float32)
+out = block(x, table, cache.at(position))                # x (rows, 1, width): one new token a row
 """
 
 from __future__ import annotations
