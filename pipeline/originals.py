@@ -41,12 +41,17 @@ def load_originals(
     """
     settings = tokenize_settings(manifest)
     source = _open(manifest, settings)
-    where = _positions(source, keys)
+    load = source.find(keys)
+    missing = sorted(set(keys) - set(load))
+    if missing:
+        raise StageError(
+            f"{len(missing)} of {len(set(keys))} images are not in their source any more, the first {missing[0]!r}"
+        )
     size = int(settings["image_size"])
     out = np.empty((len(keys), size, size, 3), np.uint8)
     for i, (key, view) in enumerate(zip(keys, views, strict=True)):
         try:
-            out[i] = crops(source.load(where[key]), size, settings["views"], settings["crop_range"])[int(view)]
+            out[i] = crops(load[key](), size, settings["views"], settings["crop_range"])[int(view)]
         except UnusableImage as error:
             raise StageError(f"image {key!r} of {settings['data']} cannot be read any more: {error.reason}") from error
     return out
@@ -60,27 +65,17 @@ def tokenize_settings(manifest: Manifest) -> dict[str, Any]:
 
 def _open(manifest: Manifest, settings: dict[str, Any]) -> Source:
     # Without the limit: what has been added to the source since would otherwise push images out of its listing.
-    location = manifest.source.get("location")
-    if manifest.source.get("kind") == "folder" and location and os.path.isdir(location):
-        return open_source(location, classes=settings["classes"])  # holds wherever the command is run from
+    made_from, classes = manifest.source, settings["classes"]
+    columns = {name: made_from.get(name) for name in ("image_column", "label_column")}
+    location = made_from.get("location")
+    is_folder = made_from.get("kind") == "folder"  # its location is within the split already
+    if location and (not is_folder or os.path.isdir(location)):
+        split = None if is_folder else made_from.get("split")
+        try:  # holds wherever the command is run from
+            return open_source(location, split=split, classes=classes, **columns)
+        except StageError:
+            pass
     try:
-        return open_source(settings["data"], split=settings["split"], classes=settings["classes"])
+        return open_source(settings["data"], split=settings["split"], classes=classes, **columns)
     except StageError as error:
         raise StageError(f"the images that the codes were made from are not there any more: {error}") from error
-
-
-def _positions(source: Source, keys: Sequence[str]) -> dict[str, int]:
-    """Where each of the keys is in the source."""
-    wanted = set(keys)
-    found: dict[str, int] = {}
-    for i in range(len(source)):
-        if len(found) == len(wanted):
-            break
-        if (key := source.key(i)) in wanted:
-            found[key] = i
-    missing = sorted(wanted - set(found))
-    if missing:
-        raise StageError(
-            f"{len(missing)} of {len(wanted)} images are not in their source any more, the first {missing[0]!r}"
-        )
-    return found

@@ -48,6 +48,7 @@ def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress:
     if settings.image_size % factor:
         raise StageError(f"--image-size is {settings.image_size}; {settings.model} needs a multiple of {factor}")
     source = open_source(data, split=settings.split, classes=settings.classes)
+    source.require_random_access()
     recorded = dataclasses.asdict(settings)
     decides = {k: v for k, v in recorded.items() if k not in ("workers", "device", "checkpoint_every")}
     run = RunFolder(out, "tokenizer", decides, {"data": data, "source": source.describe()})

@@ -9,6 +9,7 @@ global setting of Pillow is touched, and any number of threads may decode at onc
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import threading
@@ -18,10 +19,16 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.sources.source import UnusableImage
+from pipeline.sources.source import UnusableImage, source_lost
 
 MAX_PIXELS = 178_000_000
 """Most pixels an image may have by its header; above, nothing is decoded."""
+
+MAX_BYTES = 512 * 2**20
+"""Most bytes an image file may have; above, nothing is read."""
+
+TOO_MANY_BYTES = f"too large: more than {MAX_BYTES // 2**20} MiB"
+"""The reason for leaving out what has more than `MAX_BYTES`."""
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -50,17 +57,20 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """The image in a file; see `decode_image`.
 
     Raises:
-        UnusableImage: also where the file is gone or may not be read.
+        UnusableImage: also where the file may not be read, or has more than `MAX_BYTES`.
+        StageError: the file is gone or its disk fails.
     """
     try:
         with open(path, "rb") as stream:
-            return decode_image(stream)
-    except FileNotFoundError:
-        raise UnusableImage("file vanished") from None
+            if os.fstat(stream.fileno()).st_size > MAX_BYTES:
+                raise UnusableImage(TOO_MANY_BYTES)
+            # Read before it is decoded: to Pillow a failing disk looks like a damaged picture.
+            data = stream.read()
     except PermissionError:
         raise UnusableImage("no permission to read") from None
     except OSError as error:
-        raise UnusableImage(f"cannot be read: {error.strerror or error}") from error
+        raise source_lost(os.fspath(path), error) from error
+    return decode_image(io.BytesIO(data))
 
 
 def decode_image(stream: BinaryIO) -> Image.Image:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,17 @@ from PIL import Image
 
 from pipeline.errors import StageError
 from pipeline.sources.decode import EXTENSIONS, read_image
-from pipeline.sources.source import LeftOut, Source, choose, listing_sha256, nearest
+from pipeline.sources.imagenet import readable
+from pipeline.sources.source import (
+    LeftOut,
+    Source,
+    choose,
+    listing_order,
+    listing_sha256,
+    nearest,
+    normal,
+    valid_text,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,8 +42,9 @@ SPLITS = ("train", "val", "validation", "test")
 class Folder(Source):
     """The images under a folder: each direct subfolder is a class, whatever folders are nested in it.
 
-    A root without images in its subfolders is one class, named after it. Hidden files and folders are not seen, and
-    links to folders are not followed.
+    A root without images in its subfolders is one class, named after it; classes that go by ImageNet's ids get their
+    readable names. Hidden files and folders are not seen. A link is followed where it is the root or a class folder,
+    once; a deeper link to a folder is not.
 
     Attributes:
         ignored: number of files seen that are not images by their names.
@@ -47,7 +59,7 @@ class Folder(Source):
         if split is None:
             listing.check_no_splits()
         names, labels = listing.by_class()
-        choice = choose(names, labels, classes=classes, limit=limit, empty=listing.empty)
+        choice = choose(readable(names), labels, classes=classes, limit=limit, empty=listing.empty)
         self.class_names = choice.class_names
         self.left_out = tuple(sorted(listing.left_out, key=lambda x: (x.key, x.reason)))
         self.ignored = listing.ignored
@@ -59,7 +71,7 @@ class Folder(Source):
 
     def key(self, i: int) -> str:
         """The path of image ``i`` under the root, with slashes."""
-        return _text(self._files[i])
+        return valid_text(self._files[i])
 
     def label(self, i: int) -> int:
         """The class of image ``i``."""
@@ -73,7 +85,7 @@ class Folder(Source):
         """What a manifest says of this source."""
         return {
             "kind": "folder",
-            "location": _text(self.root),
+            "location": valid_text(self.root),
             "split": self.split,
             "images": len(self),
             "listing_sha256": listing_sha256(self),
@@ -90,43 +102,39 @@ class _Listing:
         self.empty: list[str] = []
         self.ignored = 0
         self._unlisted: list[str] = []
+        self._linked: list[str] = []
         self._folders = self._scan("")
+        self._folders += self._links_to_follow()
         stack = list(self._folders)
         while stack:
             stack += self._scan(stack.pop())
-        self.files.sort(key=_order)
+        self.files.sort(key=listing_order)
 
     def check_no_splits(self) -> None:
         """Raises StageError where the subfolders are splits: their class folders would be lost in one class each."""
-        deep = {path.partition("/")[0] for path in self.files if path.count("/") >= 2}
-        found = [name for name in SPLITS if name in deep]
-        if found:
-            raise StageError(
-                f"{_text(self.root)}: holds splits, not classes ({', '.join(found)}); choose one with "
-                f"--split {found[0]}, or give the folder itself: {_text(os.path.join(self.root, found[0]))}"
-            )
+        check_no_splits(self.files, valid_text(self.root), f"{valid_text(self.root)}/")
 
     def by_class(self) -> tuple[list[str], NDArray[np.int32]]:
         """The class names, sorted, and the label of each file; drops images in the root beside class folders."""
         inside = [path for path in self.files if "/" in path]
-        names = sorted({_class_name(path) for path in inside})
-        self.empty = sorted({_normal(folder) for folder in self._folders} - set(names))
-        unlisted = {_normal(path) for path in self._unlisted}
+        names = sorted({class_name(path) for path in inside})
+        self.empty = sorted({normal(folder) for folder in self._folders} - set(names))
+        unlisted = {normal(path) for path in self._unlisted}
         self.empty = [name for name in self.empty if name not in unlisted]
         self.left_out += [LeftOut(name, "empty class folder: no images in it") for name in self.empty]
         if not self.files:
             raise StageError(self._nothing())
         if not inside:
-            return [_normal(os.path.basename(self.root)) or "images"], np.zeros(len(self.files), dtype=np.int32)
+            return [normal(os.path.basename(self.root)) or "images"], np.zeros(len(self.files), dtype=np.int32)
         stray = "image beside the class folders: it has no class"
-        self.left_out += [LeftOut(_text(path), stray) for path in self.files if "/" not in path]
+        self.left_out += [LeftOut(valid_text(path), stray) for path in self.files if "/" not in path]
         self.files = inside
         label = {name: i for i, name in enumerate(names)}
-        return names, np.array([label[_class_name(path)] for path in inside], dtype=np.int32)
+        return names, np.array([label[class_name(path)] for path in inside], dtype=np.int32)
 
     def _nothing(self) -> str:
         endings = " ".join(sorted(extension[1:] for extension in EXTENSIONS))
-        message = f"{_text(self.root)}: no images in it; looked for CLASS/picture with the endings {endings}"
+        message = f"{valid_text(self.root)}: no images in it; looked for CLASS/picture with the endings {endings}"
         if self.ignored:
             message += f"; {self.ignored} other files ignored"
         reasons = [x for x in self.left_out if x.key not in self.empty]
@@ -149,16 +157,35 @@ class _Listing:
                         self._add(path, entry)
         except OSError as error:
             reason = f"cannot be listed: {error.strerror or error}"
-            if not folder:
-                raise StageError(f"{_text(self.root)}: {reason}") from error
+            # Anything but a lack of permission may pass, and the listing must not depend on when it was made.
+            if not folder or not isinstance(error, PermissionError):
+                raise StageError(f"{valid_text(os.path.join(self.root, folder))}: {reason}") from error
             self._unlisted.append(folder)
-            self.left_out.append(LeftOut(_text(folder), reason))
+            self.left_out.append(LeftOut(valid_text(folder), reason))
         return subfolders
+
+    def _links_to_follow(self) -> list[str]:
+        """The links among the class folders that lead to something not listed yet."""
+        root = os.path.realpath(self.root)
+        seen = {os.path.join(root, folder) for folder in self._folders}
+        follow = []
+        for path in sorted(self._linked, key=listing_order):
+            target = os.path.realpath(os.path.join(self.root, path))
+            around = [*map(str, Path(target).parents), target]
+            if seen.intersection(around) or os.path.commonpath([root, target]) == target:
+                self.left_out.append(LeftOut(valid_text(path), "link to a folder that is read already: not followed"))
+            else:
+                seen.add(target)
+                follow.append(path)
+        return follow
 
     def _add(self, path: str, entry: os.DirEntry[str]) -> None:
         reason = None
         try:
             if entry.is_dir():
+                if "/" not in path:
+                    self._linked.append(path)
+                    return
                 reason = "link to a folder: not followed"
             elif os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
                 self.ignored += 1
@@ -171,7 +198,7 @@ class _Listing:
         except OSError as error:  # a link to itself, or into a folder that may not be entered
             reason = f"cannot be followed: {error.strerror or error}"
         if reason is not None:
-            self.left_out.append(LeftOut(_text(path), reason))
+            self.left_out.append(LeftOut(valid_text(path), reason))
 
 
 def _split_folder(root: str, split: str) -> str:
@@ -179,27 +206,25 @@ def _split_folder(root: str, split: str) -> str:
     try:
         names = sorted(x.name for x in os.scandir(root) if x.is_dir() and not x.name.startswith("."))
     except OSError as error:
-        raise StageError(f"{_text(root)}: cannot be listed: {error.strerror or error}") from error
+        raise StageError(f"{valid_text(root)}: cannot be listed: {error.strerror or error}") from error
     for name in names:
-        if _normal(name) == unicodedata.normalize("NFC", split):
+        if normal(name) == unicodedata.normalize("NFC", split):
             return os.path.join(root, name)
-    subfolders = [_normal(name) for name in names]
-    raise StageError(f"{_text(root)}: no subfolder for the split {split!r}; {nearest(split, subfolders)}")
+    subfolders = [normal(name) for name in names]
+    raise StageError(f"{valid_text(root)}: no subfolder for the split {split!r}; {nearest(split, subfolders)}")
 
 
-def _text(path: str) -> str:
-    """A path as valid Unicode: bytes that are not UTF-8 are spelled out."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def class_name(path: str) -> str:
+    """The class of an image by its path under the root: the first folder."""
+    return normal(path.partition("/")[0])
 
 
-def _normal(path: str) -> str:
-    return unicodedata.normalize("NFC", _text(path))
-
-
-def _class_name(path: str) -> str:
-    return _normal(path.partition("/")[0])
-
-
-def _order(path: str) -> tuple[str, str]:
-    # A slash sorts before everything, so that folders stay together and labels ascend.
-    return _normal(path).replace("/", "\0"), path
+def check_no_splits(paths: Iterable[str], where: str, inside: str) -> None:
+    """Raises StageError where the first folders of the paths are splits, each with class folders in it."""
+    deep = {path.partition("/")[0] for path in paths if path.count("/") >= 2}
+    found = [name for name in SPLITS if name in deep]
+    if found:
+        raise StageError(
+            f"{where}: holds splits, not classes ({', '.join(found)}); choose one with --split {found[0]}"
+            + (f", or give the folder itself: {inside}{found[0]}" if inside else "")
+        )

@@ -7,6 +7,9 @@
         except UnusableImage as error:
             skipped.append((source.key(i), error.reason))
 
+Work is shared by parts: ``source.part(3, 1000)`` gives images 3000 to 3999 as `Item`s, and of a streamed source (tars
+read over the network, which cannot be read out of order) the images of tar 3.
+
 A new kind of source subclasses `Source`, lists its keys and labels when it is opened, passes them through `choose`
 (so that ``classes`` and ``limit`` mean the same everywhere) and decodes with `pipeline.sources.decode`. A source
 holds no open file, so that it can be sent to worker processes.
@@ -15,10 +18,12 @@ holds no open file, so that it can be sent to worker processes.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
+import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,16 +52,34 @@ class LeftOut:
     reason: str
 
 
+@dataclass(frozen=True)
+class Item:
+    """One image of a part, not decoded yet.
+
+    Attributes:
+        key: its name in its source: valid Unicode.
+        label: its class.
+        load: decodes it, in any thread: mode RGB. Raises UnusableImage where this image cannot be used, StageError
+            where the source is lost and the stage must stop.
+    """
+
+    key: str
+    label: int
+    load: Callable[[], Image.Image]
+
+
 class Source(ABC):
     """Images ``0 .. len(source) - 1`` in an order that depends on the data alone.
 
     Attributes:
-        class_names: the name of each label, sorted.
+        class_names: the name of each label.
         left_out: what was found but is not among the images.
+        streamed: no random access: there are only parts, and ``class_names`` may be empty.
     """
 
     class_names: tuple[str, ...]
     left_out: tuple[LeftOut, ...] = ()
+    streamed: bool = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -75,12 +98,80 @@ class Source(ABC):
         """Image ``i``, decoded: mode RGB, upright, the first frame of an animation.
 
         Raises:
-            UnusableImage: it is damaged, too large, gone, or not an image.
+            UnusableImage: it is damaged, too large, may not be read, or is not an image.
+            StageError: it was listed and is gone, or the disk or the network fails.
         """
 
     @abstractmethod
     def describe(self) -> dict[str, object]:
-        """What a manifest says of this source: JSON values, among them ``listing_sha256``."""
+        """What a manifest says of this source: JSON values, among them ``listing_sha256`` and what reopens it."""
+
+    @property
+    def n_items(self) -> int | None:
+        """The number of images, usable or not; None where it is not known before all is read."""
+        return None if self.streamed else len(self)
+
+    def n_parts(self, part_size: int) -> int:
+        """The number of parts of ``part_size`` images; of a stream, the number of its files."""
+        return -(-len(self) // part_size)
+
+    def part(self, index: int, part_size: int) -> Iterator[Item | LeftOut]:
+        """The images of one part, in order; a function of the listing alone.
+
+        Raises:
+            StageError: the source is lost while it is read.
+        """
+        for i in range(index * part_size, min((index + 1) * part_size, len(self))):
+            yield Item(self.key(i), self.label(i), functools.partial(self.load, i))
+
+    def name_classes(self, n_labels: int) -> tuple[str, ...]:
+        """The class names, once ``n_labels`` is known to be one more than the greatest label read."""
+        return self.class_names
+
+    def find(self, keys: Collection[str]) -> dict[str, Callable[[], Image.Image]]:
+        """How to load the images of these keys; a key that is not there is not in the answer."""
+        wanted = set(keys)
+        found: dict[str, Callable[[], Image.Image]] = {}
+        for i in range(len(self)):
+            if len(found) == len(wanted):
+                break
+            if (key := self.key(i)) in wanted:
+                found[key] = functools.partial(self.load, i)
+        return found
+
+    def require_random_access(self) -> None:
+        """Raises StageError where images can only be read in order."""
+        if self.streamed:
+            raise StageError(
+                f"{self.describe()['location']}: is read in order over the network, and this command needs the images "
+                "in random order; download the tars first and give their paths"
+            )
+
+
+def source_lost(where: str, error: OSError) -> StageError:
+    """The error to raise where something that was listed can no longer be read.
+
+    The stage stops then: leaving the image out would make the result depend on when the disk went away.
+    """
+    return StageError(
+        f"{where}: {error.strerror or error}; it was there when the images were listed. Finished shards are kept: put "
+        "it back (or mount it again) and run the same command again"
+    )
+
+
+def valid_text(path: str) -> str:
+    """A path as valid Unicode: bytes that are not UTF-8 are spelled out."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def normal(path: str) -> str:
+    """A path as names are compared: valid Unicode in normal form C."""
+    return unicodedata.normalize("NFC", valid_text(path))
+
+
+def listing_order(path: str) -> tuple[str, str]:
+    """What paths are sorted by: a slash sorts before everything, so that folders stay together and labels ascend."""
+    return normal(path).replace("/", "\0"), path
 
 
 @dataclass(frozen=True)
@@ -88,7 +179,7 @@ class Choice:
     """The part of a listing that was asked for.
 
     Attributes:
-        class_names: of the chosen classes, sorted.
+        class_names: of the chosen classes, in the order of the listing's.
         indices: (n,) int64, ascending positions in the whole listing.
         labels: (n,) int32, indices into ``class_names``.
     """
@@ -109,9 +200,10 @@ def choose(
     """Keeps the classes asked for and at most ``limit`` images, spread evenly over them.
 
     Args:
-        class_names: of the whole listing, sorted.
+        class_names: of the whole listing, each once.
         labels: (n,) integers, indices into ``class_names``.
-        classes: names to keep; none for all. Kept classes are renumbered from 0 in sorted order.
+        classes: names to keep; none for all. A class called ``n02099601 golden retriever`` goes by its id or its
+            words alone, too, where only one does. Kept classes are renumbered from 0 in the order of ``class_names``.
         limit: most images in total: the first of each class, then the second of each, and so on.
         empty: names of classes known to be empty, for a better message.
 
@@ -120,7 +212,10 @@ def choose(
     """
     if limit is not None and limit < 1:
         raise StageError(f"the limit on images is {limit}; it must be at least 1 (leave it out for all images)")
-    names = sorted({_known_class(name, class_names, empty) for name in classes or class_names})
+    names = list(class_names)
+    if classes:
+        asked = {known_class(name, class_names, empty) for name in classes}
+        names = [name for name in class_names if name in asked]
     new_label = np.full(len(class_names), -1, dtype=np.int32)
     position = {name: label for label, name in enumerate(class_names)}
     new_label[[position[name] for name in names]] = np.arange(len(names), dtype=np.int32)
@@ -148,13 +243,28 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"there is: {shown}" if known else "there is none"
 
 
-def _known_class(name: str, known: Sequence[str], empty: Collection[str]) -> str:
-    normal = unicodedata.normalize("NFC", name)
-    if normal in known:
-        return normal
-    if normal in empty:
+_SYNSET = re.compile(r"(n\d{8}) (.+)")
+
+
+def known_class(name: str, known: Sequence[str], empty: Collection[str] = ()) -> str:
+    """The one of ``known`` classes that ``name`` means: itself, or either half of ``n02099601 golden retriever``.
+
+    Raises:
+        StageError: there is none, with the nearest; there are several; or it is one of the ``empty`` ones.
+    """
+    asked = unicodedata.normalize("NFC", name)
+    if asked in known:
+        return asked
+    synsets = [match for match in map(_SYNSET.fullmatch, known) if match]
+    meant = [match.group() for match in synsets if asked in match.groups()]
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        raise StageError(f"class {name!r} is the name of {len(meant)} classes; choose from: {', '.join(meant)}")
+    if asked in empty:
         raise StageError(f"class {name!r} has no images")
-    raise StageError(f"no class {name!r} in this data; {nearest(normal, known)}")
+    words = [match.group(2) for match in synsets]
+    raise StageError(f"no class {name!r} in this data; {nearest(asked, [*known, *words] if words else known)}")
 
 
 def _round_robin(labels: NDArray[np.int32], limit: int) -> NDArray[np.int64]:

@@ -19,8 +19,9 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import StageError
-from pipeline.sources import Folder, LeftOut, Photos, Source, UnusableImage, open_source
-from pipeline.sources.decode import MAX_PIXELS, decode_image, read_image
+from pipeline.sources import Folder, Item, LeftOut, Photos, Source, UnusableImage, open_source
+from pipeline.sources.decode import MAX_BYTES, MAX_PIXELS, decode_image, read_image
+from pipeline.sources.imagenet import synsets
 from pipeline.sources.photos import CROPS
 
 
@@ -262,12 +263,21 @@ def test_grey_values_beyond_sixteen_bits_are_refused(tmp_path: Path) -> None:
     assert "outside 0..65535" in reason(save(tmp_path / "a.tif", Image.new("I", (2, 2), 70000)))
 
 
-def test_a_file_that_vanished_is_unusable(tmp_path: Path) -> None:
-    save(tmp_path / "cat" / "1.png")
-    source = open_source(str(tmp_path))
-    (tmp_path / "cat" / "1.png").unlink()
-    with pytest.raises(UnusableImage, match="file vanished"):
+@pytest.mark.parametrize("gone", ["cat/1.png", "cat"])
+def test_a_file_that_vanished_stops_and_says_how_to_go_on(tmp_path: Path, gone: str) -> None:
+    save(tmp_path / "data" / "cat" / "1.png")
+    source = open_source(str(tmp_path / "data"))
+    (tmp_path / "data" / gone).rename(tmp_path / "elsewhere")
+    with pytest.raises(StageError, match=r"cat/1\.png: No such file .*shards are kept: put it back .*run the same"):
         source.load(0)
+    (tmp_path / "elsewhere").rename(tmp_path / "data" / gone)
+    assert source.load(0).size == (8, 6)
+
+
+def test_a_file_of_more_bytes_than_any_image_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "a.jpg", "wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    assert reason(tmp_path / "a.jpg") == "too large: more than 512 MiB"
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user")
@@ -443,13 +453,76 @@ def test_a_split_that_is_not_a_subfolder_is_an_error(tmp_path: Path, split: str)
         open_source(str(tmp_path), split=split)
 
 
-def test_links_to_folders_are_not_followed_and_loops_end(tmp_path: Path) -> None:
-    save(tmp_path / "cat" / "1.png")
-    (tmp_path / "cat" / "loop").symlink_to(tmp_path, target_is_directory=True)
-    (tmp_path / "dog").symlink_to(tmp_path / "cat", target_is_directory=True)
+def test_linked_class_folders_and_a_linked_root_are_followed(tmp_path: Path) -> None:
+    save(tmp_path / "store" / "a" / "deep" / "1.png")
+    save(tmp_path / "data" / "cat" / "1.png")
+    (tmp_path / "data" / "dog").symlink_to(tmp_path / "store" / "a", target_is_directory=True)
+    (tmp_path / "root").symlink_to(tmp_path / "data", target_is_directory=True)
+    for root in ("data", "root"):
+        source = open_source(str(tmp_path / root))
+        assert source.class_names == ("cat", "dog")
+        assert keys(source) == ["cat/1.png", "dog/deep/1.png"]
+        assert source.load(1).size == (8, 6)
+        assert source.left_out == ()
+
+
+def test_a_folder_is_read_once_and_deeper_links_are_not_followed(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    save(root / "cat" / "1.png")
+    save(tmp_path / "store" / "1.png")
+    for link, target in {
+        "cat/loop": root,
+        "around": tmp_path,
+        "root": root,
+        "same": root / "cat",
+        "stored": tmp_path / "store",
+        "stored again": tmp_path / "store",
+        "store/loop": root,
+    }.items():
+        ((root if "store/" not in link else tmp_path) / link).symlink_to(target, target_is_directory=True)
+    source = open_source(str(root))
+    assert keys(source) == ["cat/1.png", "stored/1.png"]
+    again = "link to a folder that is read already: not followed"
+    deeper = "link to a folder: not followed"
+    assert {x.key: x.reason for x in source.left_out} == {
+        **dict.fromkeys(["around", "root", "same", "stored again"], again),
+        **dict.fromkeys(["cat/loop", "stored/loop"], deeper),
+    }
+
+
+def test_imagenets_ids_get_their_readable_names_and_any_unambiguous_part_names_a_class(tmp_path: Path) -> None:
+    for name in ["n02099601", "n02012849", "n03126707"]:
+        save(tmp_path / name / "1.png")
+    names = ("n02012849 crane", "n02099601 golden retriever", "n03126707 crane")
+    assert open_source(str(tmp_path)).class_names == names
+    for asked in ["n02099601", "golden retriever", "n02099601 golden retriever"]:
+        assert open_source(str(tmp_path), classes=[asked]).class_names == names[1:2]
+    with pytest.raises(StageError, match="'crane' is the name of 2 classes; choose from: n02012849 crane, n03126707"):
+        open_source(str(tmp_path), classes=["crane"])
+    with pytest.raises(StageError, match="did you mean 'golden retriever'"):
+        open_source(str(tmp_path), classes=["golden retreiver"])
+
+
+def test_one_folder_that_is_no_class_of_imagenet_leaves_all_names_alone(tmp_path: Path) -> None:
+    for name in ["n02099601", "n99999999"]:
+        save(tmp_path / name / "1.png")
+    assert open_source(str(tmp_path)).class_names == ("n02099601", "n99999999")
+
+
+def test_the_names_of_imagenets_classes_are_a_thousand_in_the_order_of_their_ids() -> None:
+    assert len(synsets()) == 1000
+    assert list(synsets()) == sorted(synsets())
+    assert all(re.fullmatch(r"n\d{8}", synset) and words.strip() for synset, words in synsets().items())
+
+
+def test_parts_hold_every_image_once_in_order(tmp_path: Path) -> None:
+    for i in range(7):
+        save(tmp_path / "cat" / f"{i}.png", Image.new("L", (1, 1), i))
     source = open_source(str(tmp_path))
-    assert keys(source) == ["cat/1.png"]
-    assert source.left_out == tuple(LeftOut(k, "link to a folder: not followed") for k in ("cat/loop", "dog"))
+    assert source.n_parts(3) == 3
+    items = [item for part in range(3) for item in source.part(part, 3)]
+    assert [item.key for item in items] == keys(source)
+    assert [item.load().getpixel((0, 0)) for item in items if isinstance(item, Item)] == [(i, i, i) for i in range(7)]
 
 
 def test_links_to_files_are_images_and_broken_ones_are_left_out(tmp_path: Path) -> None:
@@ -545,9 +618,9 @@ def test_a_limit_below_one_is_an_error(tmp_path: Path, limit: int, builtin: bool
     ("data", "message"),
     [
         ("builtin:photo", "no such built-in data; there is: builtin:photos"),
-        ("no/such/folder", "no such folder; accepted: a folder of class folders .* or builtin:photos"),
+        ("no/such/folder", r"no such folder or file; accepted:\n  a folder of class folders (.|\n)*builtin:photos"),
         ("", "no path given"),
-        (__file__, "is a file, not a folder; accepted: "),
+        (__file__, "is a file, not a folder, and its ending is not .tar, .parquet or .arrow; accepted:"),
     ],
 )
 def test_what_cannot_be_opened_is_named_with_what_can(data: Any, message: str) -> None:

@@ -1,0 +1,67 @@
+"""What a user's DATA names: the files of a path, a glob or braces, and the difference between a path and a URL.
+
+expand("imagenet-{000..146}.tar")                        # 147 names
+local_files("tars/*.tar")                                # those there, sorted
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Sequence
+
+from pipeline.errors import StageError
+
+
+def is_url(data: str) -> bool:
+    """Whether ``data`` is for fsspec (``https://…``, ``s3://…``) rather than a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", data) is not None
+
+
+def expand(data: str) -> list[str]:
+    """The names that braces such as ``{000..146}`` and ``{a,b}`` stand for, in order; one name where there are none.
+
+    Raises:
+        StageError: braces that do not close.
+    """
+    import braceexpand
+
+    try:
+        return list(braceexpand.braceexpand(data))
+    except ValueError as error:
+        raise StageError(f"{data}: its braces cannot be read: {error}") from error
+
+
+def local_files(data: str) -> list[str]:
+    """Absolute paths of the files that a path, a glob or braces name: in the order of the braces, sorted within a glob.
+
+    Raises:
+        StageError: a name that stands for no file, or a file named twice.
+    """
+    files: list[str] = []
+    for name in [data] if os.path.exists(data) else expand(data):
+        found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if not found:
+            raise StageError(f"{name}: no such file" + ("" if name == data else f" (of {data})"))
+        files += [os.path.abspath(file) for file in found]
+    check_named_once(files, data)
+    return files
+
+
+def check_named_once(files: Sequence[str], data: str) -> None:
+    """Raises StageError where two of the files are the same."""
+    if len(set(files)) < len(files):
+        twice = next(file for i, file in enumerate(files) if file in files[:i])
+        raise StageError(f"{data}: names {twice} twice")
+
+
+def stems(files: Sequence[str]) -> list[str]:
+    """A short name for each file, different for each: its name without ``.tar``, after its folders if need be."""
+    short = [os.path.basename(file).removesuffix(".tar") for file in files]
+    if len(set(short)) == len(short):
+        return short
+    folders = [os.path.dirname(file).split("/") for file in files]
+    shared = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))))
+    return ["/".join([*folder[shared:], name]) for folder, name in zip(folders, short, strict=True)]

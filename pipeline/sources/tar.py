@@ -1,0 +1,216 @@
+"""What is in a tar, by its headers: names, places and sizes of its members, without unpacking anything.
+
+    with open("train.tar", "rb", buffering=0) as file:
+        for member in members(Extent(file.fileno(), 0, size), "train.tar"):
+            ...                                              # a Member, or LeftOut with the reason
+
+Nothing a tar says is believed: a header may not make this process allocate, loop or read outside the tar, and a tar
+that does not end as a tar should is an error, since nobody knows what else it held.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Protocol, cast
+
+from pipeline.errors import StageError
+from pipeline.sources.decode import MAX_BYTES, TOO_MANY_BYTES
+from pipeline.sources.source import LeftOut, source_lost, valid_text
+
+MAX_HEADER = 2**20
+"""Most bytes that the headers of one member may take, long names and all."""
+
+_BLOCK = 512
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Bytes(Protocol):
+    """A file to read a tar from: seekable, of known size. A read gives all that was asked for, up to the end."""
+
+    size: int
+
+    def read(self, n: int, /) -> bytes:
+        """The next ``n`` bytes."""
+
+    def seek(self, offset: int, /) -> object:
+        """Goes to a byte."""
+
+    def tell(self) -> int:
+        """The number of the next byte."""
+
+
+class Extent:
+    """A stretch of an open local file as a file of its own, such as a tar in a tar."""
+
+    def __init__(self, descriptor: int, start: int, size: int) -> None:
+        self._descriptor, self._start, self.size = descriptor, start, size
+        self._position = 0
+
+    def part(self, start: int, size: int) -> Extent:
+        """A stretch of this stretch."""
+        return Extent(self._descriptor, self._start + start, size)
+
+    def read(self, n: int, /) -> bytes:
+        """The next ``n`` bytes."""
+        n = max(0, min(n, self.size - self._position))
+        pieces = []
+        while n:
+            piece = os.pread(self._descriptor, n, self._start + self._position)
+            if not piece:
+                break
+            pieces.append(piece)
+            self._position += len(piece)
+            n -= len(piece)
+        return b"".join(pieces)
+
+    def seek(self, offset: int, /) -> None:
+        """Goes to a byte."""
+        self._position = offset
+
+    def tell(self) -> int:
+        """The number of the next byte."""
+        return self._position
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A regular file in a tar: its name with slashes and without a leading ``./``, its first byte, its size."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def members(file: Bytes, tar: str) -> Iterator[Member | LeftOut]:
+    """The regular files of a tar, in order; what may not be read is LeftOut. Folders and hidden files are not seen.
+
+    A member's bytes may be read from ``file`` between two steps.
+
+    Args:
+        file: the tar, uncompressed.
+        tar: its name, for messages.
+
+    Raises:
+        StageError: not a tar, compressed, damaged, or cut short.
+    """
+    headers = _Headers(file, tar)
+    where = 0
+    try:
+        archive = tarfile.TarFile(fileobj=cast(IO[bytes], headers), encoding="utf-8", errors="surrogateescape")
+        while (header := archive.next()) is not None:
+            # An older tarfile lets a negative size lead it in circles.
+            if archive.offset <= where:
+                raise StageError(f"{tar}: damaged at byte {where}: a member of negative size")
+            where = archive.offset
+            archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has read
+            if where > file.size:
+                raise StageError(
+                    f"{tar}: ends at byte {file.size}, but {valid_text(header.name)!r} claims to end at byte "
+                    f"{header.offset_data + header.size}; the tar is cut short or damaged: get it again"
+                )
+            if (found := _member(header)) is not None:
+                yield found
+            headers.next_member()
+        where = archive.offset
+        file.seek(where)
+        end = file.read(_BLOCK)
+    except (StageError, GeneratorExit):
+        raise
+    except OSError as error:
+        raise source_lost(tar, error) from error
+    except Exception as error:  # tarfile raises nearly anything on damaged headers
+        raise StageError(f"{tar}: {_what_is_wrong(file, where, error)}") from error
+    if len(end) < _BLOCK:
+        raise StageError(
+            f"{tar}: ends at byte {file.size} without the mark that ends a tar; it is cut short: get it again"
+        )
+    if end.strip(b"\0"):
+        raise StageError(f"{tar}: damaged at byte {where}: no header there; get it again")
+
+
+def read_member(path: str, tar_size: int, offset: int, size: int) -> bytes:
+    """The bytes of a member of a local tar, which was ``tar_size`` bytes long when it was listed.
+
+    Raises:
+        StageError: the tar is gone or is another one now.
+    """
+    try:
+        # Opened each time, which costs little beside decoding: nothing to share between threads, to pickle or to close.
+        with open(path, "rb", buffering=0) as file:
+            data = Extent(file.fileno(), offset, size).read(size)
+            size_now = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise source_lost(path, error) from error
+    if size_now != tar_size or len(data) != size:
+        raise StageError(
+            f"{path}: has {size_now} bytes and had {tar_size} when its images were listed. Finished shards are kept: "
+            "put the tar back as it was and run the same command again, or start anew with --overwrite"
+        )
+    return data
+
+
+def _member(header: tarfile.TarInfo) -> Member | LeftOut | None:
+    name = header.name
+    while name.startswith("./"):
+        name = name[2:]
+    parts = name.split("/")
+    if header.isdir() or any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts):
+        return None
+    reason = None
+    if name.startswith("/"):
+        reason = "absolute name in a tar"
+    elif ".." in parts:
+        reason = "name with '..' in a tar"
+    elif header.issym() or header.islnk():
+        reason = "link in a tar: not followed"
+    elif header.issparse():
+        reason = "sparse file in a tar"
+    elif not header.isreg():
+        reason = "not a regular file"
+    elif header.size > MAX_BYTES:
+        reason = TOO_MANY_BYTES
+    return Member(name, header.offset_data, header.size) if reason is None else LeftOut(valid_text(name), reason)
+
+
+def _what_is_wrong(file: Bytes, where: int, error: Exception) -> str:
+    at_end = file.tell() >= file.size
+    file.seek(0)
+    head = file.read(_BLOCK)
+    for signature, name in _COMPRESSED.items():
+        if head.startswith(signature):
+            return (
+                f"compressed with {name}; images do not shrink, and inside it nothing can be found: decompress it first"
+            )
+    if where == 0:
+        return "not a tar" if len(head) == _BLOCK else f"not a tar: {len(head)} bytes"
+    if at_end:
+        return f"ends at byte {file.size} in the middle of a member; it is cut short: get it again"
+    return f"damaged at byte {where} ({type(error).__name__}: {error}); get it again"
+
+
+class _Headers:
+    """What tarfile reads headers from: a long name that claims gigabytes is refused before it is read."""
+
+    def __init__(self, file: Bytes, tar: str) -> None:
+        self._file, self._tar = file, tar
+        self._left = MAX_HEADER
+
+    def next_member(self) -> None:
+        self._left = MAX_HEADER
+
+    def read(self, n: int) -> bytes:
+        if n > self._left:
+            raise StageError(
+                f"{self._tar}: damaged at byte {self._file.tell()}: a header of more than {MAX_HEADER} bytes"
+            )
+        self._left -= n
+        return self._file.read(n)
+
+    def seek(self, offset: int) -> None:
+        self._file.seek(offset)
+
+    def tell(self) -> int:
+        return self._file.tell()
