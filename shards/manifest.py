@@ -5,6 +5,7 @@ It is written last, under a temporary name first, so an artifact that has one is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -36,6 +37,7 @@ class ShardInfo:
     name: str
     rows: int
     sha256: str
+    bytes: int | None = None  # size of the file; None in artifacts of earlier versions
     statistics: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
 
@@ -93,11 +95,26 @@ class Manifest:
                 raise ArtifactError(
                     f"{path} has format version {values['format_version']}; this version reads {FORMAT_VERSION}"
                 )
-            return _parse(values, path)
+            manifest = _parse(values, path)
+            manifest._check_shards()
+            return manifest
         except ArtifactError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+    def _check_shards(self) -> None:
+        """Raises ValueError where the list of shards contradicts itself or leads out of the directory."""
+        names = [shard.name for shard in self.shards]
+        for name in names:
+            if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+                raise ValueError(f"shard name {name!r} is no plain file name")
+        if len(set(names)) < len(names):
+            raise ValueError("a shard is listed twice")
+        if any(shard.rows < 0 for shard in self.shards):
+            raise ValueError("a shard has fewer than no rows")
+        if (held := sum(shard.rows for shard in self.shards)) != self.rows:
+            raise ValueError(f"its shards hold {held} rows together, and it says {self.rows}")
 
     def fingerprint(self) -> str:
         """SHA-256 over what the artifact holds: its shards, grid, codebook and classes."""
@@ -127,13 +144,23 @@ def _parse(values: dict[str, Any], path: Path) -> Manifest:
 
 def write_json(path: Path, values: Any) -> None:
     """Writes JSON under a temporary name, flushes it to disk, and renames it."""
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str, *, errors: str = "strict", sync: bool = True) -> None:
+    """Writes UTF-8 under a temporary name, flushes it (to disk, with ``sync``), and renames it."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "w", encoding="utf-8", errors=errors, newline="\n") as file:
+            file.write(text)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def file_sha256(path: Path) -> str:

@@ -13,6 +13,7 @@ open with the plain libraries alone: ``datasets.load_dataset("arrow", …)``, ``
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -57,8 +58,10 @@ def write_shard(path: Path, rows: Rows, container: Container) -> str:
             os.fsync(file.fileno())
         digest = file_sha256(part)
         os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
     return digest
 
 
@@ -96,7 +99,7 @@ def _write_tar(file: Any, rows: Rows) -> None:
     from webdataset import TarWriter
 
     packed = None if rows.starts is None else pack_starts(rows.starts)
-    with TarWriter(file, encoder=False, mtime=0.0, user="", group="") as writer:
+    with TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:  # a float would double the headers
         for i, key in enumerate(rows.keys):
             sample = {
                 "__key__": f"{i:08d}",  # the image's own key may hold dots and slashes, which mean something in a tar

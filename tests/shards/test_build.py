@@ -1,16 +1,23 @@
+import ast
+import errno
 import hashlib
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shards.build import LEFT_OUT, ArtifactBuild
 from shards.errors import ArtifactError
@@ -73,13 +80,15 @@ def run(
     for index in build.todo(rank, world_size):
         reasons = [LeftOut(key=f"{index}.jpg", reason="empty file")] if index % 3 == 0 else []
         build.add(index, shard_rows(index, large), statistics={"n": index}, left_out=reasons)
+        sys.stdout.write(f"{index}\n")  # for whoever started this in a process of its own
         time.sleep(pause)
     return build.finish(lambda shards: make_manifest(shards, build.settings))
 
 
 def start(out: Path, *arguments: object) -> subprocess.Popen[bytes]:
     """``run`` in a process of its own."""
-    return subprocess.Popen([sys.executable, __file__, str(out), *map(str, arguments)], stderr=subprocess.PIPE)
+    command = [sys.executable, __file__, str(out), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -173,6 +182,7 @@ def test_a_damaged_or_missing_shard_alone_is_made_anew(tmp_path: Path, harm: Any
         for index in range(5):
             left = [LeftOut(key=f"{index}.jpg", reason="empty file")] if index % 3 == 0 else []
             build.add(index, shard_rows(index), statistics={"n": index}, left_out=left)
+        build.close()
     before = stamps(out)
     harm(out / "00002.arrow")
     run(out)
@@ -222,6 +232,7 @@ def test_overwrite_replaces_what_other_settings_made(tmp_path: Path, finished: b
     else:
         build = opened(tmp_path / "a", "webdataset", settings={**SETTINGS, "threshold": 9})
         build.add(3, shard_rows(3))
+        build.close()
     run(tmp_path / "a", overwrite=True)
     run(tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -263,8 +274,10 @@ def test_processes_that_open_and_finish_side_by_side_do_not_disturb_each_other(t
     run(tmp_path / "one")
     out = tmp_path / "many"
     builds = [opened(out) for _ in range(3)]
-    for rank, build in enumerate(builds):
-        for index in build.todo(rank, 3):
+    shares = [build.todo(rank, 3) for rank, build in enumerate(builds)]
+    held = [next(share) for share in shares]  # each at its first shard before any is done
+    for rank, (build, share) in enumerate(zip(builds, shares, strict=True)):
+        for index in (held[rank], *share):
             left = [LeftOut(key=f"{index}.jpg", reason="empty file")] if index % 3 == 0 else []
             build.add(index, shard_rows(index), statistics={"n": index}, left_out=left)
         if rank < 2:
@@ -280,10 +293,12 @@ def test_a_process_repairs_its_shard_while_another_finds_all_done(tmp_path: Path
     run(tmp_path / "many")
     flip(tmp_path / "many" / "00001.arrow")
     first, second = opened(tmp_path / "many"), opened(tmp_path / "many")
+    damaged = second.todo(1, 2)
+    index = next(damaged)
     assert list(first.todo(0, 2)) == []
     assert first.finish(make_manifest) is None
-    for index in second.todo(1, 2):
-        second.add(index, shard_rows(index), statistics={"n": index})
+    second.add(index, shard_rows(index), statistics={"n": index})
+    assert list(damaged) == []
     assert second.finish(make_manifest) is not None
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
@@ -323,6 +338,169 @@ def test_an_unfinished_build_is_told_from_an_artifact(tmp_path: Path) -> None:
     opened(tmp_path / "a").add(0, shard_rows(0))
     with pytest.raises(ArtifactError, match="not finished: run the command that makes it again"):
         open_artifact(tmp_path / "a")
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_plain_runs_started_by_hand_share_the_work_and_make_the_same_bytes(tmp_path: Path, processes: int) -> None:
+    out = tmp_path / "many"
+    started = [start(out, "arrow", 0, 1, 0.02, 1) for _ in range(processes)]
+    said = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0] * processes, said
+    wrote = [int(line) for text, _ in said for line in text.split()]
+    assert sorted(wrote) == list(range(N_SHARDS))  # none twice
+    run(tmp_path / "one", large=True)
+    assert files(out) == files(tmp_path / "one")
+
+
+def test_the_shards_of_a_rank_that_never_came_are_written_by_the_others(tmp_path: Path) -> None:
+    assert run(tmp_path / "a", rank=1, world_size=3) is not None
+    run(tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_each_process_begins_at_a_place_of_its_own(tmp_path: Path) -> None:
+    builds = [opened(tmp_path / "a") for _ in range(4)]
+    assert [next(build.todo(rank, 4)) for rank, build in enumerate(builds)] == [0, 3, 6, 9]
+
+
+def test_a_shard_stays_claimed_until_it_is_added(tmp_path: Path) -> None:
+    first, second = opened(tmp_path / "a", n_shards=3), opened(tmp_path / "a", n_shards=3)
+    assert list(first.todo()) == [0, 1, 2]  # all pulled, none written
+    assert list(second.todo()) == []
+    assert second.remaining() == 3
+    first.add(1, shard_rows(1))
+    assert second.remaining() == 2
+    first.close()
+    assert list(second.todo()) == [0, 2]
+
+
+def test_work_that_is_broken_off_is_given_back(tmp_path: Path) -> None:
+    first, second = opened(tmp_path / "a"), opened(tmp_path / "a")
+
+    def break_off() -> None:
+        for _ in first.todo():
+            raise KeyError
+
+    with pytest.raises(KeyError) as broken:
+        break_off()
+    assert next(second.todo()) == 0, broken  # even while the traceback is held
+
+
+def test_a_killed_process_leaves_no_claim(tmp_path: Path) -> None:
+    process = start(tmp_path / "a", "arrow", 0, 1, 60, 0)  # it pauses after its first shard
+    while not list((tmp_path / "a" / BUILD).glob("*.json")) or len(stamps(tmp_path / "a")) < 1:
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    assert run(tmp_path / "a") is not None
+    run(tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_without_file_locks_ranks_write_their_stripes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    out = tmp_path / "many"
+    builds = [opened(out) for _ in range(2)]
+    for rank, build in enumerate(builds):
+        wrote = []
+        for index in build.todo(rank, 2):
+            left = [LeftOut(key=f"{index}.jpg", reason="empty file")] if index % 3 == 0 else []
+            build.add(index, shard_rows(index), statistics={"n": index}, left_out=left)
+            wrote.append(index)
+        assert sorted(wrote) == list(range(rank, N_SHARDS, 2))
+    assert builds[1].finish(make_manifest) is not None
+    flip(out / "00004.arrow")
+    assert run(out) is not None
+    run(tmp_path / "one")
+    assert files(out) == files(tmp_path / "one")
+
+
+def test_damage_in_the_share_of_a_rank_that_never_came_is_mended(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    run(tmp_path / "a")
+    flip(tmp_path / "a" / "00001.arrow")
+    assert run(tmp_path / "a", rank=0, world_size=2) is not None
+    assert files(tmp_path / "a") == files(tmp_path / "whole")
+
+
+def test_what_a_process_at_work_has_written_is_believed_by_one_that_comes_later(tmp_path: Path) -> None:
+    first = opened(tmp_path / "a")
+    share = first.todo()
+    first.add(next(share), shard_rows(0))
+    written = stamps(tmp_path / "a")
+    second = opened(tmp_path / "a")
+    assert not list((tmp_path / "a" / BUILD).glob("*.unchecked"))
+    assert next(share) == 1
+    assert next(second.todo()) == 2
+    assert stamps(tmp_path / "a") == written
+
+
+def test_other_settings_do_not_overwrite_what_others_are_writing(tmp_path: Path) -> None:
+    first = opened(tmp_path / "a")
+    first.add(next(first.todo()), shard_rows(0))
+    first = opened(tmp_path / "a")
+    share = first.todo()
+    index = next(share)
+    before = files(tmp_path / "a")
+    with pytest.raises(ArtifactError, match=r"1 process is writing to .* threshold was 1\.5 and is now 9"):
+        opened(tmp_path / "a", settings={**SETTINGS, "threshold": 9}, overwrite=True)
+    assert files(tmp_path / "a") == before
+    first.add(index, shard_rows(index))
+    share.close()
+    run(tmp_path / "a", settings={**SETTINGS, "threshold": 9}, overwrite=True)
+    run(tmp_path / "b", settings={**SETTINGS, "threshold": 9})
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_disk_that_refuses_is_one_message_and_leaves_no_half_of_a_shard(tmp_path: Path, container: Container) -> None:
+    out = tmp_path / "a"
+    build = opened(out, container)
+    build.add(0, shard_rows(0))
+    before = files(out)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a shard does not fit
+    try:
+        with pytest.raises(ArtifactError) as refusal:
+            build.add(1, shard_rows(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    text = str(refusal.value)
+    assert "00001" in text
+    assert "File too large; run the same command again. 1 finished shards are kept" in text
+    assert files(out) == before
+    build.close()
+    run(out, container)
+    run(tmp_path / "b", container)
+    assert len(open_artifact(out)) == len(open_artifact(tmp_path / "b"))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])))
+@settings(max_examples=15, deadline=None)
+def test_an_input_left_out_is_one_line_of_two_fields_whatever_its_name(key: str, reason: str) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        build = opened(Path(home) / "a", n_shards=1)
+        build.add(0, shard_rows(0), left_out=[LeftOut(key=key, reason=reason)])
+        build.finish(make_manifest)
+        text = (Path(home) / "a" / LEFT_OUT).read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) == 2
+    fields = [
+        re.sub(r"\\(x..|u....|.)", lambda found: ast.literal_eval(f'"{found[0]}"'), field)
+        for field in lines[1].split("\t")
+    ]
+    assert fields == [key, reason]
+
+
+def test_a_shards_size_is_in_the_manifest(tmp_path: Path) -> None:
+    manifest = run(tmp_path / "a")
+    assert manifest is not None
+    assert [shard.bytes for shard in manifest.shards] == [
+        (tmp_path / "a" / shard.name).stat().st_size for shard in manifest.shards
+    ]
 
 
 if __name__ == "__main__":

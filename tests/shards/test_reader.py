@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -35,17 +36,23 @@ def shard_rows(index: int, kind: Kind) -> Rows:
 
 
 def make(out: Path, container: Container = "arrow", kind: Kind = "patches") -> Path:
-    build = ArtifactBuild(out, settings={}, n_shards=len(SIZES), container=container)
+    return write_artifact(out, container, [shard_rows(index, kind) for index in range(len(SIZES))], kind=kind)
+
+
+def write_artifact(
+    out: Path, container: Container, rows: list[Rows], grid: tuple[int, int] = GRID, kind: Kind = "patches"
+) -> Path:
+    build = ArtifactBuild(out, settings={}, n_shards=len(rows), container=container)
 
     def manifest(shards: tuple[ShardInfo, ...]) -> Manifest:
         return Manifest(
             kind=kind,
             container=container,
-            grid=GRID,
+            grid=grid,
             codebook_size=2**16,
-            views=VIEWS,
+            views=rows[0].codes.shape[1],
             class_names=("a",),
-            rows=TOTAL,
+            rows=sum(len(part) for part in rows),
             shards=shards,
             settings={},
             source={},
@@ -53,7 +60,7 @@ def make(out: Path, container: Container = "arrow", kind: Kind = "patches") -> P
         )
 
     for index in build.todo():
-        build.add(index, shard_rows(index, kind))
+        build.add(index, rows[index])
     build.finish(manifest)
     return out
 
@@ -126,6 +133,12 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**held, **values}), encoding="utf-8")
 
 
+def change_shard(path: Path, **values: Any) -> None:
+    held = json.loads(path.read_text(encoding="utf-8"))
+    held["shards"][0] |= values
+    path.write_text(json.dumps(held), encoding="utf-8")
+
+
 def drop(path: Path, name: str) -> None:
     held = json.loads(path.read_text(encoding="utf-8"))
     del held[name]
@@ -144,6 +157,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "shards of words": (lambda path: change(path, shards=["x"]), "is damaged"),
     "another version": (lambda path: change(path, format_version=99), "format version 99; this version reads 1"),
     "another kind": (lambda path: change(path, kind="pixels"), "kind is 'pixels'; this version reads codes, patches"),
+    "a row too many": (lambda path: change(path, rows=TOTAL + 1), f"hold {TOTAL} rows together, and it says"),
+    "a shard elsewhere": (lambda path: change_shard(path, name="../a/00000.arrow"), "is no plain file name"),
+    "a shard of a bad name": (lambda path: change_shard(path, name=".."), "is no plain file name"),
+    "a shard twice": (lambda path: change_shard(path, name="00001.arrow"), "a shard is listed twice"),
+    "a shard of less than nothing": (lambda path: change_shard(path, rows=-5), "fewer than no rows"),
     "another container": (lambda path: change(path, container="zip"), "container is 'zip'"),
 }
 
@@ -187,7 +205,7 @@ def test_missing_shards_are_counted_and_named_when_an_artifact_is_opened(tmp_pat
     make(tmp_path / "a", container)
     (gone,) = (tmp_path / "a").glob("00002.*")
     gone.unlink()
-    with pytest.raises(ArtifactError, match=rf"{tmp_path}/a lacks 1 of 4 shards \({gone.name}\)"):
+    with pytest.raises(ArtifactError, match=rf"1 of 4 shards of {tmp_path}/a are damaged: {gone.name} \(missing\)"):
         open_artifact(tmp_path / "a")
 
 
@@ -239,6 +257,125 @@ def test_shards_with_a_flipped_byte_or_gone_are_found_by_reading_every_byte(
     assert [name for name, _ in found] == [first.name, third.name]
     assert "SHA-256 differs" in found[0][1]
     assert found[1][1] == "missing"
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_verification_names_all_damaged_shards_in_one_message(tmp_path: Path, container: Container) -> None:
+    make(tmp_path / "a", container)
+    first, second, third, _ = sorted((tmp_path / "a").glob("0*"))
+    data = bytearray(first.read_bytes())
+    data[len(data) // 2] ^= 16
+    first.write_bytes(data)
+    second.write_bytes(second.read_bytes() + b"x")
+    third.unlink()
+    with pytest.raises(ArtifactError) as refusal:
+        open_artifact(tmp_path / "a", verify=True)
+    text = str(refusal.value)
+    assert text.startswith(f"3 of 4 shards of {tmp_path / 'a'} are damaged: {first.name} (its bytes")
+    assert f"{second.name} (its size is" in text
+    assert f"{third.name} (missing)" in text
+    assert "run the command that made it again" in text
+
+
+def test_each_process_verifies_its_own_share(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    path = tmp_path / "a" / "00002.arrow"
+    path.write_bytes(path.read_bytes()[:-8] + b"12345678")
+    assert len(open_artifact(tmp_path / "a", verify=True, share=(1, 2))) == TOTAL
+    with pytest.raises(ArtifactError, match=r"1 of 4 shards.*00002\.arrow"):
+        open_artifact(tmp_path / "a", verify=True, share=(0, 2))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_shard_that_is_cut_off_while_it_is_read_is_one_message(tmp_path: Path, container: Container) -> None:
+    artifact = open_artifact(make(tmp_path / "a", container))
+    artifact.gather(np.array([0]), np.array([0]))
+    (path,) = (tmp_path / "a").glob("00000.*")
+    os.truncate(path, 10)
+    with pytest.raises(ArtifactError, match="has been cut off since it was opened"):
+        artifact.gather(np.array([0]), np.array([0]))
+
+
+def test_a_shard_of_another_size_is_refused_without_reading_it(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    path = tmp_path / "a" / "00003.arrow"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"1 of 4 shards.*00003\.arrow \(its size is"):
+        open_artifact(tmp_path / "a")
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("values", [{"grid": [2, 6]}, {"views": 2}, {"kind": "codes", "views": 6}])
+def test_columns_that_are_not_as_the_manifest_says_are_refused(
+    tmp_path: Path, container: Container, values: dict[str, Any]
+) -> None:
+    change(make(tmp_path / "a", container) / MANIFEST, **values)
+    with pytest.raises(ArtifactError, match=r"shards of .* are damaged: 00000.* are "):
+        open_artifact(tmp_path / "a", verify=True)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_closing_the_shards_least_recently_used_changes_nothing(tmp_path: Path, container: Container) -> None:
+    artifact = open_artifact(make(tmp_path / "a", container))
+    rows, views = np.arange(TOTAL).repeat(3)[::-1], np.tile(np.arange(VIEWS), TOTAL)
+    whole = artifact.gather(rows, views)
+    artifact = open_artifact(tmp_path / "a")
+    artifact._most_open = 1
+    for i in (*range(len(rows)), *range(0, len(rows), 7)):
+        found = artifact.gather(rows[i : i + 1], views[i : i + 1])
+        np.testing.assert_array_equal(found.codes[0], whole.codes[i])
+        assert len(artifact._open) == 1
+
+
+@pytest.mark.parametrize("n", [8, 10, 13])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_boundaries_of_a_view_are_found_wherever_their_bits_begin(tmp_path: Path, container: Container, n: int) -> None:
+    rng = np.random.default_rng(n)
+    shape = (3, 5, n)
+    rows = Rows(
+        keys=list("abc"),
+        labels=np.zeros(3, np.int32),
+        codes=np.zeros(shape, np.uint16),
+        entropy=np.zeros(shape, np.float16),
+        starts=rng.random(shape) < 0.5,
+    )
+    assert rows.starts is not None
+    write_artifact(tmp_path / "a", container, [rows], grid=(1, n))
+    picked = np.arange(15)
+    found = open_artifact(tmp_path / "a").gather(picked // 5, picked % 5)
+    np.testing.assert_array_equal(found.starts, rows.starts.reshape(15, n))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_memory_does_not_grow_with_what_has_been_read(tmp_path: Path) -> None:
+    shape = (500, 8, 1024)
+    shards = []
+    for label in range(5):  # 84 MB
+        codes = np.full(shape, label, np.uint16)
+        rows = Rows(
+            keys=[str(i) for i in range(500)],
+            labels=np.full(500, label, np.int32),
+            codes=codes,
+            entropy=codes.view(np.float16),
+            starts=np.ones(shape, np.bool_),
+        )
+        shards.append(rows)
+    write_artifact(tmp_path / "a", "arrow", shards, grid=(32, 32))
+    artifact = open_artifact(tmp_path / "a")
+    rng = np.random.default_rng(0)
+
+    def mapped() -> int:
+        return int(re.findall(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+
+    artifact.gather(np.arange(32), np.zeros(32, np.int64))
+    before, most = mapped(), 0
+    for _ in range(100):
+        artifact.gather(rng.integers(0, 2500, 32), rng.integers(0, 8, 32))
+        most = max(most, mapped())
+    for index in range(5):
+        artifact.shard_rows(index)
+    assert most - before < 20e6
+    assert mapped() - before < 20e6
 
 
 def test_the_fingerprint_is_of_what_is_held_not_of_what_made_it(tmp_path: Path) -> None:
