@@ -56,7 +56,14 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-Data = Annotated[str, typer.Argument(metavar="DATA", help="A folder of class folders, or builtin:photos.")]
+Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="Images: a folder of class folders, a tar of them or ImageNet's own, WebDataset tars (glob, {000..146}, "
+        "folder or URL), Parquet or Arrow files, a saved dataset, owner/name on the Hub, or builtin:photos.",
+    ),
+]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; running again goes on with it.")]
 
 
@@ -380,21 +387,15 @@ def in_this_process(arguments: list[str]) -> None:
 
 
 def summary(manifest: Manifest | None, out: Path) -> None:
-    """A few lines about an artifact that was written."""
-    if manifest is None:
-        console.print("this process's shards are done; others have some to write", highlight=False)
-        return
-    if not first_process():
+    """A few lines about an artifact that was written; a stage that leaves it to other processes has said so."""
+    if manifest is None or not first_process():
         return
     lines = [f"{manifest.rows} images, {manifest.views} views each, {len(manifest.class_names)} classes: {out}"]
     if manifest.statistics:
-        found = manifest.statistics
-        saved = 1 - found["patches_per_image"] / found["tokens_per_image"]
-        lines.append(
-            f"{found['patches_per_image']:.1f} patches an image, mean length {found['mean_length']:.3f}, "
-            f"{saved:.1%} fewer than tokens"
-        )
-    if manifest.left_out:
+        from pipeline.patch_statistics import summary as patch_summary
+
+        lines += patch_summary(manifest.statistics)
+    if manifest.left_out and manifest.kind == "codes":  # the reasons stay with the codes
         lines.append(f"{manifest.left_out} left out; {out / 'left_out.tsv'} has the reasons")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 

@@ -59,9 +59,9 @@ def stop_between_steps() -> Iterator[Callable[[], bool]]:
 
 
 class Task:
-    """One piece of work with a known size."""
+    """One piece of work; ``total`` is None where its size is not known."""
 
-    def __init__(self, bars: Bars | None, console: Console, title: str, total: int, unit: str) -> None:
+    def __init__(self, bars: Bars | None, console: Console, title: str, total: int | None, unit: str) -> None:
         self._bars, self._console = bars, console
         self._title, self._total, self._unit = title, total, unit
         self._done, self._note = 0, ""
@@ -75,6 +75,13 @@ class Task:
         if self._bars is not None and self._id is not None:
             self._bars.update(self._id, completed=done)
 
+    def skip(self, n: int) -> None:
+        """Counts ``n`` more as done by others or in an earlier run: they do not add to the rate."""
+        self._done += n
+        self._start += n
+        if self._bars is not None and self._id is not None:
+            self._bars.update(self._id, completed=self._done)
+
     def advance(self, n: int = 1, note: str = "") -> None:
         """Counts ``n`` more as done; ``note`` stands behind the numbers until the next one."""
         self._done += n
@@ -83,10 +90,12 @@ class Task:
         rate = (self._done - self._start) / max(now - self._began, 1e-9)
         if self._bars is not None and self._id is not None:
             self._bars.update(self._id, completed=self._done, note=self._note, rate=f"{rate:,.1f} {self._unit}/s")
-        elif now - self._spoke >= LINE_EVERY or self._done >= self._total:
+        elif now - self._spoke >= LINE_EVERY or (self._total is not None and self._done >= self._total):
             self._spoke = now
-            left = (self._total - self._done) / rate if rate > 0 else 0.0
-            text = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:,.1f}/s, {left:,.0f} s left"
+            text = f"{self._title}: {self._done} {self._unit}, {rate:,.1f}/s"
+            if self._total is not None:
+                left = (self._total - self._done) / rate if rate > 0 else 0.0
+                text = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:,.1f}/s, {left:,.0f} s left"
             self._console.print(text + (f", {self._note}" if self._note else ""), soft_wrap=True, highlight=False)
 
 
@@ -99,7 +108,7 @@ class Progress:
         self.quiet = os.environ.get("RANK", "0") != "0" if quiet is None else quiet
 
     @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+    def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
         """A bar (or lines) for one piece of work."""
         if self.quiet:
             yield Task(None, Console(quiet=True), title, total, unit)

@@ -89,9 +89,17 @@ class TokenizeSettings:
     split: Split = None
     classes: Classes = ()
     limit: Annotated[int | None, "At most so many images, spread over the classes. (default: all)"] = None
+    image_column: Annotated[
+        str | None, "Column of the images in Parquet, Arrow and Hub datasets. (default: the only one that fits)"
+    ] = None
+    label_column: Annotated[
+        str | None, "Column of the labels in Parquet, Arrow and Hub datasets. (default: the only one that fits)"
+    ] = None
     strict: Annotated[bool, "Stop at the first image that cannot be used."] = False
     batch: Annotated[int, "Crops encoded at once."] = 32
-    workers: Annotated[int, "Threads that decode images."] = 2
+    workers: Annotated[
+        int | None, "Threads that decode images. (default: this process's share of the cores, at most 16)"
+    ] = None
     overwrite: Annotated[bool, "Replace an output that other settings made."] = False
     device: Device = "auto"
     precision: Compute = "fp32"
@@ -181,6 +189,7 @@ class PatchifySettings:
     container: Annotated[Container | None, "Format of the shards. (default: as the input's)"] = None
     sample: Annotated[int, "Images on which --target-length looks for its threshold."] = 4096
     batch: Annotated[int, "Sequences in one pass of the entropy model."] = 32
+    verify: Annotated[bool, "Check the SHA-256 of every input shard before starting."] = True
     overwrite: Annotated[bool, "Replace an output that other settings made."] = False
     device: Device = "auto"
     precision: Compute = "auto"

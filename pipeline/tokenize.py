@@ -3,40 +3,52 @@
     manifest = tokenize("photos/", Path("codes"), TokenizeSettings(tokenizer="builtin:photos", image_size=128))
 
 Images that cannot be used are left out, each with its reason in the manifest and in ``left_out.tsv``.
+
+Three things go on at once, over the ends of shards: threads read, decode and crop images; this thread encodes them;
+one thread hashes and writes the shard before. A batch never holds images of two shards: a shard's bytes are a
+function of its images alone, whoever computes them and after whatever history.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dpar.tokenizer import VQTokenizer, from_uint8
+from pipeline.ahead import ahead
 from pipeline.device import autocast, choose_device, precision_name, rank, world_size
 from pipeline.errors import StageError
 from pipeline.progress import Progress, Task, stops_with
 from pipeline.settings import TokenizeSettings
 from pipeline.sources import Source, UnusableImage, open_source
+from pipeline.sources.source import Item
 from pipeline.versions import made_by
 from pipeline.views import n_views, views
 from pipeline.weights import fingerprint_of, load_tokenizer
-from shards.build import ArtifactBuild
+from shards.build import LEFT_OUT, ArtifactBuild
 from shards.manifest import LeftOut, Manifest, ShardInfo
 from shards.rows import Rows
 
-DECODED_AHEAD = 64  # images waiting for the encoder, at most
+CROPS_AHEAD = 256 * 2**20  # bytes of crops that wait for the encoder, at most
+IMAGES_AHEAD = 512  # also at most: undecoded images of a stream hold bytes too
+MOST_WORKERS = 16  # threads past these wait for each other in Python
 
 
 def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progress | None = None) -> Manifest | None:
     """Encodes every image of ``data`` and writes a codes artifact to ``out``.
 
-    Any number of processes may share the work (``torchrun``); running it again goes on where it stopped.
+    Any number of processes may share the work (``torchrun``, or the same command several times); running it again
+    goes on where it stopped.
 
     Returns:
         The artifact's manifest; None where other processes have shards still to write.
@@ -46,7 +58,14 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         Stopped: the user pressed Ctrl-C.
     """
     progress = progress or Progress()
-    source = open_source(data, split=settings.split, classes=settings.classes, limit=settings.limit)
+    source = open_source(
+        data,
+        split=settings.split,
+        classes=settings.classes,
+        limit=settings.limit,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+    )
     tokenizer = load_tokenizer(settings.tokenizer)
     config = tokenizer.config
     if config.codebook_size > 2**16:
@@ -63,6 +82,8 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         "split": settings.split,
         "classes": list(settings.classes),
         "limit": settings.limit,
+        "image_column": settings.image_column,
+        "label_column": settings.label_column,
         "listing": source.describe()["listing_sha256"],
         "image_size": settings.image_size,
         "views": settings.views,
@@ -71,34 +92,38 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         "shard_size": settings.shard_size,
         "tokenizer": fingerprint_of(settings.tokenizer),
         "precision": precision_name(device, settings.precision),
+        "batch": settings.batch,  # convolutions round differently in batches of another size
     }
-    n_shards = -(-len(source) // settings.shard_size)
     build = ArtifactBuild(
-        out, settings=decides, n_shards=n_shards, container=settings.container, overwrite=settings.overwrite
+        out,
+        settings=decides,
+        n_shards=source.n_parts(settings.shard_size),
+        container=settings.container,
+        overwrite=settings.overwrite,
     )
-    encoder = CodeEncoder(tokenizer.to(device), settings, n_views_each)
-    keeps = f"Stopped. Finished shards are kept in {out}; run the same command again to go on."
-    with stops_with(keeps), progress.task("tokenize", len(source), "images") as task:
-        for index in build.todo(rank(), world_size()):
-            first = index * settings.shard_size
-            rows, left_out = encoder.encode(source, range(first, min(first + settings.shard_size, len(source))), task)
-            if index == 0:
-                left_out = [LeftOut(key=item.key, reason=item.reason) for item in source.left_out] + left_out
-            build.add(index, rows, left_out=left_out)
+
+    def check_strict(shards: Sequence[ShardInfo]) -> None:
+        unusable = sum(len(shard.left_out) for shard in shards) - len(source.left_out)
+        if settings.strict and unusable:
+            raise StageError(
+                f"{unusable} images cannot be used, and --strict allows none: an earlier run without it left them "
+                f"out of {out} ({out / LEFT_OUT} has the reasons). Mend or remove them, or leave --strict out"
+            )
 
     def make_manifest(shards: tuple[ShardInfo, ...]) -> Manifest:
+        check_strict(shards)
         left = [item for shard in shards for item in shard.left_out]
         n_rows = sum(shard.rows for shard in shards)
         if n_rows == 0:
             reasons = "; ".join(f"{item.key}: {item.reason}" for item in left[:3])
-            raise StageError(f"none of the {len(source)} images of {data} can be used ({reasons} …)")
+            raise StageError(f"none of the {source.n_items or len(left)} images of {data} can be used ({reasons} …)")
         return Manifest(
             kind="codes",
             container=settings.container,
             grid=(side, side),
             codebook_size=config.codebook_size,
             views=n_views_each,
-            class_names=source.class_names,
+            class_names=source.name_classes(max(shard.statistics["labels"] for shard in shards)),
             rows=n_rows,
             shards=shards,
             settings=decides,
@@ -108,77 +133,218 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
             made_by=made_by(),
         )
 
-    return build.finish(make_manifest)
+    if build.finished is not None:
+        check_strict(build.finished.shards)
+        return build.finished
+    keeps = f"Stopped. Finished shards are kept in {out}; run the same command again to go on."
+    try:
+        with (
+            stops_with(keeps),
+            CodeEncoder(tokenizer.to(device), settings) as encoder,
+            progress.task("tokenize", source.n_items, "images") as task,
+        ):
+            write_shards(build, source, encoder, settings, task)
+        manifest = build.finish(make_manifest)
+    finally:
+        build.close()
+    if manifest is None:
+        n = build.remaining()
+        progress.say(
+            f"{n} {'shard is' if n == 1 else 'shards are'} still being written by other processes; "
+            "the last one to finish writes the manifest"
+        )
+    return manifest
+
+
+def write_shards(
+    build: ArtifactBuild, source: Source, encoder: CodeEncoder, settings: TokenizeSettings, task: Task
+) -> None:
+    """Writes every shard of ``build`` that is this process's to write."""
+    keys: list[str] = []
+    labels: list[int] = []
+    left_out: list[LeftOut] = []
+    n_left_out = 0
+    position = rank() * build.n_shards // world_size()  # in the round that todo() makes
+    before: Future[None] | None = None  # the shard that is being written
+    with ThreadPoolExecutor(1) as writer, closing(crops_ahead(build, source, settings)) as stream:
+        for index, image in stream:
+            if before is not None and before.done():
+                before.result()  # raises what went wrong, soon
+            if source.n_items is not None:
+                for i in range(position, position + (index - position) % build.n_shards):
+                    first = i % build.n_shards * settings.shard_size
+                    task.skip(min(settings.shard_size, source.n_items - first))
+            position = index if image is not None else (index + 1) % build.n_shards
+            if isinstance(image, Crops):
+                pixels = image.pixels.result()
+                if isinstance(pixels, UnusableImage):
+                    image = LeftOut(key=image.key, reason=pixels.reason)
+                else:
+                    encoder.add(pixels)
+                    keys.append(image.key)
+                    labels.append(image.label)
+            if isinstance(image, LeftOut):
+                if settings.strict:
+                    raise StageError(f"{image.key}: {image.reason}. Without --strict it would be left out")
+                left_out.append(image)
+                n_left_out += 1
+            if image is not None:
+                task.advance(1, f"{n_left_out} left out" if n_left_out else "")
+                continue
+            codes = encoder.end_shard()
+            rows = Rows(
+                keys=keys,
+                labels=np.array(labels, np.int32),
+                codes=codes.reshape(len(keys), n_views(settings.views, settings.crop_range), codes.shape[1]),
+            )
+            if index == 0:
+                left_out = [LeftOut(key=item.key, reason=item.reason) for item in source.left_out] + left_out
+            if before is not None:
+                before.result()  # one at a time: memory is bounded
+            statistics = {"labels": max(labels, default=-1) + 1}  # names the classes of a stream
+            before = writer.submit(build.add, index, rows, statistics=statistics, left_out=left_out)
+            keys, labels, left_out = [], [], []
+        if before is not None:
+            before.result()
+
+
+@dataclass(frozen=True)
+class Crops:
+    """An image whose views are being made: (views, size, size, 3) uint8, or why it has none."""
+
+    key: str
+    label: int
+    pixels: Future[NDArray[np.uint8] | UnusableImage]
+
+
+def crops_ahead(
+    build: ArtifactBuild, source: Source, settings: TokenizeSettings
+) -> Generator[tuple[int, Crops | LeftOut | None], None, None]:
+    """The images of each shard still to write, in order, with the shard's number; None stands at a shard's end.
+
+    They are read, decoded and cropped in threads, as far ahead as memory allows.
+    """
+    bytes_each = n_views(settings.views, settings.crop_range) * settings.image_size**2 * 3
+    workers = settings.workers or default_workers()
+
+    def crop(item: Item) -> NDArray[np.uint8] | UnusableImage:
+        try:
+            return views(item.load(), settings.image_size, settings.views, settings.crop_range)
+        except UnusableImage as error:
+            return error
+
+    def images() -> Generator[tuple[int, Crops | LeftOut | None], None, None]:
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for index in build.todo(rank(), world_size()):
+                    for item in source.part(index, settings.shard_size):
+                        if isinstance(item, Item):
+                            yield index, Crops(item.key, item.label, pool.submit(crop, item))
+                        else:
+                            yield index, LeftOut(key=item.key, reason=item.reason)
+                    yield index, None
+            except GeneratorExit:  # nobody wants the rest
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    return ahead(images(), limit=max(workers, min(IMAGES_AHEAD, CROPS_AHEAD // bytes_each)))
+
+
+def default_workers() -> int:
+    """This process's share of the machine's cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class CodeEncoder:
-    """Decodes, crops and encodes images, the first two in threads ahead of the third."""
+    """Turns the crops of one shard after another into codes, ``batch`` crops at a time.
 
-    def __init__(self, tokenizer: VQTokenizer, settings: TokenizeSettings, n_views_each: int) -> None:
-        self.tokenizer, self.settings, self.n_views = tokenizer, settings, n_views_each
+        with CodeEncoder(tokenizer, settings) as encoder:
+            encoder.add(crops)                               # as often as the shard has images
+            codes = encoder.end_shard()
+
+    Codes depend on neither the number of cores nor the company an image has: on CPUs each image is encoded by one
+    thread (shared out among several, convolutions round differently with each number of them), and elsewhere all
+    batches have one size, the last one of a shard filled up with pixels that nobody asks for. One batch is filled
+    while the one before is computed.
+    """
+
+    def __init__(self, tokenizer: VQTokenizer, settings: TokenizeSettings) -> None:
+        self.tokenizer, self.precision = tokenizer, settings.precision
         self.device = tokenizer.quantize.embedding.weight.device
+        self.n_tokens = (settings.image_size // tokenizer.config.downsampling) ** 2
+        shape = (settings.batch, settings.image_size, settings.image_size, 3)
+        on_cuda = self.device.type == "cuda"
+        self._buffers = [torch.zeros(shape, dtype=torch.uint8, pin_memory=on_cuda) for _ in range(2)]
+        self._filled = 0  # crops in the first buffer
+        self._running: deque[Callable[[], torch.Tensor]] = (
+            deque()
+        )  # each gives the codes of a batch, and waits for them
+        self._codes: list[NDArray[np.uint16]] = []
+        self._cores = torch.get_num_threads()
 
-    def encode(self, source: Source, images: range, task: Task) -> tuple[Rows, list[LeftOut]]:
-        """Codes of these images, in order, and what could not be used."""
-        kept: list[int] = []
-        left_out: list[LeftOut] = []
-        codes: list[NDArray[np.uint16]] = []
-        waiting: list[NDArray[np.uint8]] = []
+    def __enter__(self) -> Self:
+        self._pool = ThreadPoolExecutor(self._cores)
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)  # for each thread of the pool
+        return self
 
-        def flush() -> None:
-            if waiting:
-                codes.append(self._codes(np.concatenate(waiting)))
-                waiting.clear()
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._cores)
 
-        for i, crops in self._crops(source, images):
-            if isinstance(crops, UnusableImage):
-                if self.settings.strict:
-                    raise StageError(f"{source.key(i)}: {crops.reason}. Without --strict it would be left out")
-                left_out.append(LeftOut(key=source.key(i), reason=crops.reason))
-            else:
-                kept.append(i)
-                waiting.append(crops)
-            if len(waiting) * self.n_views >= self.settings.batch:
-                flush()
-            task.advance(1, f"{len(left_out)} left out" if left_out else "")
-        flush()
-        n_tokens = (self.settings.image_size // self.tokenizer.config.downsampling) ** 2
-        shape = (len(kept), self.n_views, n_tokens)
-        rows = Rows(
-            keys=[source.key(i) for i in kept],
-            labels=np.array([source.label(i) for i in kept], np.int32),
-            codes=(np.concatenate(codes) if codes else np.zeros(0, np.uint16)).reshape(shape),
-        )
-        return rows, left_out
+    def add(self, crops: NDArray[np.uint8]) -> None:
+        """Takes crops (n, size, size, 3)."""
+        while len(crops):
+            buffer = self._buffers[0].numpy()
+            taken = crops[: len(buffer) - self._filled]
+            buffer[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            crops = crops[len(taken) :]
+            if self._filled == len(buffer):
+                self._start()
 
-    def _crops(self, source: Source, images: range) -> Iterator[tuple[int, NDArray[np.uint8] | UnusableImage]]:
-        """Each image's views, (views, size, size, 3) uint8, or why it has none; in order."""
-        s = self.settings
+    def end_shard(self) -> NDArray[np.uint16]:
+        """The codes (n, N) of all crops since the shard before."""
+        if self._filled:
+            self._start()
+        while self._running:
+            self._collect()
+        codes = np.concatenate(self._codes) if self._codes else np.zeros((0, self.n_tokens), np.uint16)
+        self._codes = []
+        return codes
 
-        def crop(i: int) -> NDArray[np.uint8] | UnusableImage:
-            try:
-                return views(source.load(i), s.image_size, s.views, s.crop_range)
-            except UnusableImage as error:
-                return error
+    def _start(self) -> None:
+        pixels, n = self._buffers[0], self._filled
+        if self.device.type == "cpu":
+            images = [self._pool.submit(self._encode, image) for image in pixels[:n].split(1)]
+            self._running.append(lambda: torch.cat([image.result() for image in images]))
+        else:
+            codes = self._encode(pixels.to(self.device, non_blocking=True))[:n]
+            self._running.append(_copy_from_cuda(codes) if self.device.type == "cuda" else codes.cpu)
+        self._buffers.reverse()
+        self._filled = 0
+        if len(self._running) == len(self._buffers):
+            self._collect()  # its pixels' buffer is filled next
 
-        with ThreadPoolExecutor(s.workers) as pool:
-            ahead: deque[tuple[int, Future[NDArray[np.uint8] | UnusableImage]]] = deque()
-            try:
-                for i in images:
-                    ahead.append((i, pool.submit(crop, i)))
-                    if len(ahead) >= DECODED_AHEAD:
-                        first, future = ahead.popleft()
-                        yield first, future.result()
-                for first, future in ahead:
-                    yield first, future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+    def _collect(self) -> None:
+        self._codes.append(self._running.popleft()().numpy().astype(np.uint16))
 
     @torch.no_grad()
-    def _codes(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint16]:
-        """Codes (n, N) of crops (n, size, size, 3)."""
-        found = []
-        for chunk in np.array_split(pixels, max(1, -(-len(pixels) // self.settings.batch))):
-            with autocast(self.device, self.settings.precision):
-                found.append(self.tokenizer.encode(from_uint8(torch.from_numpy(chunk).to(self.device))))
-        return torch.cat(found).cpu().numpy().astype(np.uint16)
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Codes (n, N) int32 of uint8 pixels (n, size, size, 3) on the device."""
+        with autocast(self.device, self.precision):
+            return self.tokenizer.encode(from_uint8(pixels)).int()
+
+
+def _copy_from_cuda(codes: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Queues a copy to the host right behind what computes ``codes``: ``codes.cpu()`` would wait for later batches."""
+    copy = torch.empty(codes.shape, dtype=codes.dtype, pin_memory=True).copy_(codes, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(codes.device))
+
+    def wait() -> torch.Tensor:
+        done.synchronize()
+        return copy
+
+    return wait

@@ -5,14 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image
+from rich.console import Console
 
 import dpar
 from dpar.tokenizer import VQConfig, VQTokenizer, from_uint8
@@ -22,6 +26,7 @@ from pipeline.settings import TokenizeSettings
 from pipeline.sources import open_source
 from pipeline.tokenize import tokenize
 from pipeline.views import views
+from shards.locks import take
 from shards.manifest import BUILD, MANIFEST, Manifest
 from shards.reader import open_artifact
 
@@ -165,8 +170,8 @@ def test_images_that_cannot_be_used_are_left_out_counted_and_listed_with_reasons
 def test_what_the_listing_rejects_is_left_out_too(home: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     (data / "empty").mkdir(parents=True)
-    (data / "bird").symlink_to(home / "photos" / "bird")
     (data / "cat").mkdir()
+    (data / "cat" / "bird").symlink_to(home / "photos" / "bird")
     for i in range(2):
         Image.new("RGB", (20, 20)).save(data / "cat" / f"{i}.png")
     Image.new("RGB", (20, 20)).save(data / "stray.png")
@@ -174,7 +179,7 @@ def test_what_the_listing_rejects_is_left_out_too(home: Path, tmp_path: Path) ->
     assert manifest is not None
     assert (manifest.rows, manifest.left_out) == (2, 3)
     listed = (tmp_path / "a" / "left_out.tsv").read_text(encoding="utf-8")
-    assert all(f"\n{key}\t" in listed for key in ("bird", "empty", "stray.png"))
+    assert all(f"\n{key}\t" in listed for key in ("cat/bird", "empty", "stray.png"))
 
 
 def test_strict_stops_at_the_first_image_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
@@ -182,6 +187,66 @@ def test_strict_stops_at_the_first_image_that_cannot_be_used(home: Path, tmp_pat
         run(home, tmp_path / "a", "mixed", strict=True)
     assert not (tmp_path / "a" / MANIFEST).exists()
     assert run(home, tmp_path / "a", "mixed").left_out == 2  # goes on without it
+
+
+def test_strict_refuses_what_an_earlier_run_without_it_left_out(home: Path, tmp_path: Path) -> None:
+    made = run(home, tmp_path / "a", "mixed")
+    with pytest.raises(StageError, match=r"2 images cannot be used.*left_out\.tsv has the reasons"):
+        run(home, tmp_path / "a", "mixed", strict=True)
+    assert run(home, tmp_path / "a", "mixed") == made
+    assert run(home, tmp_path / "b") == run(home, tmp_path / "b", strict=True)
+
+
+def test_a_shard_that_another_process_holds_is_left_to_it_and_named(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "a" / BUILD).mkdir(parents=True)
+    held = take(tmp_path / "a" / BUILD / "00001.lock")
+    assert held is not None
+    said = io.StringIO()
+    progress = Progress(Console(file=said, width=500), quiet=False)
+    assert tokenize(str(home / "photos"), tmp_path / "a", chosen(home), progress) is None
+    assert "1 shard is still being written by other processes" in said.getvalue()
+    os.close(held)
+    run(home, tmp_path / "a")
+    run(home, tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_each_tar_of_a_stream_is_a_shard_and_numbers_name_its_classes(home: Path, tmp_path: Path) -> None:
+    storage = fsspec.filesystem("memory")
+    rng = np.random.default_rng(2)
+    for index, labels in enumerate(((0, 2), (1, 0, 0))):
+        with storage.open(f"/stream/{index}.tar", "wb") as file, webdataset.TarWriter(file) as tar:
+            for i, label in enumerate(labels):
+                tar.write({"__key__": f"{index}-{i}", "png": picture(rng), "cls": label})
+    manifest = tokenize("memory://stream/{0..1}.tar", tmp_path / "a", chosen(home), QUIET)
+    assert manifest is not None
+    assert [shard.rows for shard in manifest.shards] == [2, 3]
+    assert manifest.class_names == ("0", "1", "2")
+    artifact = open_artifact(tmp_path / "a")
+    assert [[*artifact.shard_rows(index).labels] for index in range(2)] == [[0, 2], [1, 0, 0]]
+
+
+def test_memory_holds_the_crops_that_wait_and_not_those_of_a_shard(
+    home: Path, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.tokenize.CROPS_AHEAD", 2**20)
+    images, bytes_each = 60, 10 * 64 * 64 * 3
+    tracemalloc.start()
+    try:
+        run(home, tmp_path / "a", "many", image_size=64, views="ten-crop", limit=images, shard_size=images)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < images * bytes_each * 0.6
+
+
+def test_the_number_of_threads_of_torch_is_as_before_afterwards(home: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(3)
+    try:
+        run(home, tmp_path / "a")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_source_without_a_single_usable_image_is_one_message_with_reasons(home: Path, tmp_path: Path) -> None:
