@@ -86,6 +86,8 @@ def check_rule(threshold: float, max_length: int | None, grid_width: int) -> Non
 # Between two forced starts (entropy, row), the length limit starts a patch every max_length tokens: so a token
 # starts one exactly when its distance to the last forced start divides by max_length. No loop over images or tokens.
 
+BLOCK = 2**16  # tokens gone through at once: what is computed on the way stays in the processor's cache
+
 
 def _starts_numpy(
     entropy: NDArray[np.floating[Any]],
@@ -94,19 +96,24 @@ def _starts_numpy(
     grid_width: int,
     row_reset: bool,
 ) -> NDArray[np.bool_]:
-    forced = entropy.astype(np.float32, copy=False) >= np.float32(threshold)
-    forced[..., 0] = True
-    if row_reset:
-        forced[..., ::grid_width] = True
-    if max_length is None:
-        return forced
     n = entropy.shape[-1]
+    flat = entropy.reshape(-1, n)
+    starts = np.empty(flat.shape, np.bool_)
+    rows = max(1, BLOCK // n)
     # the narrowest integers that hold a position: they halve the memory that is gone through
     integer: type[np.signedinteger[Any]] = np.int16 if n < 2**15 else np.int64
     position = np.arange(n, dtype=integer)
-    last_forced = np.maximum.accumulate(np.where(forced, position, integer(0)), axis=-1)
-    starts: NDArray[np.bool_] = (position - last_forced) % integer(min(max_length, n)) == 0
-    return starts
+    for first in range(0, len(flat), rows):
+        block = flat[first : first + rows].astype(np.float32, copy=False)
+        forced = np.greater_equal(block, np.float32(threshold), out=starts[first : first + rows])
+        forced[:, 0] = True
+        if row_reset:
+            forced[:, ::grid_width] = True
+        if max_length is not None:
+            limit = integer(min(max_length, n))
+            distance = position - np.maximum.accumulate(forced * position, axis=-1)
+            np.equal(distance // limit * limit, distance, out=forced)  # NumPy's % is many times slower
+    return starts.reshape(entropy.shape)
 
 
 def _starts_torch(

@@ -4,7 +4,8 @@
     found["patches"]["mean_length"]
     for table in tables(found): ...                          # the same numbers, as text to print
 
-The numbers are over every image and view, read shard by shard. Pictures show the first view of some images.
+The numbers are over every image and view: those of patches and classes as ``dpar patchify`` counted them, the others
+read shard by shard. Pictures show the first view of some images.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dpar.errors import ModelError
-from dpar.patching import patch_lengths, patch_starts
+from dpar.patching import patch_starts
 from dpar.tokenizer import VQTokenizer, psnr
 from pipeline.device import choose_device
 from pipeline.errors import StageError
 from pipeline.generate import decode
 from pipeline.originals import load_originals
+from pipeline.patch_statistics import by_compressibility, class_name
 from pipeline.pictures import (
     data_uri,
     draw_patches,
@@ -52,6 +54,7 @@ from shards.rows import Rows
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 EXTREMES = 5  # images and classes named at each end
 BARS = 32  # most in a histogram
+BLOCK = 2**20  # tokens counted at once, so that memory stays small
 
 # All values that a stored entropy can have, by its 16 bits.
 _HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float64)
@@ -73,15 +76,18 @@ def inspect(
         ``compressible`` classes and images, ``pictures`` and ``notes``. What an artifact does not hold is None.
 
     Raises:
-        StageError: a damaged shard, an unknown class or key, or a threshold where there are no entropies.
-        ArtifactError, ModelError: artifact or tokenizer cannot be used.
+        StageError: an unknown class or key, or a threshold where there are no entropies.
+        ArtifactError, ModelError: artifact or tokenizer cannot be used; damaged shards are named, with ``verify`` all.
     """
     progress = progress or Progress()
-    opened = open_artifact(artifact)
+    opened = open_artifact(artifact, verify=settings.verify)
     if out is not None:
         _check_output(out, artifact)
-    if settings.verify:
-        _verify(opened)
+    if opened.manifest.kind == "patches" and "classes" not in opened.manifest.statistics:
+        raise StageError(
+            f"{artifact} lacks statistics of its classes: an earlier version made it. `dpar patchify {artifact} NEW` "
+            "makes one that has them, without a model"
+        )
     rule = Rule.of(opened.manifest)
     survey = Survey.of(opened, settings.threshold, rule, progress)
     found = _numbers(opened, survey, settings)
@@ -99,16 +105,6 @@ def _check_output(out: Path, artifact: Path) -> None:
         raise StageError(f"{out} is a file; name a directory for the page and its pictures")
     if (out / MANIFEST).exists() or artifact.resolve() in (out.resolve(), *out.resolve().parents):
         raise StageError(f"{out} is part of an artifact; name another directory for the page and its pictures")
-
-
-def _verify(artifact: Artifact) -> None:
-    damaged = list(artifact.damaged())
-    if damaged:
-        names = "; ".join(f"{name}: {reason}" for name, reason in damaged)
-        raise StageError(
-            f"{len(damaged)} of {len(artifact.manifest.shards)} shards of {artifact.folder} are not as they were "
-            f"written ({names}); run the command that made it again, and it makes those anew"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +141,11 @@ def rule_name(settings: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What one pass over an artifact counts. The last four are zero for codes."""
+    """What one pass over an artifact counts. The last three are zero for codes."""
 
     labels: NDArray[np.int32]  # (rows,)
     codes: NDArray[np.int64]  # (V,) how often each code occurs
-    patches: NDArray[np.int64]  # (rows,) over all views
-    lengths: NDArray[np.int64]  # (N + 1,) how many patches have each length
+    patches: NDArray[np.int32]  # (rows,) over all views
     entropy: NDArray[np.int64]  # (65536,) how often each float16 occurs, by its bits, without token 0
     thresholds: NDArray[np.int64]  # (thresholds,) patches of the whole artifact at each
 
@@ -161,8 +156,7 @@ class Survey:
         survey = cls(
             labels=np.zeros(manifest.rows, np.int32),
             codes=np.zeros(manifest.codebook_size, np.int64),
-            patches=np.zeros(manifest.rows, np.int64),
-            lengths=np.zeros(manifest.n_tokens + 1, np.int64),
+            patches=np.zeros(manifest.rows, np.int32),
             entropy=np.zeros(2**16, np.int64),
             thresholds=np.zeros(len(thresholds), np.int64),
         )
@@ -180,19 +174,20 @@ class Survey:
     def _add(self, rows: Rows, first: int, thresholds: Sequence[float], rule: Rule, shard: str) -> None:
         here = slice(first, first + len(rows))
         self.labels[here] = rows.labels
-        counts = np.bincount(rows.codes.reshape(-1), minlength=len(self.codes))
-        if len(counts) > len(self.codes):
-            raise StageError(f"{shard} holds code {len(counts) - 1}; the codebook ends at {len(self.codes) - 1}")
-        self.codes[:] += counts
-        if rows.starts is None or rows.entropy is None:
-            return
-        self.patches[here] = np.count_nonzero(rows.starts, axis=(1, 2))
-        lengths = patch_lengths(rows.starts)
-        self.lengths[:] += np.bincount(lengths, minlength=len(self.lengths))
-        later = np.ascontiguousarray(rows.entropy[..., 1:])
-        self.entropy[:] += np.bincount(later.view(np.uint16).reshape(-1), minlength=2**16)
-        for i, threshold in enumerate(thresholds):
-            self.thresholds[i] += np.count_nonzero(rule.starts(rows.entropy, threshold))
+        self.patches[here] = 0 if rows.starts is None else np.count_nonzero(rows.starts, axis=(1, 2))
+        step = max(1, BLOCK // int(np.prod(rows.codes.shape[1:])))
+        for first in range(0, len(rows), step):
+            block = slice(first, first + step)
+            counts = np.bincount(rows.codes[block].reshape(-1), minlength=len(self.codes))
+            if len(counts) > len(self.codes):
+                raise StageError(f"{shard} holds code {len(counts) - 1}; the codebook ends at {len(self.codes) - 1}")
+            self.codes[:] += counts
+            if rows.entropy is None:
+                continue
+            later = np.ascontiguousarray(rows.entropy[block][..., 1:])
+            self.entropy[:] += np.bincount(later.view(np.uint16).reshape(-1), minlength=2**16)
+            for i, threshold in enumerate(thresholds):
+                self.thresholds[i] += np.count_nonzero(rule.starts(rows.entropy[block], threshold))
 
     @property
     def finite_entropies(self) -> int:
@@ -253,7 +248,7 @@ def _numbers(artifact: Artifact, survey: Survey, settings: InspectSettings) -> d
         "notes": [],
     }
     if manifest.kind == "patches":
-        found["patches"] = _patch_numbers(manifest, survey, tokens)
+        found["patches"] = _patch_numbers(manifest)
         found["compressible"] = _compressible(artifact, survey)
         found["thresholds"] = [
             {"threshold": threshold, **_saving(tokens, int(patches), manifest)}
@@ -279,43 +274,24 @@ def _saving(tokens: int, patches: int, manifest: Manifest) -> dict[str, float]:
     }
 
 
-def _patch_numbers(manifest: Manifest, survey: Survey, tokens: int) -> dict[str, Any]:
-    by_class = [entry["mean_length"] for entry in _by_class(manifest, survey)]
+def _patch_numbers(manifest: Manifest) -> dict[str, Any]:
+    statistics = manifest.statistics
+    by_class = [entry["mean_length"] for entry in statistics["classes"]]
     return {
-        **_saving(tokens, int(survey.patches.sum()), manifest),
+        **{name: statistics[name] for name in ("mean_length", "patches_per_image", "tokens_saved")},
         "class_mean_length": {
             "min": min(by_class),
             "median": float(np.median(by_class)),
             "max": max(by_class),
         },
-        "lengths": {str(length): int(survey.lengths[length]) for length in np.flatnonzero(survey.lengths)},
+        "lengths": statistics["lengths"],
     }
-
-
-def _by_class(manifest: Manifest, survey: Survey) -> list[dict[str, Any]]:
-    """Classes that have images, fewest patches an image first."""
-    images = np.bincount(survey.labels, minlength=len(manifest.class_names))
-    patches = np.bincount(survey.labels, weights=survey.patches, minlength=len(manifest.class_names))
-    entries = [
-        {
-            "class": _class_name(manifest, int(label)),
-            "images": int(images[label]),
-            "patches_per_image": float(patches[label] / (images[label] * manifest.views)),
-            "mean_length": float(images[label] * manifest.views * manifest.n_tokens / patches[label]),
-        }
-        for label in np.flatnonzero(images)
-    ]
-    return sorted(entries, key=lambda entry: entry["patches_per_image"])
-
-
-def _class_name(manifest: Manifest, label: int) -> str:
-    return manifest.class_names[label] if label < len(manifest.class_names) else f"label {label}"
 
 
 def _compressible(artifact: Artifact, survey: Survey) -> dict[str, Any]:
     """Classes and images with the fewest and with the most patches an image, the extreme ones first."""
     manifest = artifact.manifest
-    classes = _by_class(manifest, survey)
+    classes = by_compressibility(manifest.statistics)
     order = np.argsort(survey.patches, kind="stable")
     few, many = order[:EXTREMES], order[::-1][: min(EXTREMES, max(len(order) - EXTREMES, 0))]
 
@@ -323,7 +299,7 @@ def _compressible(artifact: Artifact, survey: Survey) -> dict[str, Any]:
         return [
             {
                 "key": key,
-                "class": _class_name(manifest, int(survey.labels[row])),
+                "class": class_name(manifest.class_names, int(survey.labels[row])),
                 "patches_per_image": float(survey.patches[row] / manifest.views),
                 "mean_length": float(manifest.views * manifest.n_tokens / survey.patches[row]),
             }
@@ -437,7 +413,7 @@ def _draw(
     view = np.zeros(len(rows), np.int64)
     batch = artifact.gather(rows, view)
     keys = artifact.keys(rows)
-    names = [_class_name(manifest, int(label)) for label in batch.labels]
+    names = [class_name(manifest.class_names, int(label)) for label in batch.labels]
     images = decode(_tokenizer(manifest, settings), batch.codes, manifest.grid, batch=settings.batch)
     originals = _originals(manifest, keys, view, images.shape, notes)
     quality = None if originals is None else psnr(torch.from_numpy(images), torch.from_numpy(originals)).tolist()

@@ -39,7 +39,9 @@ def entropies(model: LlamaGen, codes: NDArray[np.integer], *, batch: int, precis
         chunk = torch.from_numpy(codes[begin : begin + batch].astype(np.int64)).to(device)
         with autocast(device, precision):
             logits = model(chunk)
-        found[begin : begin + batch] = stored_entropy(token_entropy(logits)).cpu().numpy()
+        # image by image: the copies that the formula makes of a whole batch's logits are gigabytes
+        entropy = torch.stack([token_entropy(one) for one in logits])
+        found[begin : begin + batch] = stored_entropy(entropy).cpu().numpy()
     return found
 
 

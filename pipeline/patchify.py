@@ -7,8 +7,11 @@ On a patches directory it moves the boundaries by the entropies that are stored 
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +19,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpar.llamagen import LlamaGen
-from dpar.patching import patch_lengths, patch_starts, static_starts
+from dpar.patching import patch_starts, static_starts
+from pipeline.ahead import ahead
 from pipeline.device import choose_device, precision_name, rank, world_size
 from pipeline.errors import StageError
 from pipeline.likelihood import entropies, fits
-from pipeline.progress import Progress, stops_with
+from pipeline.patch_statistics import count_patches, merge_counts
+from pipeline.progress import Progress, Task, stops_with
 from pipeline.settings import PatchifySettings
 from pipeline.versions import made_by
 from pipeline.weights import fingerprint_of, load_entropy_model
 from shards.build import ArtifactBuild
-from shards.manifest import Manifest, ShardInfo
+from shards.manifest import BUILD, MANIFEST, Manifest, ShardInfo, write_json
 from shards.reader import Artifact, open_artifact
 from shards.rows import Rows
 
 PROBE = 64  # images on which a given threshold is tried before all are read
+CLOSE = 0.01  # how far from --target-length, as a part of it, needs no excuse
+SECOND_LOOK = 2**16  # sequences, at least, on which a threshold that missed its target is looked for again
+RULE = "rule.json"  # in an unfinished artifact: the rule as it was found, so that going on does not look again
 
 
 def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progress | None = None) -> Manifest | None:
     """Writes a patches artifact to ``out``: the codes of ``codes``, their entropies, and boundaries.
+
+    Any number of processes may share the work (``torchrun``, or several runs on one ``out``); running it again goes
+    on where it stopped.
 
     Returns:
         The artifact's manifest; None where other processes have shards still to write.
@@ -43,18 +54,20 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
         Stopped: the user pressed Ctrl-C.
     """
     progress = progress or Progress()
-    artifact = open_artifact(codes)
+    artifact = open_artifact(codes, verify=settings.verify, share=(rank(), world_size()))
     before = artifact.manifest
     meter = EntropyMeter(artifact, settings)
-    rule = _rule(meter, settings, progress)
     decides: dict[str, Any] = {
         "codes": before.fingerprint() if before.kind == "codes" else before.settings["codes"],
         "codes_settings": before.settings if before.kind == "codes" else before.settings["codes_settings"],
         "entropy_model": None if meter.origin is None else meter.origin["fingerprint"],
         "precision": meter.precision,
         "container": settings.container or before.container,
-        **rule,
+        **_asked_rule(settings),
     }
+    asked = {"target_length": settings.target_length, "sample": settings.sample} if settings.target_length else {}
+    found = _found_before(out, decides, asked)
+    decides["threshold"] = _find_rule(meter, settings, progress) if found is None else found["threshold"]
     build = ArtifactBuild(
         out,
         settings=decides,
@@ -62,18 +75,14 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
         container=decides["container"],
         overwrite=settings.overwrite,
     )
-    keeps = f"Stopped. Finished shards are kept in {out}; run the same command again to go on."
-    with stops_with(keeps), progress.task("patchify", before.rows, "images") as task:
-        for index in build.todo(rank(), world_size()):
-            rows = artifact.shard_rows(index)
-            entropy = meter.measure(rows)
-            starts = boundaries(entropy, rule, before.grid[1])
-            done = Rows(keys=rows.keys, labels=rows.labels, codes=rows.codes, entropy=entropy, starts=starts)
-            build.add(index, done, statistics=_statistics(starts))
-            task.advance(len(rows))
 
     def make_manifest(shards: tuple[ShardInfo, ...]) -> Manifest:
-        statistics = merge_statistics([shard.statistics for shard in shards], before.n_tokens)
+        statistics = merge_counts(
+            [shard.statistics for shard in shards],
+            n_tokens=before.n_tokens,
+            views=before.views,
+            class_names=before.class_names,
+        )
         return Manifest(
             kind="patches",
             container=decides["container"],
@@ -89,13 +98,57 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
             entropy_model=meter.origin,
             statistics=statistics,
             left_out=before.left_out,
-            made_by=made_by(),
+            made_by={**made_by(), **asked},
         )
 
-    manifest = build.finish(make_manifest)
-    if manifest is not None and settings.target_length is not None:
-        _say_target(manifest, settings, progress)
+    with contextlib.closing(build):
+        if found is None:
+            with contextlib.suppress(FileNotFoundError):  # the artifact is finished
+                write_json(out / BUILD / RULE, {"settings": decides, "asked": asked})
+        keeps = f"Stopped. Finished shards are kept in {out}; run the same command again to go on."
+        with stops_with(keeps), progress.task("patchify", before.rows, "images") as task:
+            task.skip(sum(info.rows for index, info in enumerate(before.shards) if build.done(index)))
+            _write_shards(build, artifact, meter, decides, task)
+        manifest = build.finish(make_manifest)
+    if manifest is None:
+        progress.say(
+            f"{build.remaining()} shards are still being written by other processes; "
+            "the last one to finish writes the manifest"
+        )
+    elif settings.target_length is not None:
+        _say_target(out, manifest, settings, progress)
     return manifest
+
+
+def _write_shards(
+    build: ArtifactBuild, artifact: Artifact, meter: EntropyMeter, rule: dict[str, Any], task: Task
+) -> None:
+    """Writes every shard that is this process's to write: one thread computes while this one hashes and writes.
+
+    Nothing is claimed ahead of that: another process may be free to take it.
+    """
+    stopped = threading.Event()
+
+    def advance(images: int) -> None:
+        if stopped.is_set():
+            raise InterruptedError
+        task.advance(images)
+
+    def work() -> Generator[tuple[int, Rows, dict[str, Any]], None, None]:
+        for index in build.todo(rank(), world_size()):
+            rows = artifact.shard_rows(index)
+            entropy = meter.measure(rows, advance)
+            starts = boundaries(entropy, rule, artifact.manifest.grid[1])
+            made = Rows(keys=rows.keys, labels=rows.labels, codes=rows.codes, entropy=entropy, starts=starts)
+            yield index, made, count_patches(starts, rows.labels)
+
+    with contextlib.closing(ahead(work(), limit=1)) as shards:
+        try:
+            for index, made, counts in shards:
+                build.add(index, made, statistics=counts)
+        except BaseException:
+            stopped.set()  # so that the other thread ends within its batch, not its shard
+            raise
 
 
 class EntropyMeter:
@@ -126,20 +179,25 @@ class EntropyMeter:
         elif settings.strategy == "entropy" and self.origin is None:
             raise StageError(f"{artifact.folder} holds no entropies; name the entropy model with --entropy-model")
 
-    def measure(self, rows: Rows) -> NDArray[np.float16]:
-        """Entropies (R, views, N) float16 of a shard's rows; NaN where nothing measures them (but +inf at token 0)."""
-        if rows.entropy is not None and self.model is None:
-            return rows.entropy
-        return self._of_codes(rows.codes)
+    def measure(self, rows: Rows, advance: Callable[[int], None]) -> NDArray[np.float16]:
+        """Entropies (R, views, N) float16 of a shard's rows; NaN where nothing measures them (but +inf at token 0).
+
+        A model's batches are cut within the shard, in order, so that its bytes do not depend on who works on what.
+        ``advance`` is told how many more images are done.
+        """
+        if self.model is None:
+            advance(len(rows))
+            return self._of_codes(rows.codes) if rows.entropy is None else rows.entropy
+        measured = np.empty(rows.codes.shape, np.float16)
+        step = self.settings.batch  # rows: as many full batches as there are views
+        for first in range(0, len(rows), step):
+            measured[first : first + step] = self._of_codes(rows.codes[first : first + step])
+            advance(len(rows.codes[first : first + step]))
+        return measured
 
     def sample(self, images: int) -> NDArray[np.float16]:
-        """Entropies (n, N): every view where there are at most ``images``, else one each of images spread evenly."""
-        manifest = self.artifact.manifest
-        chosen = np.unique(np.linspace(0, manifest.rows - 1, min(images, manifest.rows)).astype(np.int64))
-        drawn = np.arange(len(chosen)) % manifest.views
-        if manifest.rows * manifest.views <= images:
-            chosen, drawn = np.divmod(np.arange(manifest.rows * manifest.views), manifest.views)
-        batch = self.artifact.gather(chosen, drawn)
+        """Entropies (n, N) of the views that :func:`spread_views` gives."""
+        batch = self.artifact.gather(*spread_views(self.artifact.manifest, images))
         if batch.entropy is not None and self.model is None:
             return batch.entropy
         return self._of_codes(batch.codes)
@@ -154,6 +212,14 @@ class EntropyMeter:
         return measured.reshape(codes.shape)
 
 
+def spread_views(manifest: Manifest, images: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and views (n,): every view where there are at most ``images``, else one each of images spread evenly."""
+    if manifest.rows * manifest.views <= images:
+        return np.divmod(np.arange(manifest.rows * manifest.views), manifest.views)
+    rows = np.unique(np.linspace(0, manifest.rows - 1, min(images, manifest.rows)).astype(np.int64))
+    return rows, np.arange(len(rows)) % manifest.views
+
+
 def boundaries(entropy: NDArray[np.float16], rule: dict[str, Any], grid_width: int) -> NDArray[np.bool_]:
     """Starts (..., N) bool of stored entropies (..., N), by the rule that a manifest's settings hold."""
     if rule["strategy"] == "static":
@@ -162,108 +228,139 @@ def boundaries(entropy: NDArray[np.float16], rule: dict[str, Any], grid_width: i
     return patch_starts(entropy, rule["threshold"], limit, grid_width, rule["row_reset"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """A threshold for a wanted mean patch length, and the length that it gives on a sample."""
+
+    value: float  # nats
+    length: float
+    beside: float  # the length that the nearest threshold on the target's other side gives
+    sequences: int  # of the sample
+
+    def off(self, target: float) -> float:
+        """How far the length is from ``target``, as a part of it."""
+        return abs(self.length / target - 1)
+
+
 def find_threshold(
     entropy: NDArray[np.float16], target: float, max_length: int | None, grid_width: int, row_reset: bool
-) -> float:
+) -> Threshold:
     """The threshold whose mean patch length on (n, N) stored entropies comes nearest to ``target``.
 
     Raises:
         StageError: no threshold can reach it, with the range that can be.
     """
-    candidates = np.unique(entropy[:, 1:].astype(np.float32))
+    # float16 values are few and, above zero, in the order of their bits; one more above all of them opens the gate
+    bits = np.unique(np.ascontiguousarray(entropy[:, 1:]).view(np.uint16))
+    candidates = np.append(bits.view(np.float16), np.nextafter(bits[-1:].view(np.float16), np.float16(np.inf)))
 
-    def length(threshold: float) -> float:
-        starts = patch_starts(entropy, threshold, max_length, grid_width, row_reset)
-        return entropy.size / int(starts.sum())
+    def length(candidate: int) -> float:
+        starts = patch_starts(entropy, float(candidates[candidate]), max_length, grid_width, row_reset)
+        return entropy.size / int(np.count_nonzero(starts))
 
-    longest = length(math.inf)
-    if not length(float(candidates[0])) <= target <= longest * (1 + 1e-6):
+    low, high = 0, len(candidates) - 1  # length rises with the threshold
+    longest = length(high)
+    if target > longest * (1 + CLOSE):
         raise StageError(
             f"--target-length {target:g} cannot be reached: with --max-length {max_length or 0} and "
             f"--{'' if row_reset else 'no-'}row-reset lengths from 1 to {longest:.3f} can be"
         )
-    low, high = 0, len(candidates) - 1  # length rises with the threshold
     while low < high:
         middle = (low + high) // 2
-        if length(float(candidates[middle])) < target:
+        if length(middle) < target:
             low = middle + 1
         else:
             high = middle
-    near = [float(candidates[i]) for i in (low - 1, low) if i >= 0] + [float(np.nextafter(candidates[-1], np.inf))]
-    return min(near, key=lambda threshold: abs(length(threshold) - target))
+    beside = max(low - 1, 0)
+    if abs(length(beside) - target) <= abs(length(low) - target):
+        low, beside = beside, low
+    return Threshold(value=float(candidates[low]), length=length(low), beside=length(beside), sequences=len(entropy))
 
 
-def _rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progress) -> dict[str, Any]:
-    """The resolved rule: strategy, threshold, max_length (0: no limit), row_reset, static_length."""
-    manifest = meter.artifact.manifest
-    rule: dict[str, Any] = {
+def _asked_rule(settings: PatchifySettings) -> dict[str, Any]:
+    """The rule as far as the settings say it; ``max_length`` 0 is no limit, and ``threshold`` may be still to find."""
+    static = settings.strategy == "static"
+    return {
         "strategy": settings.strategy,
         "threshold": settings.threshold,
-        "max_length": settings.max_length,
-        "row_reset": settings.row_reset,
+        "max_length": 0 if static else settings.max_length,
+        "row_reset": settings.row_reset and not static,
         "static_length": settings.static_length,
     }
+
+
+def _found_before(out: Path, decides: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings that a run of the same command has recorded in ``out``, its threshold among them; None without."""
+    if (out / MANIFEST).is_file():
+        manifest = Manifest.read(out)
+        held, before = manifest.settings, {name: manifest.made_by.get(name) for name in asked}
+    else:
+        try:
+            recorded = json.loads((out / BUILD / RULE).read_text(encoding="utf-8"))
+            held, before = recorded["settings"], recorded["asked"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+    ours = json.loads(json.dumps(decides))
+    if asked:  # then the threshold is what is to be found
+        ours["threshold"] = held.get("threshold")
+    return held if held == ours and before == asked else None
+
+
+def _find_rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progress) -> float | None:
+    """The threshold: the one given, or the one that gives the wanted length on a sample; None for static patches.
+
+    Raises:
+        StageError: the wanted length cannot be reached, or every token would be its own patch without this being asked.
+    """
     if settings.strategy == "static":
-        return rule | {"max_length": 0, "row_reset": False}
-    limit = settings.max_length or None
-    sample = meter.sample(PROBE if settings.target_length is None else settings.sample)
-    if settings.target_length is not None:
-        rule["threshold"] = find_threshold(sample, settings.target_length, limit, manifest.grid[1], settings.row_reset)
-        progress.say(f"threshold {rule['threshold']:.4f} nats, found on {len(sample)} sequences")
-    starts = boundaries(sample, rule, manifest.grid[1])
-    if bool(starts.all()) and settings.max_length != 1:
-        finite = sample[:, 1:].astype(np.float32)
-        if settings.target_length is not None:
-            raise StageError(
-                f"--target-length {settings.target_length:g} cannot be reached: the entropies are too alike to tell "
-                f"tokens apart ({finite.min():.3f} to {finite.max():.3f} nats); train the entropy model longer"
-            )
+        return None
+    target, rule = settings.target_length, _asked_rule(settings)
+    width = meter.artifact.manifest.grid[1]
+    sample = meter.sample(PROBE if target is None else settings.sample)
+    finite = sample[:, 1:]
+    low, high = float(finite.min()), float(finite.max())
+    if target is not None:
+        found = find_threshold(sample, target, settings.max_length or None, width, settings.row_reset)
+        rule["threshold"] = found.value
+        progress.say(
+            f"threshold {found.value!r} nats: mean patch length {found.length:.3f} on a sample of "
+            f"{found.sequences} sequences"
+        )
+    if settings.max_length == 1 or not bool(boundaries(sample, rule, width).all()):
+        return float(rule["threshold"])
+    if target is None:
         raise StageError(
             f"--threshold {rule['threshold']:g} makes every token its own patch: on {len(sample)} images entropies "
-            f"reach from {finite.min():.2f} to {finite.max():.2f} nats. Raise it, or give --target-length; "
+            f"reach from {low:.2f} to {high:.2f} nats. Raise it, or give --target-length; "
             "--max-length 1 if one token a patch is what you want"
         )
-    return rule
+    if target <= 1 + CLOSE:
+        raise StageError(
+            f"--target-length {target:g} makes every token its own patch; --max-length 1 if that is what you want"
+        )
+    raise StageError(
+        f"--target-length {target:g} cannot be reached: the entropies are too alike to tell "
+        f"tokens apart ({low:.3f} to {high:.3f} nats); train the entropy model longer"
+    )
 
 
-def _statistics(starts: NDArray[np.bool_]) -> dict[str, Any]:
-    """Sequences, patches, and how many patches have each length, of (R, views, N) boundaries."""
-    if starts.size == 0:
-        return {"sequences": 0, "patches": 0, "lengths": {}}
-    lengths = patch_lengths(starts)
-    values, counts = np.unique(lengths, return_counts=True)
-    return {
-        "sequences": int(np.prod(starts.shape[:-1])),
-        "patches": len(lengths),
-        "lengths": {str(int(v)): int(c) for v, c in zip(values, counts, strict=True)},
-    }
-
-
-def merge_statistics(parts: list[dict[str, Any]], n_tokens: int) -> dict[str, Any]:
-    """Statistics of an artifact from those of its shards."""
-    sequences, patches = (sum(part[name] for part in parts) for name in ("sequences", "patches"))
-    lengths: Counter[str] = Counter()
-    for part in parts:
-        lengths.update(part["lengths"])
-    return {
-        "sequences": sequences,
-        "tokens_per_image": n_tokens,
-        "patches_per_image": patches / sequences,
-        "mean_length": sequences * n_tokens / patches,
-        "lengths": dict(sorted(lengths.items(), key=lambda item: int(item[0]))),
-    }
-
-
-def _say_target(manifest: Manifest, settings: PatchifySettings, progress: Progress) -> None:
-    assert settings.target_length is not None
+def _say_target(out: Path, manifest: Manifest, settings: PatchifySettings, progress: Progress) -> None:
+    """Says how near to the wanted length all data came; where that is not near enough, why, and what would be."""
+    target = settings.target_length
+    assert target is not None
     reached = manifest.statistics["mean_length"]
-    off = abs(reached / settings.target_length - 1)
-    why = (
-        "no threshold comes nearer: too many entropies are alike"
-        if manifest.rows * manifest.views <= settings.sample
-        else "the sample was not like the rest: raise --sample"
-    )
-    progress.say(
-        f"mean patch length {reached:.3f} on all data, {off:.1%} from --target-length {settings.target_length:g}"
-        + ("" if off <= 0.01 else f"; {why}")
-    )
+    off = abs(reached / target - 1)
+    said = f"mean patch length {reached:.3f} on all data, {off:.1%} from --target-length {target:g}"
+    if off > CLOSE:
+        sample = open_artifact(out).gather(*spread_views(manifest, max(SECOND_LOOK, 16 * settings.sample))).entropy
+        assert sample is not None
+        better = find_threshold(sample, target, settings.max_length or None, manifest.grid[1], settings.row_reset)
+        if better.value == manifest.settings["threshold"] or better.off(target) >= off:
+            said += f"; no threshold comes nearer, the next one gives {better.beside:.3f}"
+        else:
+            said += (
+                f"; the sample of {settings.sample} was not like the rest. `dpar patchify {out} NEW --threshold "
+                f"{better.value!r}` moves the boundaries without a model: length {better.length:.3f} on "
+                f"{better.sequences} sequences"
+            )
+    progress.say(said)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dpar import patch_starts, static_starts, stored_entropy, token_entropy
-from dpar.patching import OnlinePatcher
+from dpar.patching import BLOCK, OnlinePatcher
 
 QUICK = settings(deadline=None, max_examples=150)
 THRESHOLDS = [0.0, 0.5, 1.0, 2.25, math.inf, -math.inf]
@@ -101,6 +101,15 @@ def test_images_of_more_than_32767_tokens_follow_the_rule() -> None:
 
 
 # Table 3 of the paper: each row of it, as settings of patch_starts and static_starts.
+
+
+def test_boundaries_of_an_image_do_not_depend_on_how_many_are_gone_through_at_once() -> None:
+    h = np.random.default_rng(0).uniform(0, 9.7, (2 * BLOCK // 96 + 3, 96)).astype(np.float16)
+    whole = patch_starts(h, 7.8, 4, 16)
+    np.testing.assert_array_equal(
+        whole, np.concatenate([patch_starts(part, 7.8, 4, 16) for part in np.array_split(h, 7)])
+    )
+    assert whole[-1].tolist() == by_the_rule(h[-1], 7.8, 4, 16, True)
 
 
 def test_table_3_row_1_static_patches_need_no_entropy() -> None:

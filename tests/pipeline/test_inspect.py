@@ -16,6 +16,7 @@ from pipeline.errors import StageError
 from pipeline.generate import decode
 from pipeline.inspect import entropy_quantiles, inspect, spread, tables
 from pipeline.originals import load_originals
+from pipeline.patch_statistics import count_patches, merge_counts
 from pipeline.progress import Progress
 from pipeline.settings import InspectSettings
 from pipeline.sources import open_source
@@ -94,7 +95,8 @@ def build(
             f.name: None if getattr(every, f.name) is None else getattr(every, f.name)[here]
             for f in dataclasses.fields(Rows)
         }
-        writer.add(index, Rows(**columns))
+        rows = Rows(**columns)
+        writer.add(index, rows, None if rows.starts is None else count_patches(rows.starts, rows.labels))
 
     def manifest(shards: tuple[ShardInfo, ...]) -> Manifest:
         return Manifest(
@@ -110,6 +112,11 @@ def build(
             source=source.describe(),
             tokenizer={"path": str(made / "vq"), "fingerprint": dpar.fingerprint(made / "vq")},
             made_by={"python": "3"},
+            statistics=merge_counts(
+                [shard.statistics for shard in shards], n_tokens=N, views=n_views, class_names=CLASSES
+            )
+            if kind == "patches"
+            else {},
         )
 
     writer.finish(manifest)
@@ -310,8 +317,22 @@ def test_verify_names_every_damaged_shard(made: Path, tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(StageError, match=r"1 of 2 shards.*00001\.arrow"):
+    with pytest.raises(ArtifactError, match=r"1 of 2 shards.*00001\.arrow.*run the command that made it again"):
         look(artifact, verify=True)
+    (artifact / "00000.arrow").unlink()
+    with pytest.raises(ArtifactError, match=r"2 of 2 shards.*00000\.arrow.*00001\.arrow"):
+        look(artifact, verify=True)
+
+
+def test_patches_without_statistics_of_their_classes_are_refused_with_what_makes_them(
+    made: Path, tmp_path: Path
+) -> None:
+    artifact, _ = build(made, tmp_path / "a")
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    del manifest["statistics"]["classes"]
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StageError, match=r"lacks statistics of its classes.*dpar patchify"):
+        look(artifact)
 
 
 def test_unknown_keys_and_classes_are_named_with_what_is_near(made: Path, tmp_path: Path) -> None:

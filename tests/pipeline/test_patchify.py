@@ -1,6 +1,12 @@
+import contextlib
 import hashlib
+import io
 import itertools
+import json
+import multiprocessing
+import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,15 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
 
 import dpar
 from dpar import LlamaGen, LlamaGenConfig
 from dpar.patching import patch_starts, static_starts, token_entropy
 from pipeline.errors import StageError
-from pipeline.patchify import patchify
-from pipeline.progress import Progress
+from pipeline.patch_statistics import count_patches, merge_counts, summary
+from pipeline.patchify import find_threshold, patchify
+from pipeline.progress import Progress, Stopped, Task
 from pipeline.settings import PatchifySettings
 from shards.build import ArtifactBuild
+from shards.errors import ArtifactError
 from shards.manifest import Container, Manifest, ShardInfo
 from shards.reader import open_artifact
 from shards.rows import Rows
@@ -90,9 +101,38 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(codes: Path, out: Path, **values: Any) -> Manifest:
-    manifest = patchify(codes, out, PatchifySettings(**{"device": "cpu", "precision": "fp32", **values}), QUIET)
+    progress = values.pop("progress", QUIET)
+    manifest = patchify(codes, out, PatchifySettings(**{"device": "cpu", "precision": "fp32", **values}), progress)
     assert manifest is not None
     return manifest
+
+
+class Said(Progress):
+    """Keeps what a stage says."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(file=io.StringIO(), width=1000), quiet=False)
+
+    @property
+    def text(self) -> str:
+        return self.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+class Interrupt(Progress):
+    """The user presses Ctrl-C while the second shard is at work."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
+        class Pressing(Task):
+            def advance(self, n: int = 1, note: str = "") -> None:
+                super().advance(n, note)
+                if self._done == SIZES[0] + 1:
+                    signal.raise_signal(signal.SIGINT)
+
+        yield Pressing(None, Console(quiet=True), title, 10**9, unit)
 
 
 def everything(artifact: Path) -> Rows:
@@ -172,22 +212,73 @@ def test_boundaries_are_the_rule_on_stored_entropies(
 def test_statistics_are_the_numbers_counted_one_patch_at_a_time(
     home: Path, tmp_path: Path, container: Container
 ) -> None:
-    found = run(home / container, tmp_path / "a", entropy_model=str(home / "entropy"), threshold=3.0).statistics
+    found = run(home / container, tmp_path / "a", entropy_model=str(home / "entropy"), threshold=2.5).statistics
     lengths: dict[str, int] = {}
-    sequences = starts_of(tmp_path / "a").reshape(-1, N)
+    counts: dict[str, int] = {}
+    starts, labels = starts_of(tmp_path / "a"), everything(tmp_path / "a").labels
+    sequences = starts.reshape(-1, N)
     for sequence in sequences:
         first = [*np.flatnonzero(sequence).tolist(), N]
+        counts[str(len(first) - 1)] = counts.get(str(len(first) - 1), 0) + 1
         for a, b in itertools.pairwise(first):
             lengths[str(b - a)] = lengths.get(str(b - a), 0) + 1
     patches = int(sequences.sum())
     expected = {
         "sequences": len(sequences),
+        "patches": patches,
         "tokens_per_image": N,
         "patches_per_image": patches / len(sequences),
         "mean_length": sequences.size / patches,
+        "tokens_saved": 1 - patches / sequences.size,
         "lengths": dict(sorted(lengths.items())),
+        "patch_counts": dict(sorted(counts.items(), key=lambda item: int(item[0]))),
+        "classes": [
+            {
+                "class": name,
+                "images": int((labels == label).sum()),
+                "patches_per_image": starts[labels == label].sum() / (labels == label).sum() / VIEWS,
+                "mean_length": starts[labels == label].size / starts[labels == label].sum(),
+            }
+            for label, name in enumerate("ab")
+        ],
     }
+    assert len(lengths) > 1
     assert found == expected
+
+
+def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:
+    rng = np.random.default_rng(0)
+    starts = rng.random((50, 3, N)) < 0.6
+    starts[..., 0] = True
+    labels = rng.integers(0, 7, 50).astype(np.int32)
+    cuts = [slice(0, 1), slice(1, 1), slice(1, 30), slice(30, 50)]
+    names = ("a", "b", "c")
+    whole, parts = (
+        merge_counts(
+            [json.loads(json.dumps(count_patches(starts[cut], labels[cut]))) for cut in some],
+            n_tokens=N,
+            views=3,
+            class_names=names,
+        )
+        for some in ([slice(0, 50)], cuts)
+    )
+    assert parts == whole
+    assert [entry["class"] for entry in whole["classes"]] == ["a", "b", "c", *(f"label {i}" for i in range(3, 7))]
+
+
+def test_the_summary_names_the_spread_over_images_and_the_extreme_classes() -> None:
+    starts = np.zeros((4, 1, 8), bool)
+    for image, patches in enumerate((1, 2, 4, 8)):
+        starts[image, 0, :: 8 // patches] = True
+    counts = [count_patches(starts, np.arange(4, dtype=np.int32))]
+    lines = summary(merge_counts(counts, n_tokens=8, views=1, class_names=("sky", "sea", "owl", "fur")))
+    assert lines == [
+        "mean patch length 2.133, 53.1% of tokens saved",
+        "patches an image: mean 3.8, median 2, 1 to 8 (of 8 tokens)",
+        "patch lengths: 1 53.3%, 2 26.7%, 4 13.3%, 8 6.7%",
+        "most compressible classes, by mean length: sky 8.00, sea 4.00",
+        "least compressible classes, by mean length: fur 1.00, owl 2.00",
+    ]
 
 
 @pytest.mark.parametrize("target", [1.2, 1.81, 2.5, 2.9])
@@ -208,7 +299,8 @@ def test_a_target_length_is_reached_from_a_sample_of_the_images_too(home: Path, 
 
 
 @pytest.mark.parametrize(
-    ("rule", "longest"), [({}, "3.000"), ({"row_reset": False}, "4.000"), ({"max_length": 2}, "2")]
+    ("rule", "longest"),
+    [({}, "3.000"), ({"row_reset": False}, "4.000"), ({"max_length": 2}, "2.000"), ({"max_length": 1}, "1.000")],
 )
 def test_a_target_length_out_of_reach_is_refused_with_the_range(
     home: Path, tmp_path: Path, rule: dict[str, Any], longest: str
@@ -216,6 +308,68 @@ def test_a_target_length_out_of_reach_is_refused_with_the_range(
     with pytest.raises(StageError, match=rf"--target-length 4\.5 cannot be reached.*lengths from 1 to {longest}"):
         run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), target_length=4.5, **rule)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("row_reset", "target"), [(True, 5.9), (False, 20.0)])
+def test_without_a_limit_lengths_reach_to_a_row_and_to_the_whole_image(
+    home: Path, tmp_path: Path, row_reset: bool, target: float
+) -> None:
+    rule = {"target_length": target, "max_length": 0, "row_reset": row_reset}
+    manifest = run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), **rule)
+    assert manifest.statistics["mean_length"] == pytest.approx(target, rel=0.05)
+
+
+def test_a_target_length_of_one_is_refused_with_the_option_that_means_it(home: Path, tmp_path: Path) -> None:
+    model = str(home / "entropy")
+    with pytest.raises(StageError, match=r"--target-length 1 makes every token its own patch; --max-length 1"):
+        run(home / "arrow", tmp_path / "a", entropy_model=model, target_length=1.0)
+    manifest = run(home / "arrow", tmp_path / "a", entropy_model=model, target_length=1.0, max_length=1)
+    assert manifest.statistics["mean_length"] == 1
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 12),
+    st.one_of(st.none(), st.integers(2, 5)),
+    st.booleans(),
+    st.floats(1, 3),
+)
+def test_no_threshold_comes_nearer_to_the_target_than_the_one_found(
+    seed: int, levels: int, max_length: int | None, row_reset: bool, target: float
+) -> None:
+    entropy = (np.random.default_rng(seed).integers(1, levels + 1, (3, N)) / 2).astype(np.float16)
+    entropy[:, 0] = np.inf
+
+    def length(threshold: float) -> float:
+        return entropy.size / int(patch_starts(entropy, threshold, max_length, GRID[1], row_reset).sum())
+
+    reachable = [length(threshold) for threshold in np.arange(1, levels + 2) / 2]
+    try:
+        found = find_threshold(entropy, target, max_length, GRID[1], row_reset)
+    except StageError:
+        assert target > 1.01 * max(reachable)
+        return
+    assert found.length == length(found.value)
+    assert found.off(target) == pytest.approx(min(abs(one / target - 1) for one in reachable))
+
+
+def test_a_sample_unlike_the_rest_is_said_with_the_threshold_that_would_do(home: Path, tmp_path: Path) -> None:
+    said = Said()
+    run(home / "arrow", tmp_path / "a", progress=said, entropy_model=str(home / "entropy"), target_length=2.0, sample=1)
+    match = re.search(r"the sample of 1 was not like the rest\..* --threshold ([\d.]+)` moves", said.text)
+    assert match, said.text
+    moved = run(tmp_path / "a", tmp_path / "b", threshold=float(match[1]))
+    assert moved.statistics["mean_length"] == pytest.approx(2.0, rel=0.01)
+
+
+def test_a_target_length_between_two_that_can_be_is_said_to_have_no_nearer_threshold(
+    home: Path, tmp_path: Path
+) -> None:
+    build_codes(tmp_path / "codes", sizes=(1,), views=1)
+    said = Said()
+    run(tmp_path / "codes", tmp_path / "a", progress=said, entropy_model=str(home / "entropy"), target_length=2.1)
+    # 24 tokens in 11 or in 12 patches
+    assert "3.9% from --target-length 2.1; no threshold comes nearer, the next one gives 2.000" in said.text
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -322,17 +476,80 @@ def test_what_made_the_codes_is_handed_on(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", [{"threshold": 3.0}, {"target_length": 1.81}])
-def test_two_processes_make_the_bytes_of_one(
+def test_any_rank_of_several_makes_the_bytes_of_one(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: dict[str, Any]
 ) -> None:
     settings = PatchifySettings(entropy_model=str(home / "entropy"), device="cpu", precision="fp32", **rule)
     patchify(home / "arrow", tmp_path / "one", settings, QUIET)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in range(2):
-        monkeypatch.setenv("RANK", str(rank))
-        made = patchify(home / "arrow", tmp_path / "two", settings, QUIET)
-        assert (made is None) == (rank == 0)
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    monkeypatch.setenv("RANK", "5")
+    patchify(home / "arrow", tmp_path / "other", settings, QUIET)
+    assert files(tmp_path / "other") == files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("processes", [2, 7])
+def test_processes_started_by_hand_on_one_folder_make_the_bytes_of_one(
+    home: Path, tmp_path: Path, processes: int
+) -> None:
+    codes = build_codes(tmp_path / "codes", sizes=(9, 4, 0, 8, 7, 3, 11, 5, 6))
+    model = str(home / "entropy")
+    settings = PatchifySettings(entropy_model=model, target_length=1.81, device="cpu", precision="fp32")
+    patchify(codes, tmp_path / "one", settings, QUIET)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.patchify"])
+    started = [context.Process(target=patchify, args=(codes, tmp_path / "all", settings)) for _ in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0] * processes
+    assert files(tmp_path / "all") == files(tmp_path / "one")
+
+
+def test_a_process_that_leaves_shards_to_others_says_how_many_and_going_on_does_not_sample_again(
+    home: Path, tmp_path: Path
+) -> None:
+    model = str(home / "entropy")
+    settings = PatchifySettings(entropy_model=model, target_length=1.81, device="cpu", precision="fp32")
+    whole = patchify(home / "arrow", tmp_path / "one", settings, QUIET)
+    assert whole is not None
+    other = ArtifactBuild(tmp_path / "two", settings=whole.settings, n_shards=3, container="arrow")
+    work = other.todo()
+    assert next(work) == 0  # another process is at the first shard
+    said = Said()
+    assert patchify(home / "arrow", tmp_path / "two", settings, said) is None
+    assert "on a sample" in said.text
+    assert "1 shards are still being written by other processes" in said.text
+    other.close()
+    said = Said()
+    assert patchify(home / "arrow", tmp_path / "two", settings, said) is not None
+    assert "on a sample" not in said.text
     assert files(tmp_path / "two") == files(tmp_path / "one")
+    said = Said()
+    assert patchify(home / "arrow", tmp_path / "two", settings, said) is not None  # finished, it does not either
+    assert "on a sample" not in said.text
+
+
+def test_a_damaged_shard_of_the_input_is_named_before_anything_is_written(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "arrow", tmp_path / "codes")
+    shard = tmp_path / "codes" / "00002.arrow"
+    data = bytearray(shard.read_bytes())
+    data[-len(data) // 3] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"00002\.arrow"):
+        run(tmp_path / "codes", tmp_path / "a", strategy="static", static_length=2.0)
+    assert not (tmp_path / "a").exists()
+    run(tmp_path / "codes", tmp_path / "a", strategy="static", static_length=2.0, verify=False)
+
+
+def test_ctrl_c_ends_within_a_batch_and_running_again_makes_the_same_bytes(home: Path, tmp_path: Path) -> None:
+    model: dict[str, Any] = {"entropy_model": str(home / "entropy"), "threshold": 3.0, "batch": 1}
+    with pytest.raises(Stopped, match="Finished shards are kept"):
+        run(home / "arrow", tmp_path / "a", progress=Interrupt(), **model)
+    assert not (tmp_path / "a" / "manifest.json").exists()
+    run(home / "arrow", tmp_path / "a", **model)
+    run(home / "arrow", tmp_path / "b", **model)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 def test_other_settings_over_an_artifact_are_refused_with_both_values(home: Path, tmp_path: Path) -> None:
