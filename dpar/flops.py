@@ -22,7 +22,7 @@ from dpar.model import DPAR, DPARConfig
 from dpar.packing import PatchLayout
 
 TRAINING_FLOPS_A_MAC = 6  # a multiplication and an addition, forward once and backward twice
-IMAGES = 100  # in the counted batch, so that mean patch lengths come out to a hundredth of a patch
+IMAGES = 100  # that a mean is over, so that patch lengths come out to a hundredth of a patch
 
 # The paper's figures: parameters in millions (Table 1), and GMACs by resolution (its Tables 8, 256 and 384 px).
 PAPER_PARAMETERS = {
@@ -86,18 +86,33 @@ def count(config: DPARConfig | LlamaGenConfig, patch_length: float = 1.0) -> Cos
     n = config.n_tokens
     if not 1 <= patch_length <= n:
         raise ModelError(f"patch length is {patch_length}; it must be from 1 to {n}, the tokens of an image")
-    total = round(IMAGES * n / patch_length)
-    counts = torch.full((IMAGES,), total // IMAGES) + (torch.arange(IMAGES) < total % IMAGES)
-    layout = PatchLayout.from_starts(torch.arange(n) < counts.unsqueeze(1)).to("meta")
+    fewer, share = divmod(round(IMAGES * n / patch_length), IMAGES)
     with torch.device("meta"):
         model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
-        codes = torch.empty(IMAGES, n, dtype=torch.long)
-        labels = torch.empty(IMAGES, dtype=torch.long)
     model.eval()
+    # Images cost what they cost alone: one of each of two neighbouring numbers of patches gives every mean.
+    parts = [(1 - share / IMAGES, _image_macs(model, fewer))]
+    parts += [(share / IMAGES, _image_macs(model, fewer + 1))] if share else []
+    linear, attention, encoder = (sum(weight * macs[i] for weight, macs in parts) for i in range(3))
+    return Cost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        patches=fewer + share / IMAGES if isinstance(model, DPAR) else float(n),
+        linear=linear,
+        attention=attention,
+        shared=encoder,
+    )
+
+
+def _image_macs(model: DPAR | LlamaGen, patches: int) -> tuple[float, float, float]:
+    """MACs of one image of so many patches: of linear layers, of attention, of the patch encoder's linear layers."""
+    n = model.config.n_tokens
+    with torch.device("meta"):
+        codes = torch.empty(1, n, dtype=torch.long)
+        labels = torch.empty(1, dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False, depth=4) as counter:
         if isinstance(model, DPAR):
             model.attention_backend = "sdpa"
-            model(codes, labels, layout)
+            model(codes, labels, PatchLayout.from_starts(torch.arange(n).unsqueeze(0) < patches).to("meta"))
         else:
             model(codes, labels)
     by_module = counter.get_flop_counts()
@@ -106,13 +121,7 @@ def count(config: DPARConfig | LlamaGenConfig, patch_length: float = 1.0) -> Cos
     encoder = sum(
         _macs(ops)[0] for key, ops in by_module.items() if key.startswith(f"{name}.encoder.") and key.count(".") == 2
     )
-    return Cost(
-        parameters=sum(p.numel() for p in model.parameters()),
-        patches=total / IMAGES if isinstance(model, DPAR) else float(n),
-        linear=linear / IMAGES,
-        attention=attention / IMAGES,
-        shared=encoder / IMAGES,
-    )
+    return linear, attention, encoder
 
 
 def linear_macs(config: DPARConfig | LlamaGenConfig, patches: float) -> float:

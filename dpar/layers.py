@@ -1,15 +1,22 @@
 """The LLaMA block of LlamaGen, under LlamaGen's parameter names, so that its checkpoints map by eye.
 
 Where attention looks is the caller's choice (:mod:`dpar.attention`): the block gets ``attend`` and a RoPE table.
+A model runs its layers through :func:`run_layer`, and each is a :class:`Layer`, which can be compiled for training.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dpar.attention import Attend, patch_cross_attention
-from dpar.packing import PatchLayout, segment_mean
+from dpar.packing import PatchLayout, segment_mean, spread
 from dpar.rope import rotate
 
 NORM_EPS = 1e-5
@@ -19,6 +26,52 @@ INIT_STD = 0.02
 def ffn_hidden(width: int) -> int:
     """SwiGLU's hidden size: 2/3 · 4 · width, rounded up to a multiple of 256."""
     return -(-int(2 * 4 * width / 3) // 256) * 256
+
+
+class Layer(nn.Module):
+    """One of the repeated parts of a model. ``compute`` is its forward pass; torch.compile may take it in training.
+
+    All layers of a kind share what was compiled, and hooks (FSDP's, say) stay outside of it.
+    """
+
+    compiled = False  # in training; sampling and evaluation have other shapes at every step
+
+    def forward(self, *args: Any) -> Any:
+        """See ``compute``."""
+        compute = type(self).compute
+        if self.compiled and self.training:
+            compute = compiled(compute)
+        return compute(self, *args)
+
+    def compute(self, *args: Any) -> Any:
+        """The forward pass."""
+        raise NotImplementedError
+
+
+@functools.cache
+def compiled(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward pass of a kind of layer, compiled when it first runs."""
+    return torch.compile(compute)
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """From now on these layers run compiled in training: one graph for each kind, whatever the numbers of patches."""
+    for layer in layers:
+        assert isinstance(layer, Layer)
+        layer.compiled = True
+
+
+def mark_packed(*tensors: Tensor) -> None:
+    """Tells torch.compile that the first dimension, ΣM, will be another one at the next step."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def run_layer(layer: nn.Module, *args: Any, recompute: bool) -> Any:
+    """A layer's output; with ``recompute`` backward runs it again, dropout and all, and nothing inside it is kept."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
 
 
 class Attention(nn.Module):
@@ -56,7 +109,7 @@ class FeedForward(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Pre-norm attention and feed-forward, each on a residual branch."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -66,7 +119,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.ffn_norm = nn.RMSNorm(width, eps=NORM_EPS)
 
-    def forward(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
+    def compute(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
         """x (..., T, width), table (..., T, head_dim / 2, 2) to (..., T, width)."""
         x = x + self.attention(self.attention_norm(x), table, attend)
         out: Tensor = x + self.feed_forward(self.ffn_norm(x))
@@ -116,7 +169,7 @@ class PatchCrossAttention(nn.Module):
         return gathered
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Layer):
     """One layer of the patch encoder: a causal block over tokens, then tokens into patches."""
 
     def __init__(self, width: int, heads: int, dropout: float, offset_embedding: bool) -> None:
@@ -124,7 +177,7 @@ class EncoderLayer(nn.Module):
         self.block = Block(width, heads, dropout)
         self.cross_attention = PatchCrossAttention(width, heads, dropout, offset_embedding)
 
-    def forward(
+    def compute(
         self, patches: Tensor | None, tokens: Tensor, table: Tensor, attend: Attend, layout: PatchLayout
     ) -> tuple[Tensor, Tensor]:
         """(ΣM, width) or None and (B, N, width) to the same, one layer on."""
@@ -135,7 +188,7 @@ class EncoderLayer(nn.Module):
         return patches, tokens
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """One layer of the patch decoder (paper section 3.2.4): patches copied to their tokens, then a causal block.
 
     Norm and projection act on patches before the copy: the same numbers for N/M times less work.
@@ -153,8 +206,15 @@ class DecoderLayer(nn.Module):
         out: Tensor = self.resid_dropout(self.patch_proj(self.patch_norm(patches)))
         return out
 
-    def forward(self, tokens: Tensor, received: Tensor, table: Tensor, attend: Attend) -> Tensor:
-        """Tokens (B, T, width) and what they received from their patches, likewise, to (B, T, width)."""
+    def compute(
+        self, tokens: Tensor, received: Tensor, table: Tensor, attend: Attend, patch_of_token: Tensor | None = None
+    ) -> Tensor:
+        """Tokens (B, T, width) and what they receive from their patches to (B, T, width).
+
+        ``received`` is likewise; with ``patch_of_token``, (B·T,), it is the outputs of patches, (ΣM, width).
+        """
+        if patch_of_token is not None:
+            received = spread(self.project(received), patch_of_token).view_as(tokens)
         out: Tensor = self.block(tokens + received, table, attend)
         return out
 

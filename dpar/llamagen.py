@@ -2,6 +2,7 @@
 
     model = LlamaGen(preset("llamagen-b"))
     logits = model(codes, labels)                            # (B, N, V); logits at i are for token i
+    loss = model(codes, labels, loss=True)                   # mean nats a token, without holding the logits
 
 With ``classes=0``, or with ``labels=None``, it is unconditional: the guidance class stands in front of the tokens.
 Parameter names and shapes are LlamaGen's, so its checkpoints load as they are.
@@ -20,7 +21,8 @@ from dpar.attention import dense_causal
 from dpar.cache import KVCache
 from dpar.checkpoint import Pretrained, read_weights
 from dpar.errors import ModelError
-from dpar.layers import NORM_EPS, Block, LabelEmbedder, init_weights
+from dpar.layers import NORM_EPS, Block, LabelEmbedder, compile_layers, init_weights, run_layer
+from dpar.loss import next_token_loss
 from dpar.rope import token_table, with_condition
 
 
@@ -97,6 +99,7 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
         self.table: Tensor
         self.apply(init_weights)
         nn.init.zeros_(self.output.weight)
+        self.checkpoint_layers = False  # True: backward runs each layer again, to hold less
 
     @classmethod
     def from_pretrained(
@@ -115,26 +118,39 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
         """
         return cls.from_weights(read_weights(path, cls.model_type, heads=heads, grid=grid))
 
-    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits.
+    def forward(self, codes: Tensor, labels: Tensor | None = None, *, loss: bool = False) -> Tensor:
+        """Teacher-forced logits, or the loss.
 
         Args:
             codes: (B, N) int64. The last token is only ever predicted, never read.
             labels: (B,) int64; ``classes`` is the guidance class, which None stands for.
+            loss: whether to give the mean cross-entropy, for which the logits are never held whole.
 
         Returns:
-            (B, N, V) logits; those at i are for token i.
+            (B, N, V) logits; those at i are for token i. With ``loss`` a float32 scalar, nats a token.
 
         Raises:
             ModelError: codes or labels do not fit this model.
         """
+        hidden = self.hidden(codes, labels)
+        if loss:
+            return next_token_loss(hidden, self.output.weight, codes)
+        logits: Tensor = self.output(hidden)
+        return logits
+
+    def hidden(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """What the output head reads: (B, N, d). Arguments as of :meth:`forward`."""
         labels = check_inputs(self.config, codes, labels)
         x = torch.cat([self.cls_embedding(labels).unsqueeze(1), self.tok_embeddings(codes[:, :-1])], dim=1)
         x = self.tok_dropout(x)
         for layer in self.layers:
-            x = layer(x, self.table, dense_causal)
-        logits: Tensor = self.output(self.norm(x))
-        return logits
+            x = run_layer(layer, x, self.table, dense_causal, recompute=self.checkpoint_layers)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def compile_layers(self) -> None:
+        """Compiles the layers for training, when they first run: one graph."""
+        compile_layers(self.layers)
 
     def start_cache(self, rows: int, dtype: torch.dtype = torch.float32) -> list[KVCache]:
         """Empty KV caches for sampling ``rows`` sequences, one a layer."""

@@ -2,6 +2,7 @@
 
     model = DPAR(preset("dpar-b"))
     logits = model(codes, labels, starts)                    # (B, N, V); logits at i are for token i
+    loss = model(codes, labels, starts, loss=True)           # mean nats a token, without holding the logits
 
 Symbols of the paper, mapped once: u are ``tokens`` after the encoder, p_j ``patches``, o_j ``outputs`` of the patch
 transformer, z_i the decoder's ``stream``, c the class embedding. ``docs/method.md`` has the equations.
@@ -10,16 +11,27 @@ transformer, z_i the decoder's ``stream``, c the class embedding. ``docs/method.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dpar.attention import Backend, dense_causal, packed_causal
+from dpar.attention import Backend, PackedBackend, choose_backend, dense_causal, packed_causal
 from dpar.checkpoint import Pretrained
 from dpar.errors import ModelError
-from dpar.layers import NORM_EPS, Block, DecoderLayer, EncoderLayer, LabelEmbedder, init_weights
+from dpar.layers import (
+    NORM_EPS,
+    Block,
+    DecoderLayer,
+    EncoderLayer,
+    LabelEmbedder,
+    compile_layers,
+    init_weights,
+    mark_packed,
+    run_layer,
+)
 from dpar.llamagen import SequenceConfig, check_inputs
+from dpar.loss import next_token_loss
 from dpar.packing import PatchLayout, spread
 from dpar.rope import PatchRope, patch_table, token_table, with_condition
 
@@ -71,21 +83,35 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         self.apply(init_weights)
         nn.init.zeros_(self.output.weight)
         self.attention_backend: Backend = "auto"  # of the packed patches; the numbers do not depend on it
+        self.compiled = False  # see compile_layers
+        self.checkpoint_layers = False  # True: backward runs each layer again, to hold less
 
-    def forward(self, codes: Tensor, labels: Tensor | None, starts: Tensor | PatchLayout) -> Tensor:
-        """Teacher-forced logits.
+    def forward(
+        self, codes: Tensor, labels: Tensor | None, starts: Tensor | PatchLayout, *, loss: bool = False
+    ) -> Tensor:
+        """Teacher-forced logits, or the loss.
 
         Args:
             codes: (B, N) int64.
             labels: (B,) int64; ``classes`` is the guidance class, which None stands for.
             starts: (B, N) bool, or the batch's :class:`PatchLayout` where it is made ahead.
+            loss: whether to give the mean cross-entropy, for which the logits are never held whole.
 
         Returns:
             (B, N, V) logits; those at i are for token i, and depend on earlier tokens (and on boundaries) alone.
+            With ``loss`` a float32 scalar, nats a token.
 
         Raises:
             ModelError: codes, labels or starts do not fit this model.
         """
+        hidden = self.hidden(codes, labels, starts)
+        if loss:
+            return next_token_loss(hidden, self.output.weight, codes)
+        logits: Tensor = self.output(hidden)
+        return logits
+
+    def hidden(self, codes: Tensor, labels: Tensor | None, starts: Tensor | PatchLayout) -> Tensor:
+        """What the output head reads: (B, N, d). Arguments as of :meth:`forward`."""
         labels = check_inputs(self.config, codes, labels)
         layout = starts if isinstance(starts, PatchLayout) else PatchLayout.from_starts(starts)
         if layout.patch_of_token.shape[0] != codes.numel() or layout.n_tokens != codes.shape[1]:
@@ -93,14 +119,20 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         condition = self.tok_dropout(self.cls_embedding(labels))  # (B, d)
         patches, tokens = self.encode(codes, layout)
         outputs = self.transform(condition, patches, layout)
-        return self.decode(condition, tokens, outputs, layout)
+        return self.decode_hidden(condition, tokens, outputs, layout)
+
+    def compile_layers(self) -> None:
+        """Compiles the layers for training, when they first run: three graphs, whatever the numbers of patches."""
+        compile_layers([*self.encoder, *self.layers, *self.decoder])
+        self.compiled = True
 
     def encode(self, codes: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
         """Tokens into patches: patches (ΣM, d) and tokens (B, N, d)."""
         tokens = self.tok_dropout(self.tok_embeddings(codes))
         patches: Tensor | None = None
+        self._mark_packed(layout.first)  # whose length is the number of patches
         for layer in self.encoder:
-            patches, tokens = layer(patches, tokens, self.token_table, dense_causal, layout)
+            patches, tokens = self._run(layer, patches, tokens, self.token_table, dense_causal, layout)
         assert patches is not None  # there is at least one layer
         return patches, tokens
 
@@ -117,19 +149,38 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         )
         table = self.patch_positions(layout.first, layout.last).roll(1, dims=0)
         table = table.masked_fill(leads[:, None, None], 0.0)
-        attend = packed_causal(layout, self.attention_backend)
+        attend = packed_causal(layout, self._packed_backend(x))
+        self._mark_packed(x, table)
         for layer in self.layers:
-            x = layer(x, table, attend)
+            x = self._run(layer, x, table, attend)
         return x
 
     def decode(self, condition: Tensor, tokens: Tensor, outputs: Tensor, layout: PatchLayout) -> Tensor:
         """Logits (B, N, V) from tokens (B, N, d) shifted by one and from the outputs (ΣM, d) of their patches."""
-        stream = torch.cat([condition.unsqueeze(1).to(tokens.dtype), tokens[:, :-1]], dim=1)
-        for layer in self.decoder_layers():
-            received = spread(layer.project(outputs), layout.patch_of_token).view_as(stream)
-            stream = layer(stream, received, self.stream_table, dense_causal)
-        logits: Tensor = self.output(self.norm(stream))
+        logits: Tensor = self.output(self.decode_hidden(condition, tokens, outputs, layout))
         return logits
+
+    def decode_hidden(self, condition: Tensor, tokens: Tensor, outputs: Tensor, layout: PatchLayout) -> Tensor:
+        """:meth:`decode` up to the output head: (B, N, d)."""
+        stream = torch.cat([condition.unsqueeze(1).to(tokens.dtype), tokens[:, :-1]], dim=1)
+        self._mark_packed(outputs)
+        for layer in self.decoder:
+            stream = self._run(layer, stream, outputs, self.stream_table, dense_causal, layout.patch_of_token)
+        hidden: Tensor = self.norm(stream)
+        return hidden
+
+    def _mark_packed(self, *tensors: Tensor) -> None:
+        if self.compiled and self.training:
+            mark_packed(*tensors)
+
+    def _run(self, layer: nn.Module, *args: Any) -> Any:
+        return run_layer(layer, *args, recompute=self.checkpoint_layers)
+
+    def _packed_backend(self, x: Tensor) -> PackedBackend:
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind) if kind != "meta" else False
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        return choose_backend(x.device, dtype, self.attention_backend)[0]
 
     def encoder_layers(self) -> list[EncoderLayer]:
         """The layers of the patch encoder, in order."""

@@ -29,6 +29,7 @@ class PatchLayout:
     patch_of_token: Tensor  # (B·N,) index into the packed patches
     offset_in_patch: Tensor  # (B·N,) 0 for a patch's first token
     cu_seqlens: Tensor  # (B + 1,) int32, cumulative patches
+    host_cu_seqlens: Tensor  # the same on the CPU always, so that reading lengths never waits for a device
 
     @property
     def n_patches(self) -> int:
@@ -40,7 +41,7 @@ class PatchLayout:
         """The layout of (B, N) bool ``starts``. Make it on the CPU, in the data loader: it reads sizes off values.
 
         Raises:
-            ValueError: ``starts`` is not 2-D bool, or an image does not start with a patch.
+            ModelError: ``starts`` is not 2-D bool, or an image does not start with a patch.
         """
         if starts.ndim != 2 or starts.dtype != torch.bool:
             raise ModelError(f"starts must be (B, N) bool, not {tuple(starts.shape)} {starts.dtype}")
@@ -52,6 +53,7 @@ class PatchLayout:
         end = torch.cat([first[1:], first.new_tensor([batch * n])])
         patch_of_token = flat.cumsum(0) - 1
         counts = starts.sum(dim=1)
+        cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         return cls(
             n_tokens=n,
             longest=int(counts.max()),
@@ -60,13 +62,18 @@ class PatchLayout:
             image_of_patch=first // n,
             patch_of_token=patch_of_token,
             offset_in_patch=torch.arange(batch * n, device=starts.device) - first[patch_of_token],
-            cu_seqlens=torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
+            cu_seqlens=cu_seqlens,
+            host_cu_seqlens=cu_seqlens.cpu(),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchLayout:
-        """The same layout with its tensors on ``device``."""
+        """The same layout with its tensors on ``device``, but for ``host_cu_seqlens``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in values.items() if isinstance(v, Tensor)}
+        moved = {
+            k: v.to(device, non_blocking=non_blocking)
+            for k, v in values.items()
+            if isinstance(v, Tensor) and k != "host_cu_seqlens"
+        }
         return PatchLayout(**{**values, **moved})
 
 

@@ -69,9 +69,13 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     Computed in float32, returned in the dtype of x.
     """
-    # as complex numbers: one pass over the pairs instead of eight
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(table).unsqueeze(-2)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    if torch.compiler.is_compiling():  # which makes one pass of this, and none of complex numbers
+        (even, odd), (cosine, sine) = x.float().unflatten(-1, (-1, 2)).unbind(-1), table.unsqueeze(-3).unbind(-1)
+        turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
+    else:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(table).unsqueeze(-2)
+        turned = torch.view_as_real(pairs)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def _cos_sin(angle: Tensor) -> Tensor:
