@@ -1,10 +1,11 @@
 """The command line: parses, calls a stage, renders what it gives. No logic lives here.
 
     dpar tokenize | entropy | patchify | train | eval        the five stages, in order
-    dpar tokenizer | sample | inspect | convert | flops | demo   what people need around them
+    dpar tokenizer | sample | probe | inspect | convert | flops | demo   what people need around them
 
 Options are made from the stages' settings (``pipeline/settings.py``); ``--config FILE.toml`` takes the same names.
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C. ``DPAR_DEBUG=1`` shows tracebacks.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C, 75 stopped training on SIGTERM or SIGUSR1.
+``DPAR_DEBUG=1`` shows tracebacks.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from pipeline.settings import (
     FlopsSettings,
     InspectSettings,
     PatchifySettings,
+    ProbeSettings,
     SampleSettings,
     TokenizerSettings,
     TokenizeSettings,
@@ -171,7 +173,9 @@ class readable_errors:
         if isinstance(error, (StageError, ArtifactError, ModelError)):
             fail(str(error), 1)
         if isinstance(error, Stopped):
-            fail(str(error), 130, lead="")
+            if not first_process():  # all of them stopped at the same step; one says so
+                raise typer.Exit(error.status)
+            fail(str(error), error.status, lead="")
         if isinstance(error, KeyboardInterrupt):
             fail("Stopped. What was finished is kept; run the same command again to go on.", 130, lead="")
         if isinstance(error, OSError):
@@ -224,6 +228,13 @@ def patchify(
     settings: PatchifySettings,
 ) -> None:
     """Entropies and patch boundaries: the third stage."""
+    if settings.compare is not None:
+        from pipeline.compare import compare, lines
+
+        said = lines(compare(codes, out, settings))
+        if first_process():
+            console.print("\n".join(said), markup=False, highlight=False, soft_wrap=True)
+        return
     from pipeline.patchify import patchify as run
 
     summary(run(codes, out, settings), out)
@@ -251,11 +262,11 @@ def evaluate(
 ) -> None:
     """Score a run on held-out images, and sample from it: the fifth stage."""
     from pipeline.evaluate import evaluate as score
-    from pipeline.evaluate import markdown
+    from pipeline.results import markdown
 
     results = score(run, out, settings)
     if first_process():
-        console.print(markdown(results), markup=False, highlight=False)
+        console.print(markdown(results), markup=False, highlight=False, soft_wrap=True)
         console.print(f"results: {out / 'results.json'}", markup=False, highlight=False)
 
 
@@ -279,11 +290,30 @@ def sample(
     from pipeline.sample import sample_pictures
 
     made = sample_pictures(run, out, settings)
+    if not first_process():
+        return
     console.print(
         f"{made['images']} images, {made['patches_per_image']:.1f} patches an image: {made['sheet']}",
         markup=False,
         highlight=False,
     )
+
+
+@app.command()
+@stage(ProbeSettings)
+def probe(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made, or a LlamaGen's weights.")],
+    out: Out,
+    settings: ProbeSettings,
+) -> None:
+    """What a linear classifier can read off a run's features."""
+    from pipeline.probe import markdown
+    from pipeline.probe import probe as run_probe
+
+    results = run_probe(run, out, settings)
+    if first_process():
+        console.print(markdown(results), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"results: {out / 'probe.json'}", markup=False, highlight=False)
 
 
 @app.command(name="inspect")

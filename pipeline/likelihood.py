@@ -20,8 +20,9 @@ from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.packing import PatchLayout
 from dpar.patching import stored_entropy, token_entropy
-from pipeline.device import autocast
+from pipeline.device import autocast, rank, world_size
 from pipeline.errors import StageError
+from pipeline.parallel import total
 from pipeline.settings import Precision
 from shards.manifest import Manifest
 from shards.reader import Artifact, Batch
@@ -54,6 +55,20 @@ class Likelihood:
     patches: float  # mean an image; tokens for LlamaGen
     images: int
 
+    @classmethod
+    def of(
+        cls, nats: NDArray[np.float64], labels: NDArray[np.int64], patches: int, class_names: Sequence[str]
+    ) -> Likelihood:
+        """From what :func:`nats_per_token` gave for all images."""
+        bits = nats / math.log(2)
+        by_class = [bits[labels == label] for label in range(len(class_names))]
+        return cls(
+            bits_per_token=float(bits.mean()),
+            bits_by_class=tuple(float(b.mean()) if len(b) else math.nan for b in by_class),
+            patches=patches / len(bits),
+            images=len(bits),
+        )
+
 
 def forward(model: DPAR | LlamaGen, codes: Tensor, labels: Tensor, layout: PatchLayout | None) -> Tensor:
     """Teacher-forced logits (B, N, V) of either model; only DPAR has a layout."""
@@ -69,7 +84,6 @@ def layout_for(model: DPAR | LlamaGen, batch: Batch, device: torch.device) -> Pa
     return PatchLayout.from_starts(torch.from_numpy(batch.starts)).to(device)
 
 
-@torch.no_grad()
 def bits_per_token(
     model: DPAR | LlamaGen, artifact: Artifact, *, batch: int, precision: Precision, unconditional: bool = False
 ) -> Likelihood:
@@ -77,16 +91,42 @@ def bits_per_token(
 
     Boundaries are a function of earlier tokens, so they cost no bits of their own.
     """
+    rows = np.arange(len(artifact))
+    found = nats_per_token(model, artifact, rows, batch, precision, unconditional)
+    return Likelihood.of(*found, artifact.manifest.class_names)
+
+
+def shared_bits_per_token(
+    model: DPAR | LlamaGen, artifact: Artifact, *, batch: int, precision: Precision, unconditional: bool = False
+) -> float:
+    """The same number, computed by all processes of a run together; each of them must call it."""
+    images = len(artifact)
+    rows = np.arange(rank(), -(-images // world_size()) * world_size(), world_size())
+    counted = rows < images
+    # Under FSDP all processes must run as many batches, so those with an image less do one again.
+    nats, _, _ = nats_per_token(model, artifact, np.where(counted, rows, 0), batch, precision, unconditional)
+    return float(total(torch.tensor(nats[counted].sum()))) / images / math.log(2)
+
+
+@torch.no_grad()
+def nats_per_token(
+    model: DPAR | LlamaGen,
+    artifact: Artifact,
+    rows: NDArray[np.int64],
+    batch: int,
+    precision: Precision,
+    unconditional: bool = False,
+) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
+    """Mean nats a token and label of view 0 of each of ``rows``, and the patches of all of them."""
     device = model.output.weight.device
-    manifest = artifact.manifest
     was_training = model.training
     model.eval()
-    nats = np.zeros(len(artifact))
-    labels_seen = np.zeros(len(artifact), np.int64)
+    nats = np.zeros(len(rows))
+    labels_seen = np.zeros(len(rows), np.int64)
     patches = 0
-    for begin in range(0, len(artifact), batch):
-        rows = np.arange(begin, min(begin + batch, len(artifact)))
-        drawn = artifact.gather(rows, np.zeros_like(rows))
+    for begin in range(0, len(rows), batch):
+        here = rows[begin : begin + batch]
+        drawn = artifact.gather(here, np.zeros_like(here))
         codes = torch.from_numpy(drawn.codes).to(device)
         labels = torch.from_numpy(drawn.labels).to(device)
         if unconditional:
@@ -95,18 +135,11 @@ def bits_per_token(
         with autocast(device, precision):
             logits = forward(model, codes, labels, layout)
         loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")
-        nats[rows] = loss.view(len(rows), -1).mean(dim=1).double().cpu().numpy()
-        labels_seen[rows] = drawn.labels
+        nats[begin : begin + batch] = loss.view(len(here), -1).mean(dim=1).double().cpu().numpy()
+        labels_seen[begin : begin + batch] = drawn.labels
         patches += codes.numel() if layout is None else layout.n_patches
     model.train(was_training)
-    bits = nats / math.log(2)
-    by_class = [bits[labels_seen == label] for label in range(len(manifest.class_names))]
-    return Likelihood(
-        bits_per_token=float(bits.mean()),
-        bits_by_class=tuple(float(b.mean()) if len(b) else math.nan for b in by_class),
-        patches=patches / len(artifact),
-        images=len(artifact),
-    )
+    return nats, labels_seen, patches
 
 
 def fits(model: DPAR | LlamaGen, manifest: Manifest, name: str, unconditional: bool = False) -> None:

@@ -19,10 +19,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 
 LINE_EVERY = 5.0  # seconds between lines where there is no terminal
+CTRL_C, WARNED = 130, 75  # exit statuses after a signal; 75 is EX_TEMPFAIL: to be gone on with
+STATUSES = {signal.SIGINT: CTRL_C, signal.SIGTERM: WARNED, signal.SIGUSR1: WARNED}
 
 
 class Stopped(Exception):
-    """The user stopped a stage (Ctrl-C); the message says what was kept and how to go on."""
+    """A signal stopped a stage; the message says what was kept and how to go on, ``status`` how the command ends."""
+
+    def __init__(self, message: str, status: int = CTRL_C) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @contextmanager
@@ -35,27 +41,30 @@ def stops_with(message: str) -> Iterator[None]:
 
 
 @contextmanager
-def stop_between_steps() -> Iterator[Callable[[], bool]]:
-    """Holds the first Ctrl-C back, so that a loop can finish its step; gives the question whether there was one.
+def stop_between_steps() -> Iterator[Callable[[], int]]:
+    """Holds back the signals that end a run, so that a loop can finish its step.
 
-    A second Ctrl-C stops at once. Outside the main thread, where signals cannot be caught, nothing is held back.
+    Gives the question whether there was one: the exit status that it asks for, 0 while there was none. They are Ctrl-C
+    and Slurm's warnings, SIGTERM and SIGUSR1. A second Ctrl-C stops at once. Outside the main thread, where signals
+    cannot be caught, nothing is held back.
     """
-    asked = threading.Event()
+    asked = 0
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield lambda: 0
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def hold(number: int, frame: object) -> None:
-        if asked.is_set():
+        nonlocal asked
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.set()
+        asked = max(asked, STATUSES[signal.Signals(number)])
 
-    signal.signal(signal.SIGINT, hold)
+    before = {number: signal.signal(number, hold) for number in STATUSES}
     try:
-        yield asked.is_set
+        yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Task:

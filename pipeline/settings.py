@@ -19,7 +19,10 @@ Views = Literal["center", "flip", "ten-crop"]
 Container = Literal["arrow", "webdataset"]
 Strategy = Literal["entropy", "static"]
 Schedule = Literal["constant", "cosine"]
+Attention = Literal["auto", "varlen", "xformers", "flex", "sdpa"]
 Features = Literal["tokenizer", "inception"]
+GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
+Labels = Literal["balanced", "random"]
 Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA where there is one."]
 Compute = Annotated[Precision, "Of the arithmetic; auto is bf16 where the device is faster with it."]
 Seed = Annotated[int, "All randomness comes from it."]
@@ -123,21 +126,34 @@ class OptimSettings:
     weight_decay: Annotated[float, "On matrices only."] = 0.05
     beta1: Annotated[float, "AdamW."] = 0.9
     beta2: Annotated[float, "AdamW."] = 0.95
-    clip: Annotated[float, "Largest gradient norm."] = 1.0
+    clip: Annotated[float, "Largest gradient norm; 0 is no limit."] = 1.0
     dropout: Annotated[float, "On tokens, residual branches and feed-forward."] = 0.1
+    ema: Annotated[float, "Decay of the weights' moving average, such as 0.9999; 0 keeps none."] = 0.0
+    init: Annotated[str | None, "Weights to start from: a directory, run, Hub name or LlamaGen's .pt file."] = None
     validation: Annotated[Path | None, "Held-out artifact for bits per token. (default: none)"] = None
-    eval_every: Annotated[int, "Steps between validations; one more comes at the end."] = 2000
+    eval_every: Annotated[int, "Steps between validations and sheets; one more comes at the end."] = 2000
+    sheet: Annotated[int, "Samples on each sheet; 0 draws none."] = 8
     log_every: Annotated[int, "Steps between lines of metrics."] = 50
     checkpoint_every: Annotated[int, "Steps between checkpoints."] = 2000
+    keep: Annotated[int, "Newest checkpoints kept."] = 2
+    override: Annotated[bool, "Go on with a run under other settings, and record which."] = False
+    verify: Annotated[bool, "Check the SHA-256 of every input shard before starting."] = True
+    attention: Annotated[Attention, "How packed patches attend; auto is the fastest that runs here."] = "auto"
+    compile: Annotated[bool | None, "Compile the model's layers. (default: on CUDA)"] = None
+    checkpoint_layers: Annotated[bool, "Keep no activations inside layers: less memory, a third more compute."] = False
+    fsdp: Annotated[bool, "Share weights and optimizer over the processes (FSDP2), for models of XXL size."] = False
+    tensorboard: Annotated[bool, "Metrics to RUN/tensorboard, too (extra tensorboard)."] = False
+    wandb: Annotated[bool, "Metrics to Weights & Biases, too (extra wandb)."] = False
     seed: Seed = 0
     device: Device = "auto"
     precision: Compute = "auto"
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps", "batch", "micro_batch", "eval_every", "log_every", "checkpoint_every")
-        at_least(self, 0, "lr", "warmup", "weight_decay", "beta1", "beta2", "clip", "dropout", "seed")
+        at_least(self, 1, "steps", "batch", "micro_batch", "eval_every", "log_every", "checkpoint_every", "keep")
+        at_least(self, 0, "lr", "warmup", "weight_decay", "beta1", "beta2", "clip", "dropout", "ema", "sheet", "seed")
         require(self.epochs > 0, f"--epochs is {self.epochs}; it must be above 0")
-        require(max(self.beta1, self.beta2, self.dropout) < 1, "--beta1, --beta2 and --dropout must be under 1")
+        for name in ("beta1", "beta2", "dropout", "ema"):
+            require(getattr(self, name) < 1, f"--{name} is {getattr(self, name)}; it must be under 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +205,9 @@ class PatchifySettings:
     container: Annotated[Container | None, "Format of the shards. (default: as the input's)"] = None
     sample: Annotated[int, "Images on which --target-length looks for its threshold."] = 4096
     batch: Annotated[int, "Sequences in one pass of the entropy model."] = 32
+    compare: Annotated[
+        tuple[str, str] | None, "Two entropy models: say how alike they cut a sample of the images; write no patches."
+    ] = None
     verify: Annotated[bool, "Check the SHA-256 of every input shard before starting."] = True
     overwrite: Annotated[bool, "Replace an output that other settings made."] = False
     device: Device = "auto"
@@ -197,6 +216,9 @@ class PatchifySettings:
     def __post_init__(self) -> None:
         at_least(self, 1, "target_length", "static_length", "sample", "batch")
         at_least(self, 0, "max_length", "threshold")
+        if self.compare is not None:
+            require(self.entropy_model is None, "--compare names both entropy models; leave --entropy-model out")
+            require(self.strategy == "entropy", "--compare is of entropies; leave --strategy static out")
         if self.strategy == "static":
             require(self.static_length is not None, "--strategy static needs --static-length")
             require(
@@ -215,21 +237,25 @@ class PatchifySettings:
 class SamplingSettings:
     """What sampling needs wherever it happens."""
 
-    threshold: Annotated[float | None, "τ, nats. (default: the training data's)"] = None
-    max_length: Annotated[int | None, "P; 0 is no limit. (default: the training data's)"] = None
+    cfg_schedule: Annotated[
+        GuidanceSchedule, "Of the guidance over the tokens; linear and power-cosine rise from none to --cfg-scale."
+    ] = "constant"
+    cfg_power: Annotated[float, "Of power-cosine; higher guides later."] = 1.0
     temperature: Annotated[float, "Of the logits; 0 takes the likeliest token."] = 1.0
     top_k: Annotated[int, "Only the k likeliest tokens; 0 is all."] = 0
     top_p: Annotated[float, "Only the likeliest tokens that together have this probability."] = 1.0
+    labels: Annotated[Labels, "Classes of a number of images: all alike, or drawn at random (seeded)."] = "balanced"
     seed: Seed = 0
-    batch: Annotated[int, "Images sampled at once."] = 32
+    batch: Annotated[int, "Images sampled at once; at most a shard."] = 32
+    shard_size: Annotated[int, "Images a shard of the sampled codes: what a kill can lose."] = 128
     tokenizer: Annotated[str | None, "Its weights. (default: those that made the codes)"] = None
     entropy_model: Annotated[str | None, "Its weights. (default: those that made the patches)"] = None
     device: Device = "auto"
     precision: Compute = "auto"
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "threshold", "max_length", "temperature", "top_k", "seed")
-        at_least(self, 1, "batch")
+        at_least(self, 0, "temperature", "top_k", "seed", "cfg_power")
+        at_least(self, 1, "batch", "shard_size")
         require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it must be above 0 and at most 1")
 
 
@@ -244,26 +270,56 @@ class SampleSettings(SamplingSettings):
     """Sampling pictures."""
 
     cfg_scale: Annotated[float, "Classifier-free guidance s: logits = u + s·(c - u); 1 is none."] = 2.0
+    threshold: Annotated[float | None, "τ, nats. (default: the training data's)"] = None
+    max_length: Annotated[int | None, "P; 0 is no limit. (default: the training data's)"] = None
     classes: Annotated[tuple[str, ...], "Only this class, by name or number; repeat for several. (default: all)"] = ()
-    per_class: Annotated[int, "Images of each class."] = 4
+    per_class: Annotated[int | None, "Images of each class. (default: 4)"] = None
+    count: Annotated[int | None, "Images in all, in place of --per-class; --labels says of which classes."] = None
+    image: Annotated[Path | None, "Keep a part of this image and sample the rest, with --mask or --keep-rows."] = None
+    mask: Annotated[Path | None, "Image of the same size: white is sampled anew."] = None
+    keep_rows: Annotated[int | None, "Rows of tokens kept, from the top."] = None
     show_patches: Annotated[bool, "Draw the patches on the images of the sheet."] = False
+    png: Annotated[bool, "Write each picture as a PNG file."] = True
+    npz: Annotated[bool, "Write samples.npz as ADM's evaluation suite reads it."] = False
+    overwrite: Annotated[bool, "Replace an output that other settings made."] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_cfg_scale(self.cfg_scale)
-        at_least(self, 1, "per_class")
+        at_least(self, 0, "threshold", "max_length")
+        at_least(self, 1, "per_class", "count", "keep_rows")
+        require(self.count is None or self.per_class is None, "give one of --per-class and --count")
+        require(self.labels == "balanced" or self.count is not None, "--labels random needs --count")
+        kept = (self.mask is not None) + (self.keep_rows is not None)
+        if self.image is None:
+            require(kept == 0, "--mask and --keep-rows belong to --image")
+        else:
+            require(kept == 1, "--image needs one of --mask and --keep-rows")
+            require(len(self.classes) == 1, "--image needs one --classes: the class of what is sampled")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(SamplingSettings):
     """Scoring a run."""
 
-    reference: Annotated[Path, "Held-out artifact: patches for DPAR; codes will do for LlamaGen."]
+    reference: Annotated[
+        Path, "What samples are held against: an artifact, a folder of images, or an .npz of images or statistics."
+    ]
+    held_out: Annotated[
+        Path | None,
+        "Held-out artifact for bits per token: patches for DPAR; codes will do for LlamaGen. "
+        "(default: the reference, where it is one)",
+    ] = None
+    checkpoint: Annotated[
+        tuple[str, ...], "One of the run's checkpoints, step-00001234, or other weights; repeat. (default: the newest)"
+    ] = ()
     cfg_scale: Annotated[tuple[float, ...], "Guidance to sample at; repeat for a table. (default: 1.0 and 2.0)"] = (
         1.0,
         2.0,
     )
-    samples: Annotated[int, "Images sampled at each guidance, over all classes alike; 0 samples none."] = 1000
+    threshold: Annotated[tuple[float, ...], "τ, nats; repeat for a table. (default: the training data's)"] = ()
+    max_length: Annotated[tuple[int, ...], "P, 0 is no limit; repeat for a table. (default: the training data's)"] = ()
+    samples: Annotated[int, "Images sampled for each cell of the table; 0 samples none."] = 1000
     features: Annotated[
         Features,
         "Of the distance between samples and reference: inception is FID and needs torch-fidelity (extra eval).",
@@ -271,15 +327,38 @@ class EvalSettings(SamplingSettings):
     inception_weights: Annotated[Path | None, "File of Inception's weights. (default: torch-fidelity fetches them)"] = (
         None
     )
+    save_reference: Annotated[Path | None, "Write the reference's statistics to this .npz, to be a --reference."] = None
     sheet_per_class: Annotated[int, "Samples of each class on the sheets."] = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for scale in self.cfg_scale:
             check_cfg_scale(scale)
+        for threshold in self.threshold:
+            require(math.isfinite(threshold) and threshold >= 0, f"--threshold is {threshold}; it must be at least 0")
+        for length in self.max_length:
+            require(length >= 0, f"--max-length is {length}; it must be at least 0 (0 is no limit)")
         at_least(self, 0, "samples")
         at_least(self, 1, "sheet_per_class")
         require(self.samples != 1, "--samples is 1; a distance needs at least 2 images (0 samples none)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """A linear classifier on a frozen model's features."""
+
+    train: Annotated[Path, "Artifact to fit the classifier on: patches for DPAR; codes will do for LlamaGen."]
+    test: Annotated[Path, "Artifact to count its hits on."]
+    layer: Annotated[int | None, "Layer whose outputs are the features, from 1. (default: the last)"] = None
+    weight_decay: Annotated[float, "Of the classifier's matrix: added to the loss as half of it times |W|²."] = 1e-4
+    iterations: Annotated[int, "Of L-BFGS, at most."] = 200
+    batch: Annotated[int, "Images in one pass of the model."] = 32
+    device: Device = "auto"
+    precision: Compute = "auto"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "layer", "iterations", "batch")
+        at_least(self, 0, "weight_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,11 +370,16 @@ class FlopsSettings:
     patch_length: Annotated[
         float | None, "Mean tokens a patch. (default: the paper's, 1.81 at 256 and 2.06 at 384)"
     ] = None
+    entropy_model: Annotated[str, "Preset of the entropy model that DPAR samples with."] = "llamagen-b"
     downsampling: Annotated[int, "Pixels along a side of a token."] = 16
     codebook_size: Annotated[int, "Codes, V."] = 16384
     classes: Annotated[int, "Classes."] = 1000
 
     def __post_init__(self) -> None:
+        require(
+            self.entropy_model.startswith("llamagen-"),
+            f"--entropy-model is {self.entropy_model!r}; the entropy model is of LlamaGen's family: llamagen-…",
+        )
         at_least(self, 1, "patch_length", "downsampling", "codebook_size")
         at_least(self, 0, "classes")
         for size in self.image_size:

@@ -16,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dpar.checkpoint import write_weights
 from dpar.presets import tokenizer_preset
 from dpar.tokenizer import VQTokenizer, from_uint8
 from dpar.vqgan import LossWeights, VQLoss, restart_unused
+from pipeline.checkpoints import Checkpoints, TrainState, whole
 from pipeline.device import autocast, choose_device
 from pipeline.errors import StageError
 from pipeline.progress import Progress, Stopped, stop_between_steps, stops_with
@@ -30,6 +32,7 @@ from shards.order import TrainingOrder
 
 LARGEST_ZOOM = 1.2  # short side before the random crop, as a multiple of the crop
 LOG_EVERY = 25
+WEIGHTS = "model.tokenizer."  # of the tokenizer, in a checkpoint
 
 
 def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress: Progress | None = None) -> Path:
@@ -53,6 +56,9 @@ def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress:
     decides = {k: v for k, v in recorded.items() if k not in ("workers", "device", "checkpoint_every")}
     run = RunFolder(out, "tokenizer", decides, {"data": data, "source": source.describe()})
 
+    def publish(checkpoint: Path) -> None:
+        write_weights(run.model, VQTokenizer.model_type, dataclasses.asdict(config), whole(checkpoint, WEIGHTS))
+
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     model = VQTokenizer(config).to(device)  # not channels_last: its group norms are slow on CPU
@@ -73,15 +79,18 @@ def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress:
         )
     trained = _Trained(model, loss).to(device)
     used = trained.used
-    begin = run.restore(trained, optimizers)
+    state = TrainState(trained, optimizers.values())
     crops = RandomCrops(source, settings.image_size, settings.batch, settings.seed, settings.workers)
     keeps = f"Stopped. The newest checkpoint is in {run.checkpoints}; run the same command again to go on from it."
     with (
         stops_with(keeps),
         progress.task("tokenizer", settings.steps, "steps") as task,
         crops,
+        Checkpoints(run.checkpoints) as checkpoints,
         stop_between_steps() as asked,
     ):
+        begin, _ = checkpoints.restore(state, progress)
+        run.forget_metrics_after(begin)
         task.begin_at(begin)
         model.train()
         for step in range(begin, settings.steps):
@@ -120,11 +129,14 @@ def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress:
             if done % LOG_EVERY == 0 or done == settings.steps:
                 values = {name: part.item() for name, part in parts.items()}
                 run.log(step=done, loss=total.item(), lr=rate, codes_used=int((used > 0).sum()), **values)
-            if done % settings.checkpoint_every == 0 or done == settings.steps or asked():
-                run.save(done, trained, optimizers, publish=model)
+            status = asked()  # once, so that what is said below is what was done
+            if done % settings.checkpoint_every == 0 or done == settings.steps or status:
+                checkpoints.save(done, state, publish)
             task.advance(1, note)
-            if asked() and done < settings.steps:
-                raise Stopped(f"Stopped. Step {done} is saved in {out}; run the same command again to go on.")
+            if status and done < settings.steps:
+                checkpoints.finish()
+                raise Stopped(f"Stopped. Step {done} is saved in {out}; run the same command again to go on.", status)
+        checkpoints.finish()
     if settings.weights_dtype == "bf16":
         model.save_pretrained(run.model, dtype=torch.bfloat16)
     progress.say(f"weights: {run.model}")

@@ -13,23 +13,32 @@ from typing import Any
 
 import torch
 
-from dpar.checkpoint import CONFIG, check_tensors, fingerprint, read_weights, write_weights
+from dpar.attention import choose_backend
+from dpar.checkpoint import CONFIG, check_tensors, fingerprint, load_tensors, read_weights, write_weights
 from dpar.llamagen import LlamaGen, LlamaGenConfig
 from dpar.model import DPAR, DPARConfig
 from dpar.presets import preset
-from pipeline.device import choose_device, rank, world_size
+from pipeline.device import choose_device, precision_name, rank, world_size
 from pipeline.errors import StageError
 from pipeline.likelihood import fits, same_classes
+from pipeline.parallel import process_group, wait_for_all
 from pipeline.progress import Progress
 from pipeline.run import RunFolder
 from pipeline.settings import EntropySettings, OptimSettings, TrainSettings
-from pipeline.trainer import Objective, fit, process_group, total_steps, wait_for_all
+from pipeline.sheets import Painter
+from pipeline.trackers import check_trackers
+from pipeline.trainer import Objective, enough_memory, fit, total_steps
 from pipeline.weights import same_tokens, weights_path
 from shards.manifest import Manifest
 from shards.reader import Artifact, open_artifact
 
 # Settings that do not decide a run's result, so that they may change when it is gone on with.
-FREE = ("device", "micro_batch", "log_every", "checkpoint_every", "validation", "eval_every", "from_llamagen")
+FREE = (
+    *("device", "micro_batch", "attention", "compile", "checkpoint_layers", "fsdp"),
+    *("validation", "eval_every", "sheet", "log_every", "tensorboard", "wandb"),
+    *("checkpoint_every", "keep", "override", "verify", "from_llamagen"),
+)
+FIXED = ("model", "grid")  # what a checkpoint's tensors are made for
 GUIDANCE_CLASS = "cls_embedding.embedding_table.weight"  # its last row
 
 
@@ -46,22 +55,24 @@ def train(patches: Path, out: Path, settings: TrainSettings, progress: Progress 
         StageError, ModelError, ArtifactError: data, output or settings cannot be used.
         Stopped: the user pressed Ctrl-C.
     """
-    artifact = open_artifact(patches)
+    artifact = _open(patches, settings)
     config = _config(artifact.manifest, settings, classes=len(artifact.manifest.class_names))
-    return _train("train", artifact, out, config, settings, settings.guidance_dropout, progress or Progress())
+    with enough_memory(settings, out):
+        return _train("train", artifact, out, config, settings, settings.guidance_dropout, progress or Progress())
 
 
 def train_entropy(
     codes: Path, out: Path, settings: EntropySettings, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Trains the entropy model, a LlamaGen without classes, or takes it from a LlamaGen; see :func:`train`."""
-    artifact = open_artifact(codes)
+    artifact = _open(codes, settings)
     if settings.from_llamagen is not None:
         return entropy_from_llamagen(artifact, out, settings.from_llamagen, progress or Progress())
     if not settings.model.startswith("llamagen-"):
         raise StageError(f"--model is {settings.model!r}; the entropy model is of LlamaGen's family: llamagen-…")
     config = _config(artifact.manifest, settings, classes=0)
-    return _train("entropy", artifact, out, config, settings, None, progress or Progress())
+    with enough_memory(settings, out):
+        return _train("entropy", artifact, out, config, settings, None, progress or Progress())
 
 
 def entropy_from_llamagen(artifact: Artifact, out: Path, name: str, progress: Progress) -> dict[str, Any]:
@@ -102,6 +113,11 @@ def entropy_from_llamagen(artifact: Artifact, out: Path, name: str, progress: Pr
     return {}
 
 
+def _open(path: Path, settings: OptimSettings) -> Artifact:
+    """An artifact, all of its shards checked; under ``torchrun`` each process checks some."""
+    return open_artifact(path, verify=settings.verify, share=(rank(), world_size()))
+
+
 def _config(manifest: Manifest, settings: TrainSettings | EntropySettings, classes: int) -> DPARConfig | LlamaGenConfig:
     return preset(
         settings.model,
@@ -127,26 +143,91 @@ def _train(
     torch.manual_seed(settings.seed)
     model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
     fits(model, artifact.manifest, str(artifact.folder), unconditional)
-    validation = _open_validation(settings.validation, model, artifact.manifest, unconditional)
-    total_steps(settings, len(artifact))  # refuses a batch that does not divide, before anything is written
-    decides = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
+    validation = _open_validation(settings, model, artifact.manifest, unconditional)
+    steps = total_steps(settings, len(artifact))  # refuses a batch that does not divide, before anything is written
+    check_trackers(tensorboard=settings.tensorboard, wandb=settings.wandb)
+    resolved: dict[str, Any] = {"device": str(device), "precision": precision_name(device, settings.precision)}
+    resolved |= {"processes": world_size(), "steps": steps, **_prepare(model, settings, device, progress)}
+    if settings.init is not None and not any((out / "checkpoints").glob("step-*")):
+        resolved["init"] = begin_from(model, settings.init)
     inputs = {"data": str(artifact.folder), "artifact": artifact.manifest.fingerprint(), **lineage(artifact.manifest)}
     with process_group(device):
         if rank() != 0:
             wait_for_all()  # the first process makes the folder
-        run = RunFolder(out, kind, decides, inputs)
+        run = RunFolder(
+            out,
+            kind,
+            dataclasses.asdict(settings) | {"validation": settings.validation and str(settings.validation)},
+            inputs,
+            free=FREE,
+            fixed=FIXED,
+            override=settings.override,
+            resolved=resolved,
+        )
         if rank() == 0 and world_size() > 1:
             wait_for_all()
+        painter = None
+        if settings.sheet and not unconditional:
+            painter = Painter.load(
+                model,
+                inputs,
+                images=settings.sheet,
+                seed=settings.seed,
+                precision=settings.precision,
+                device=device,
+                progress=progress,
+            )
         objective = Objective(
             artifact=artifact,
             validation=validation,
             unconditional=unconditional,
             guidance_dropout=guidance_dropout or 0.0,
+            painter=painter,
         )
         result = fit(model.to(device), objective, run, settings, progress)
     if rank() == 0:
         progress.say(f"weights: {run.model}")
     return result
+
+
+def _prepare(
+    model: DPAR | LlamaGen, settings: OptimSettings, device: torch.device, progress: Progress
+) -> dict[str, Any]:
+    """Chooses how the model computes here, and says how packed patches attend; gives the choices, for the record.
+
+    Raises:
+        ModelError: the attention that was asked for cannot run here.
+    """
+    compiled = device.type == "cuda" if settings.compile is None else settings.compile
+    if compiled:
+        model.compile_layers()
+    model.checkpoint_layers = settings.checkpoint_layers
+    chosen: dict[str, Any] = {"compile": compiled}
+    if isinstance(model, DPAR):
+        dtype = torch.bfloat16 if precision_name(device, settings.precision) == "bf16" else torch.float32
+        backend, reason = choose_backend(device, dtype, settings.attention)
+        model.attention_backend = backend
+        progress.say(f"attention: {backend} ({reason})")
+        chosen |= {"attention": backend, "attention_reason": reason}
+    return chosen
+
+
+def begin_from(model: DPAR | LlamaGen, name: str) -> dict[str, str]:
+    """Gives ``model`` the weights called ``name``, and says which they were.
+
+    Raises:
+        StageError, ModelError: they are of another shape, or for another grid, heads or rotary positions.
+    """
+    path = weights_path(name)
+    weights = read_weights(path, model.model_type)
+    load_tensors(model, weights.tensors, weights.source)
+    theirs = dataclasses.asdict(weights.make_config(model.config_class))
+    ours = dataclasses.asdict(model.config)
+    other = [f"{key} {value} is not {ours[key]}" for key, value in theirs.items() if value != ours[key]]
+    other = [text for text in other if not text.startswith("dropout ")]
+    if other:
+        raise StageError(f"--init {name} does not fit this run's model: {'; '.join(other)}")
+    return {"path": name, "fingerprint": fingerprint(path)}
 
 
 def lineage(manifest: Manifest) -> dict[str, Any]:
@@ -163,11 +244,12 @@ def lineage(manifest: Manifest) -> dict[str, Any]:
 
 
 def _open_validation(
-    path: Path | None, model: DPAR | LlamaGen, training: Manifest, unconditional: bool
+    settings: OptimSettings, model: DPAR | LlamaGen, training: Manifest, unconditional: bool
 ) -> Artifact | None:
+    path = settings.validation
     if path is None:
         return None
-    artifact = open_artifact(path)
+    artifact = _open(path, settings)
     fits(model, artifact.manifest, str(path), unconditional)
     ours, theirs = training.tokenizer["fingerprint"], artifact.manifest.tokenizer["fingerprint"]
     if ours != theirs:

@@ -1,7 +1,7 @@
 """The training loop of DPAR, of the LlamaGen baseline and of the entropy model: one trainer, one loss.
 
-    with process_group(device) as group:
-        fit(model, artifact, run, settings, progress, group)
+    with process_group(device):
+        fit(model, objective, run, settings, progress)
 
 Batches are a function of (seed, step), dropout and guidance dropout of (seed, step, rank), so a run that was broken off
 goes on from its newest checkpoint as if nothing had happened.
@@ -10,52 +10,41 @@ goes on from its newest checkpoint as if nothing had happened.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from dpar.flops import TRAINING_FLOPS_A_MAC, linear_macs
+from dpar.checkpoint import WEIGHTS, write_weights
 from dpar.llamagen import LlamaGen
-from dpar.model import DPAR
-from pipeline.device import autocast, rank, world_size
+from dpar.model import DPAR, DPARConfig
+from pipeline.checkpoints import Checkpoints, TrainState, whole
+from pipeline.device import autocast, precision_name, rank, world_size
+from pipeline.ema import EMA
 from pipeline.errors import StageError
-from pipeline.likelihood import bits_per_token, forward, layout_for
+from pipeline.likelihood import layout_for, shared_bits_per_token
+from pipeline.parallel import agree, data_parallel, mean, shard_model, total, wait_for_all
 from pipeline.progress import Progress, Stopped, stop_between_steps, stops_with
 from pipeline.run import RunFolder
 from pipeline.schedule import learning_rate
 from pipeline.settings import OptimSettings
-from shards.order import TrainingOrder
+from pipeline.sheets import Painter
+from pipeline.speed import Speed, peak_memory
+from pipeline.trackers import Trackers
+from shards.dataset import TrainingData
 from shards.reader import Artifact, Batch
 
 MEASURED_STEPS = 500  # over which the mean cost of an image is taken
-
-
-@contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes that ``torchrun`` started; nothing to do where there is one."""
-    if world_size() == 1:
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def wait_for_all() -> None:
-    """Holds this process until all others are here."""
-    if world_size() > 1:
-        dist.barrier()
+MOST_SKIPPED = 10  # steps in a row that may give no finite loss or gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,50 +55,66 @@ class Objective:
     validation: Artifact | None
     unconditional: bool = False
     guidance_dropout: float = 0.0
+    painter: Painter | None = None  # of sample sheets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one step found; everything but the loss is the same in all processes."""
+
+    loss: float  # this process's mean, nats a token
+    norm: float  # of the gradients
+    skipped: bool  # loss or gradients were not finite, so nothing was changed
+    save_failed: bool  # the checkpoint under way
+    status: int  # that a signal asks the command to end with; 0: go on
 
 
 def fit(
     model: DPAR | LlamaGen, objective: Objective, run: RunFolder, settings: OptimSettings, progress: Progress
 ) -> dict[str, Any]:
-    """Trains ``model``, which is on its device, to the last step; gives the last line of metrics.
+    """Trains ``model``, which is on its device, to the last step; gives the newest value of each of its metrics.
 
     Raises:
-        StageError: the batch does not divide, or the loss is not finite.
-        Stopped: the user pressed Ctrl-C.
+        StageError: the batch does not divide; steps in a row are not finite; memory or the disk is full.
+        Stopped: a signal asked for it; the step is saved.
     """
     n_steps = total_steps(settings, len(objective.artifact))
-    optimizer = make_optimizer(model, settings)
-    begin = run.restore(model, {"optimizer": optimizer})
-    wait_for_all()
-    wrapped = _wrap(model)
-    loop = _Loop(model, wrapped, optimizer, objective, run, settings, n_steps)
     keeps = f"Stopped. The newest checkpoint is in {run.checkpoints}; run the same command again to go on from it."
-    # one process can finish its step and save; several would have to agree on the step first
-    can_wait = stop_between_steps() if world_size() == 1 else contextlib.nullcontext(lambda: False)
     with (
         stops_with(keeps),
+        Checkpoints(run.checkpoints, settings.keep) as checkpoints,
+        _open_trackers(run, settings) as trackers,
+        _Loop(model, objective, run, settings, n_steps, checkpoints, trackers) as loop,
         progress.task(run.folder.name, n_steps * settings.batch, "images") as task,
-        can_wait as asked,
+        stop_between_steps() as asked,
     ):
+        begin = loop.restore(progress)
         task.begin_at(begin * settings.batch)
         model.train()
         for step in range(begin, n_steps):
-            loss = loop.step(step)
+            found = loop.step(step, asked())
             done = step + 1
-            stopping = asked()  # once, so that what is said below is what was done
+            last = done == n_steps
+            if found.save_failed:
+                checkpoints.finish()
+            loop.count_skipped(found, done, progress)
             if done == min(MEASURED_STEPS, n_steps) and not objective.unconditional:
-                loop.report(done, loss, **loop.measure(begin, done, progress))
-            elif done % settings.log_every == 0 or done == n_steps:
-                loop.report(done, loss)
-            if done % settings.eval_every == 0 or done == n_steps:
+                loop.report(found, done, **loop.measure(begin, done, progress))
+            elif done % settings.log_every == 0 or last:
+                loop.report(found, done)
+            if done % settings.eval_every == 0 or last:
                 loop.validate(done)
-            if done % settings.checkpoint_every == 0 or done == n_steps or stopping:
+            if done % settings.checkpoint_every == 0 or last or found.status:
                 loop.save(done)
-            task.advance(settings.batch, f"loss {loss:.3f}, {loss / math.log(2):.2f} bits/token")
-            if stopping and done < n_steps:
-                raise Stopped(f"Stopped. Step {done} is saved in {run.folder}; run the same command again to go on.")
-    lines = run.metrics()
-    return {key: value for line in lines for key, value in line.items()}
+            task.advance(settings.batch, loop.note(found))
+            if found.status and not last:
+                checkpoints.finish()
+                wait_for_all()
+                message = f"Stopped. Step {done} is saved in {run.folder}; run the same command again to go on."
+                raise Stopped(message, found.status)
+        checkpoints.finish()
+        wait_for_all()
+    return {key: value for line in run.metrics() for key, value in line.items()}
 
 
 class _Loop:
@@ -118,57 +123,82 @@ class _Loop:
     def __init__(
         self,
         model: DPAR | LlamaGen,
-        wrapped: nn.Module,
-        optimizer: torch.optim.Optimizer,
         objective: Objective,
         run: RunFolder,
         settings: OptimSettings,
         n_steps: int,
+        checkpoints: Checkpoints,
+        trackers: Trackers,
     ) -> None:
-        self.model, self.wrapped, self.optimizer = model, wrapped, optimizer
-        self.objective, self.run, self.settings, self.n_steps = objective, run, settings, n_steps
+        self.model, self.objective, self.run, self.settings, self.n_steps = model, objective, run, settings, n_steps
+        self.checkpoints, self.trackers = checkpoints, trackers
         self.device = model.output.weight.device
-        self.order = TrainingOrder(
-            rows=len(objective.artifact),
-            views=objective.artifact.manifest.views,
-            batch=settings.batch,
-            seed=settings.seed,
+        self.sharded = settings.fsdp and world_size() > 1
+        if self.sharded:
+            shard_model(model, self.device, settings.precision)
+        self.wrapped = model if self.sharded else data_parallel(model)
+        self.optimizer = make_optimizer(model, settings)
+        self.average = EMA(model, settings.ema) if settings.ema else None
+        self.state = TrainState(model, [self.optimizer], self.average)
+        self.data = TrainingData(
+            objective.artifact, batch=settings.batch, seed=settings.seed, rank=rank(), world_size=world_size()
         )
         self.share = settings.batch // world_size()  # images of this process
         self.micro = min(settings.micro_batch or self.share, self.share)
         self.peak_lr = settings.lr * (settings.batch / 256 if settings.scale_lr else 1.0)
+        self.speed = Speed(model.config, self.device, precision_name(self.device, settings.precision), world_size())
         self.spoke, self.images, self.patches = time.monotonic(), 0, 0
         self.measured = 0  # patches of this process since the run was begun or gone on with
+        self.skipped, self.in_a_row = 0, 0
+        self.rates = ""
 
-    def step(self, step: int) -> float:
-        """One optimizer step on global batch ``step``; gives this process's mean loss, nats a token."""
+    def __enter__(self) -> _Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.data.close()
+
+    def restore(self, progress: Progress) -> int:
+        """Goes on from the newest checkpoint; gives the number of finished steps."""
+        done, notes = self.checkpoints.restore(self.state, progress)
+        self.skipped, self.in_a_row = notes.get("skipped", 0), notes.get("in_a_row", 0)
+        self.run.forget_metrics_after(done)
+        self.spoke = time.monotonic()
+        return done
+
+    def step(self, step: int, status: int) -> Step:
+        """One optimizer step on global batch ``step``; ``status`` is what a signal asks of this process."""
         rate = learning_rate(step, self.n_steps, self.peak_lr, self.settings.warmup, self.settings.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 4_096 + rank())
-        rows, views = self.order.batch(step)
-        mine = slice(rank() * self.share, (rank() + 1) * self.share)
-        rows, views = rows[mine], views[mine]
-        total = 0.0
+        batch = self.data.batch(step)
+        loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         for first in range(0, self.share, self.micro):
-            part = slice(first, first + self.micro)
-            batch = self.objective.artifact.gather(rows[part], views[part])
-            weight = len(batch.codes) / self.share  # every image has N tokens, so images weigh as tokens do
-            last = first + self.micro >= self.share
-            with contextlib.nullcontext() if last else self._no_sync():
-                loss = self._loss(batch) * weight
-                loss.backward()
-            total += loss.item()
-        # Of all processes' gradients, so that they end together; a step with it would spoil the next checkpoint.
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise StageError(
-                f"the loss is not finite at step {step}; begin a new run with a lower --lr (it is {self.peak_lr:g}) or "
-                f"more --warmup. The newest checkpoint of this one is in {self.run.checkpoints}"
-            )
-        self.optimizer.step()
-        return total
+            part = batch.part(first, first + self.micro)
+            weight = len(part.codes) / self.share  # every image has N tokens, so images weigh as tokens do
+            with contextlib.nullcontext() if first + self.micro >= self.share else self._no_sync():
+                partial = self._loss(part) * weight
+                partial.backward()
+            loss += partial.detach()
+        norm = self._clip()
+        unsound = ~torch.isfinite(loss + norm)
+        ours = torch.tensor([float(self.checkpoints.failed()), float(status)]).to(self.device)
+        flags = agree(torch.cat([unsound.float().view(1), ours]))
+        # One wait for the device: whether to take this step has to be known before it is taken.
+        skip, save_failed, ends, *numbers = torch.cat([flags, torch.stack([loss, norm])]).tolist()
+        if not skip:
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.model)
+        return Step(
+            loss=numbers[0],
+            norm=numbers[1],
+            skipped=bool(skip),
+            save_failed=bool(save_failed),
+            status=int(ends),
+        )
 
     def _loss(self, batch: Batch) -> Tensor:
         codes = torch.from_numpy(batch.codes).to(self.device, non_blocking=True)
@@ -178,9 +208,10 @@ class _Loop:
         patches = codes.numel() if layout is None else layout.n_patches
         self.patches += patches
         self.measured += patches
+        inputs = (codes, labels) if layout is None else (codes, labels, layout)
         with autocast(self.device, self.settings.precision):
-            logits = forward(self.wrapped, codes, labels, layout)  # type: ignore[arg-type]  # it may be wrapped
-        return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
+            loss: Tensor = self.wrapped(*inputs, loss=True)  # inside, where FSDP has the head's weights
+        return loss
 
     def _labels(self, labels: Tensor) -> Tensor:
         """The classes to condition on: some, or all, replaced by the guidance class."""
@@ -190,27 +221,70 @@ class _Loop:
         return torch.where(torch.rand(len(labels)) < self.objective.guidance_dropout, guidance, labels)
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Leaves gradients to this process until the last micro-batch; FSDP adds each up at once, which keeps none."""
         if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             return self.wrapped.no_sync()
         return contextlib.nullcontext()
 
-    def report(self, done: int, loss: float, **more: float) -> None:
+    def _clip(self) -> Tensor:
+        """Scales the gradients of all processes down to the largest norm; gives the norm that they had."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def count_skipped(self, found: Step, done: int, progress: Progress) -> None:
+        """Says it where step ``done`` was skipped; raises StageError after too many in a row."""
+        if not found.skipped:
+            self.in_a_row = 0
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row < MOST_SKIPPED:
+            progress.say(f"step {done} is skipped: its loss or gradient is not finite ({self.skipped} in all)")
+            return
+        raise StageError(
+            f"{MOST_SKIPPED} steps in a row, to step {done}, gave a loss or gradient that is not finite; begin a new "
+            f"run with a lower --lr (it is {self.peak_lr:g}) or more --warmup. The newest checkpoint of this one is in "
+            f"{self.run.checkpoints}"
+        )
+
+    def report(self, found: Step, done: int, **more: float) -> None:
         """A line of metrics about the steps since the last one, with ``more`` in it."""
-        now = time.monotonic()
-        mean_loss = _mean_over_processes(loss, self.device)
+        elapsed = max(time.monotonic() - self.spoke, 1e-9)
+        loss = mean(found.loss)
+        images, patches = total(torch.tensor([self.images, self.patches], dtype=torch.float64)).tolist()
+        rate, patches_per_image = images / elapsed, patches / max(images, 1)
+        speed = self.speed.of(rate, patches_per_image)
+        memory = peak_memory(self.device) / 1e9
         if rank() == 0:
-            rate = self.images * world_size() / max(now - self.spoke, 1e-9)
-            self.run.log(
-                step=done,
-                loss=mean_loss,
-                bits_per_token=mean_loss / math.log(2),
+            self.log(
+                done,
+                loss=loss,
+                bits_per_token=loss / math.log(2),
                 lr=self.optimizer.param_groups[0]["lr"],
+                grad_norm=found.norm,
+                skipped_steps=self.skipped,
                 images_per_s=round(rate, 2),
                 tokens_per_s=round(rate * self.model.config.n_tokens, 1),
-                patches_per_image=self.patches / max(self.images, 1),
+                patches_per_image=patches_per_image,
+                memory_gb=round(memory, 3),
+                **speed,
                 **more,
             )
-        self.spoke, self.images, self.patches = now, 0, 0
+        mfu = f" ({speed['mfu']:.1%} MFU)" if "mfu" in speed else ""
+        self.rates = (
+            f", {rate * self.model.config.n_tokens:,.0f} tokens/s, {patches_per_image:.1f} patches/image, "
+            f"{speed['flops_per_s'] / 1e12:.3g} TFLOP/s{mfu}, {memory:.2f} GB"
+        )
+        self.spoke, self.images, self.patches = time.monotonic(), 0, 0
+
+    def log(self, done: int, **values: float) -> None:
+        """A line of metrics, everywhere that they go."""
+        self.run.log(step=done, **values)
+        self.trackers.log(done, values)
+
+    def note(self, found: Step) -> str:
+        """What stands beside the bar."""
+        return f"loss {found.loss:.3f}, {found.loss / math.log(2):.2f} bits/token{self.rates}"
 
     def measure(self, begin: int, done: int, progress: Progress) -> dict[str, float]:
         """Gives and says what an image of the run's first steps cost on average, from its patches (paper section 4.3).
@@ -223,19 +297,18 @@ class _Loop:
         Returns:
             For the metrics, of the first process; nothing in the others.
         """
-        patches = _sum_over_processes(self.measured, self.device)
+        patches = int(total(torch.tensor(self.measured)))
         if rank() != 0:
             return {}
-        mean = (patches + sum(self._patches_of(step) for step in range(begin))) / (done * self.settings.batch)
-        macs = linear_macs(self.model.config, mean)
-        flops = TRAINING_FLOPS_A_MAC * macs
+        mean_patches = (patches + sum(self._patches_of(step) for step in range(begin))) / (done * self.settings.batch)
+        flops = self.speed.flops(mean_patches)
         progress.say(
             f"mean cost of an image over the first {done} steps: {flops / 1e9:.6g} GFLOPs "
-            f"(3 × 2 × {macs / 1e9:.6g} GMACs), {mean:.2f} patches"
+            f"(3 × 2 × {flops / 6e9:.6g} GMACs), {mean_patches:.2f} patches"
         )
         return {
             "measured_steps": done,
-            "measured_patches_per_image": mean,
+            "measured_patches_per_image": mean_patches,
             "training_gflops_per_image": flops / 1e9,
         }
 
@@ -243,30 +316,53 @@ class _Loop:
         """Patches of global batch ``step``; tokens for LlamaGen."""
         if isinstance(self.model, LlamaGen):
             return self.settings.batch * self.model.config.n_tokens
-        starts = self.objective.artifact.gather(*self.order.batch(step)).starts
+        starts = self.objective.artifact.gather(*self.data.order.batch(step), entropy=False).starts
         assert starts is not None  # fits() has refused artifacts without boundaries
         return int(starts.sum())
 
     def validate(self, done: int) -> None:
-        """Held-out bits per token, where there is a held-out artifact."""
-        held_out = self.objective.validation
-        if held_out is not None and rank() == 0:
-            found = bits_per_token(
-                self.model,
-                held_out,
-                batch=self.micro,
-                precision=self.settings.precision,
-                unconditional=self.objective.unconditional,
-            )
-            self.run.log(step=done, validation_bits_per_token=found.bits_per_token)
+        """Held-out bits per token, of the average too, and a sheet of samples, where they are wanted."""
+        began = time.monotonic()
+        found = {"validation_bits_per_token": self._held_out()} if self.objective.validation else {}
+        with self.average.in_place_of(self.model) if self.average else contextlib.nullcontext():
+            if self.average is not None and self.objective.validation:
+                found["ema_validation_bits_per_token"] = self._held_out()
+            if self.objective.painter is not None:
+                model = _unsharded(self.model, self.device) if self.sharded else self.model
+                if rank() == 0:
+                    self.objective.painter.draw(model, self.run.sheets / f"step-{done:08d}.png")
+        if found and rank() == 0:
+            self.log(done, **found)
         wait_for_all()
-        self.spoke = time.monotonic()
+        self.spoke += time.monotonic() - began  # no step's time
+
+    def _held_out(self) -> float:
+        assert self.objective.validation is not None
+        bits = shared_bits_per_token(
+            self.model,
+            self.objective.validation,
+            batch=self.micro,
+            precision=self.settings.precision,
+            unconditional=self.objective.unconditional,
+        )
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # it leaves its outermost weights whole, for a backward that does not come
+        return bits
 
     def save(self, done: int) -> None:
-        """A checkpoint, and the weights for everyone else."""
-        if rank() == 0:
-            self.run.save(done, self.model, {"optimizer": self.optimizer}, publish=self.model)
-        wait_for_all()
+        """Begins a checkpoint, and with it the weights for everyone else."""
+        notes = {"skipped": self.skipped, "in_a_row": self.in_a_row}
+        self.checkpoints.save(done, self.state, publish=self._publish, notes=notes)
+
+    def _publish(self, checkpoint: Path) -> None:
+        values = dataclasses.asdict(self.model.config)
+        for prefix, folder in (("model.", self.run.model), ("ema.", self.run.model_ema)):
+            if tensors := whole(checkpoint, prefix):
+                try:
+                    write_weights(folder, self.model.model_type, values, tensors)
+                except BaseException:
+                    (folder / f"{WEIGHTS}.part").unlink(missing_ok=True)  # a full disk needs the space
+                    raise
 
 
 def total_steps(settings: OptimSettings, images: int) -> int:
@@ -288,23 +384,40 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
 
 
-def _wrap(model: DPAR | LlamaGen) -> nn.Module:
-    if world_size() == 1:
-        return model
-    return nn.parallel.DistributedDataParallel(model)
+@contextlib.contextmanager
+def enough_memory(settings: OptimSettings, out: Path) -> Iterator[None]:
+    """Turns running out of memory inside the block into StageError that says which settings to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not full and "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        at_once = min(settings.micro_batch or settings.batch, settings.batch // world_size())
+        ways = [f"a lower --micro-batch (now {at_once}; the result does not depend on it)"] if at_once > 1 else []
+        ways += [] if settings.checkpoint_layers else ["--checkpoint-layers"]
+        ways += [] if settings.fsdp or world_size() == 1 else ["--fsdp"]
+        raise StageError(
+            f"memory is full. Run the same command with {', or '.join(ways) or 'a smaller --model'}; it goes on from "
+            f"the newest checkpoint in {out}, if there is one"
+        ) from error
 
 
-def _mean_over_processes(value: float, device: torch.device) -> float:
-    if world_size() == 1:
-        return value
-    tensor = torch.tensor(value, device=device)
-    dist.all_reduce(tensor)
-    return float(tensor) / world_size()
+def _open_trackers(run: RunFolder, settings: OptimSettings) -> Trackers:
+    here = rank() == 0
+    return Trackers(
+        run.folder,
+        tensorboard=here and settings.tensorboard,
+        wandb=here and settings.wandb,
+        config=dataclasses.asdict(settings),
+    )
 
 
-def _sum_over_processes(value: int, device: torch.device) -> int:
-    if world_size() == 1:
-        return value
-    tensor = torch.tensor(value, device=device, dtype=torch.int64)
-    dist.all_reduce(tensor)
-    return int(tensor)
+def _unsharded(model: DPAR | LlamaGen, device: torch.device) -> DPAR | LlamaGen:
+    """A whole copy of a model whose weights are shared over the processes; only the first one's has them."""
+    tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    config = model.config
+    whole_model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
+    if rank() == 0:
+        whole_model.load_state_dict(tensors)
+    return whole_model.to(device)

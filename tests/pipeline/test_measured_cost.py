@@ -1,7 +1,9 @@
-"""What ``dpar train`` says an image cost, from the patches that its first steps had."""
+"""What ``dpar train`` shows of a run on real images: what an image cost, and sheets of samples."""
 
 import json
+import shutil
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from dpar import VQConfig, VQTokenizer
 from dpar.flops import count
@@ -95,15 +98,13 @@ def test_it_is_right_when_the_run_was_broken_off_and_gone_on_with(patches: Path,
     settings = TrainSettings(model="dpar-tiny", **RECIPE)
     train(patches, tmp_path, settings, QUIET)
     (whole,) = measured(tmp_path)
-    (tmp_path / "checkpoints" / "step-00000005.safetensors").unlink()  # as if a kill came before it
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000005")  # as if a kill came before it
     train(patches, tmp_path, settings, QUIET)
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
-        "step-00000004.safetensors",
-        "step-00000005.safetensors",
-    ]
+    names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert names == ["step-00000004", "step-00000005"]
     (again,) = measured(tmp_path)
-    names = ("step", "measured_steps", "measured_patches_per_image", "training_gflops_per_image")
-    assert [again[name] for name in names] == [whole[name] for name in names]
+    fields = ("step", "measured_steps", "measured_patches_per_image", "training_gflops_per_image")
+    assert [again[name] for name in fields] == [whole[name] for name in fields]
 
 
 def test_a_longer_run_says_it_once_after_the_first_steps(
@@ -123,3 +124,31 @@ def test_llamagen_costs_its_tokens_and_the_entropy_model_says_nothing(patches: P
     assert line["measured_patches_per_image"] == 16
     assert line["training_gflops_per_image"] == pytest.approx(6 * count(config).linear / 1e9, rel=1e-9)
     assert not measured(patches.parent / "entropy")
+
+
+@pytest.mark.parametrize("model", ["dpar-tiny", "llamagen-tiny"])
+def test_each_validation_draws_a_sheet_of_as_many_samples_as_asked_for(
+    patches: Path, tmp_path: Path, model: str
+) -> None:
+    train(patches, tmp_path / "a", TrainSettings(model=model, eval_every=3, sheet=2, ema=0.5, **RECIPE), QUIET)
+    names = ["step-00000003.png", "step-00000005.png"]
+    assert sorted(path.name for path in (tmp_path / "a" / "sheets").iterdir()) == names
+    train(patches, tmp_path / "b", TrainSettings(model=model, eval_every=3, sheet=10, ema=0.5, **RECIPE), QUIET)
+    two, ten = (Image.open(tmp_path / run / "sheets" / names[0]).size for run in ("a", "b"))
+    assert ten[0] > 3 * two[0]
+    assert ten[1] > 1.5 * two[1]  # eight a row
+    one, other = ((tmp_path / run / "model-ema" / "model.safetensors").read_bytes() for run in ("a", "b"))
+    assert one == other  # drawing changes nothing
+
+
+def test_a_tokenizer_that_is_gone_is_said_once_and_training_goes_on(patches: Path, tmp_path: Path) -> None:
+    shutil.copytree(patches, tmp_path / "patches")
+    manifest = json.loads((tmp_path / "patches" / "manifest.json").read_text())
+    manifest["tokenizer"]["path"] = str(tmp_path / "gone")
+    (tmp_path / "patches" / "manifest.json").write_text(json.dumps(manifest))
+    said = StringIO()
+    settings = TrainSettings(model="dpar-tiny", eval_every=1, **RECIPE)
+    train(tmp_path / "patches", tmp_path / "run", settings, Progress(Console(file=said, width=500), quiet=False))
+    assert said.getvalue().count("no sample sheets are drawn: no model at") == 1
+    assert not (tmp_path / "run" / "sheets").exists()
+    assert metrics(tmp_path / "run")[-1]["step"] == 5

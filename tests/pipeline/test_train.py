@@ -1,13 +1,7 @@
-import hashlib
+import importlib.util
 import json
-import os
-import random
+import math
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,19 +12,33 @@ import torch
 from safetensors.torch import load_file
 
 from dpar import DPAR, LlamaGen
+from dpar.errors import ModelError
+from dpar.model import DPARConfig
+from dpar.presets import preset
 from pipeline.errors import StageError
 from pipeline.likelihood import same_classes
 from pipeline.progress import Progress
-from pipeline.settings import EntropySettings, TrainSettings
-from pipeline.train import train, train_entropy
-from shards.build import ArtifactBuild
-from shards.manifest import Kind, Manifest, ShardInfo
-from shards.rows import Rows
+from pipeline.run import RunFolder
+from pipeline.settings import EntropySettings
+from pipeline.train import train_entropy
+from pipeline.trainer import Objective, fit
+from shards.errors import ArtifactError
+from shards.reader import open_artifact
+from tests.pipeline.training import (
+    EXACT,
+    V,
+    build,
+    chosen,
+    digests,
+    largest_difference,
+    metrics,
+    results,
+    run,
+    saved,
+    weights,
+)
 
-V, GRID, N, VIEWS = 16, (4, 4), 16, 2
 QUIET = Progress(quiet=True)
-SIZES = (9, 0, 8)  # images a shard
-EXACT = {"dropout": 0.0, "guidance_dropout": 0.0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,51 +49,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def build(
-    out: Path,
-    kind: Kind = "patches",
-    grid: tuple[int, int] = GRID,
-    tokenizer: str = "0" * 64,
-    classes: int = 2,
-    seed: int = 0,
-) -> Path:
-    """Codes that count up by their class, a few of them wrong."""
-    settings = {"strategy": "entropy", "threshold": 2.0, "max_length": 4, "row_reset": True, "static_length": None}
-    maker = ArtifactBuild(out, settings=settings, n_shards=len(SIZES), container="arrow")
-    rng = np.random.default_rng(seed)
-    for index in maker.todo():
-        shape = (SIZES[index], VIEWS, grid[0] * grid[1])
-        labels = np.arange(SIZES[index]) % classes
-        codes = (np.arange(shape[-1]) * (labels[:, None, None] + 1) + np.zeros(shape, int)) % V
-        codes = np.where(rng.random(shape) < 0.1, rng.integers(0, V, shape), codes)
-        starts = rng.random(shape) < 0.5
-        starts[..., 0] = True
-        rows = Rows(
-            keys=[f"{index}/{i}" for i in range(shape[0])],
-            labels=labels.astype(np.int32),
-            codes=codes.astype(np.uint16),
-            entropy=rng.random(shape).astype(np.float16) if kind == "patches" else None,
-            starts=starts if kind == "patches" else None,
-        )
-        maker.add(index, rows)
-
-    def manifest(shards: tuple[ShardInfo, ...]) -> Manifest:
-        return Manifest(
-            kind=kind,
-            container="arrow",
-            grid=grid,
-            codebook_size=V,
-            views=VIEWS,
-            class_names=("a", "b", "c")[:classes],
-            rows=sum(SIZES),
-            shards=shards,
-            settings=settings,
-            source={},
-            tokenizer={"path": "vq", "fingerprint": tokenizer},
-        )
-
-    maker.finish(manifest)
-    return out
+def untrained() -> DPAR:
+    """The model that ``chosen()`` trains, with other weights."""
+    config = preset("dpar-tiny", codebook_size=V, grid_height=4, grid_width=4, classes=2)
+    assert isinstance(config, DPARConfig)
+    return DPAR(config)
 
 
 @pytest.fixture(scope="module")
@@ -93,147 +61,11 @@ def patches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("made") / "patches")
 
 
-def chosen(**values: Any) -> TrainSettings:
-    defaults = {
-        "model": "dpar-tiny",
-        "batch": 4,
-        "steps": 3,
-        "lr": 1e-3,
-        "log_every": 1,
-        "seed": 1,
-        "device": "cpu",
-        "precision": "fp32",
-    }
-    return TrainSettings(**{**defaults, **values})
-
-
-def run(patches: Path, out: Path, **values: Any) -> dict[str, Any]:
-    return train(patches, out, chosen(**values), QUIET)
-
-
-def command(patches: Path, out: Path, environment: dict[str, str] | None = None, **values: Any) -> Any:
-    """``dpar train`` in a process of its own, with the settings of ``chosen(**values)``."""
-    settings = chosen(**values)
-    names = ("model", "batch", "steps", "lr", "log_every", "seed", "device", "precision", "checkpoint_every", "dropout")
-    options = [
-        part
-        for name in (*names, "guidance_dropout")
-        for part in (f"--{name.replace('_', '-')}", str(getattr(settings, name)))
-    ]
-    return subprocess.Popen(
-        [sys.executable, "-m", "cli", "train", str(patches), str(out), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500", **(environment or {})},
-        cwd=patches.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def results(out: Path) -> list[tuple[Any, ...]]:
-    return [tuple(line.get(name) for name in ("step", "loss", "lr", "patches_per_image")) for line in metrics(out)]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model" / "model.safetensors")
-
-
-def digests(out: Path) -> dict[str, str]:
-    """Of every safetensors file of a run: weights and checkpoints."""
-    return {
-        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in out.rglob("*.safetensors")
-    }
-
-
-def largest_difference(one: Path, other: Path) -> float:
-    a, b = weights(one), weights(other)
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-def lines_of(out: Path) -> int:
-    path = out / "metrics.jsonl"
-    return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_any_time_goes_on_to_the_same_bytes(patches: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"steps": 24, "checkpoint_every": 8, "dropout": 0.1, "guidance_dropout": 0.3}
-    out = tmp_path / "killed"
-    first = out / "checkpoints" / "step-00000008.safetensors"
-
-    def killed_when(seen: Any, delay: float) -> None:
-        process = command(patches, out, **settings)
-        while process.poll() is None and not seen():
-            time.sleep(0.001)
-        time.sleep(delay)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
-
-    killed_when(first.exists, 0)
-    published, saved = weights(out), load_file(first)
-    assert all(torch.equal(published[name], saved[f"model.{name}"]) for name in published)
-    killed_when(lambda: lines_of(out) >= 11, random.Random(0).random() * 0.1)
-    run(patches, out, **settings)
-    run(patches, tmp_path / "undisturbed", **settings)
-    assert digests(out) == digests(tmp_path / "undisturbed")
-    assert results(out) == results(tmp_path / "undisturbed")
-    assert [line["step"] for line in metrics(out)] == list(range(1, 25))
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_the_step_ends_with_130_and_says_how_to_go_on(patches: Path, tmp_path: Path) -> None:
-    out = tmp_path / "stopped"
-    settings: dict[str, Any] = {"steps": 60, "checkpoint_every": 1000, "dropout": 0.1, "guidance_dropout": 0.3}
-    process = command(patches, out, **settings)
-    while process.poll() is None and lines_of(out) < 6:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    (saved,) = (out / "checkpoints").iterdir()
-    step = int(saved.stem.removeprefix("step-"))
-    assert f"Stopped. Step {step} is saved in {out}; run the same command again to go on." in said
-    assert "Traceback" not in said
-    run(patches, out, **settings)
-    run(patches, tmp_path / "undisturbed", **settings)
-    assert largest_difference(out, tmp_path / "undisturbed") == 0
-    losses = [[line["loss"] for line in metrics(folder)] for folder in (out, tmp_path / "undisturbed")]
-    assert losses[0] == losses[1]
-
-
-@pytest.mark.slow
-def test_two_processes_with_half_the_batch_each_give_the_weights_of_one(patches: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"steps": 4, "batch": 8, "checkpoint_every": 2, "lr": 1e-4, **EXACT}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [
-        command(patches, tmp_path / "two", {**together, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **settings)
-        for rank in range(2)
-    ]
-    for process in started:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
-    run(patches, tmp_path / "one", **settings)
-    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
-    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two")]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    assert len(list((tmp_path / "two" / "checkpoints").iterdir())) == 2
-
-
 def test_going_on_from_a_checkpoint_gives_the_same_bytes(patches: Path, tmp_path: Path) -> None:
     settings = {"steps": 6, "checkpoint_every": 2}
     run(patches, tmp_path / "a", **settings)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    (tmp_path / "b" / "checkpoints" / "step-00000006.safetensors").unlink()
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-00000006")
     run(patches, tmp_path / "b", **settings)
     assert digests(tmp_path / "b") == digests(tmp_path / "a")
     assert results(tmp_path / "b") == results(tmp_path / "a")
@@ -244,7 +76,7 @@ def test_a_checkpoint_that_is_cut_short_gives_way_to_the_one_before(patches: Pat
     settings = {"steps": 4, "checkpoint_every": 2}
     run(patches, tmp_path / "a", **settings)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    newest = tmp_path / "b" / "checkpoints" / "step-00000004.safetensors"
+    (newest,) = (tmp_path / "b" / "checkpoints" / "step-00000004").glob("*.safetensors")
     newest.write_bytes(newest.read_bytes()[:left])
     run(patches, tmp_path / "b", **settings)
     assert digests(tmp_path / "b") == digests(tmp_path / "a")
@@ -257,7 +89,7 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_anew_in_its_metrics_to
     run(patches, tmp_path / "a")
     before, whole = digests(tmp_path / "a"), results(tmp_path / "a")
     for path in (tmp_path / "a" / "checkpoints").iterdir():
-        path.unlink()
+        shutil.rmtree(path)
     run(patches, tmp_path / "a")
     assert digests(tmp_path / "a") == before
     assert results(tmp_path / "a") == whole
@@ -267,7 +99,7 @@ def test_a_line_of_metrics_that_a_kill_cut_short_is_forgotten(patches: Path, tmp
     settings = {"steps": 4, "checkpoint_every": 2}
     run(patches, tmp_path / "a", **settings)
     whole = results(tmp_path / "a")
-    (tmp_path / "a" / "checkpoints" / "step-00000004.safetensors").unlink()
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-00000004")
     path = tmp_path / "a" / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     run(patches, tmp_path / "a", **settings)
@@ -283,8 +115,9 @@ def test_a_finished_run_is_not_trained_again(patches: Path, tmp_path: Path) -> N
 
 def test_only_the_newest_two_checkpoints_are_kept(patches: Path, tmp_path: Path) -> None:
     run(patches, tmp_path / "a", steps=7, checkpoint_every=2)
-    names = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
-    assert names == ["step-00000006.safetensors", "step-00000007.safetensors"]
+    assert saved(tmp_path / "a") == ["step-00000006", "step-00000007"]
+    run(patches, tmp_path / "b", steps=7, checkpoint_every=2, keep=3)
+    assert saved(tmp_path / "b") == ["step-00000004", "step-00000006", "step-00000007"]
 
 
 def test_other_settings_or_data_over_a_run_are_refused_with_both_values(patches: Path, tmp_path: Path) -> None:
@@ -404,21 +237,148 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(
     assert not (tmp_path / "a").exists()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_only_sound_checkpoints(
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run_and_leave_only_sound_checkpoints(
     patches: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "a"
     settings = {"steps": 200, "lr": 1e6, "checkpoint_every": 1, "weight_decay": 0.5}
+    ended = []
     for _ in range(2):  # the second goes on from the newest checkpoint, to the same end
         with pytest.raises(
             StageError,
-            match=rf"not finite at step \d+; begin a new run with a lower --lr \(it is 1e\+06\).*{out}/checkpoints",
-        ):
+            match=rf"10 steps in a row, to step \d+, gave .* lower --lr \(it is 1e\+06\).*{out}/checkpoints",
+        ) as refusal:
             run(patches, out, **settings)
+        ended.append(str(refusal.value))
         for path in out.rglob("*.safetensors"):
             assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
+    assert ended[0] == ended[1]
+    assert metrics(out)[-1]["skipped_steps"] == 9
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
+    patches: Path, tmp_path: Path
+) -> None:
+    artifact = open_artifact(patches)
+    settings = chosen(steps=5, checkpoint_every=1, keep=9, dropout=0.0, weight_decay=0.5, ema=0.5)
+    torch.manual_seed(0)
+    model = untrained()
+    backwards = iter(range(99))
+    model.norm.weight.register_hook(lambda gradient: gradient * (math.inf if next(backwards) in (1, 3) else 1))
+    folder = RunFolder(tmp_path / "a", "train", {}, {})
+    fit(model, Objective(artifact=artifact, validation=None), folder, settings, QUIET)
+
+    def tensors(step: int) -> dict[str, torch.Tensor]:
+        (path,) = (tmp_path / "a" / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")
+        return load_file(path)
+
+    for before, after, same in ((1, 2, True), (2, 3, False), (3, 4, True), (4, 5, False)):
+        ours, theirs = tensors(before), tensors(after)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours) == same
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "a")] == [0, 1, 1, 2, 2]
+    seals = [json.loads(path.read_text()) for path in sorted((tmp_path / "a").glob("checkpoints/*/checkpoint.json"))]
+    assert [seal["notes"]["in_a_row"] for seal in seals] == [0, 1, 0, 1, 0]
 
 
 def test_held_out_data_with_other_classes_of_the_same_number_is_refused() -> None:
     with pytest.raises(StageError, match="class 1 is 'bee' in patches and 'boa' in held-out"):
         same_classes(("ape", "bee"), ("ape", "boa"), "patches", "held-out")
+
+
+def test_the_average_is_that_of_its_definition_and_lies_beside_the_weights(patches: Path, tmp_path: Path) -> None:
+    out, decay = tmp_path / "a", 0.75
+    torch.manual_seed(chosen().seed)
+    expected = untrained().state_dict()
+    run(patches, out, steps=3, checkpoint_every=1, keep=3, ema=decay)
+    for path in sorted((out / "checkpoints").glob("*/*.safetensors")):
+        after = load_file(path)
+        expected = {name: decay * old + (1 - decay) * after[f"model.{name}"] for name, old in expected.items()}
+    average = DPAR.from_pretrained(out / "model-ema").state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(average[name], value)
+    assert any(not torch.equal(average[name], value) for name, value in weights(out).items())
+
+
+def test_other_settings_go_on_with_override_and_are_recorded_with_the_step(patches: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    run(patches, out, steps=2)
+    run(patches, out, steps=4, lr=5e-4, ema=0.5, override=True)
+    assert [(line["step"], line["lr"]) for line in metrics(out)] == [(1, 1e-3), (2, 1e-3), (3, 5e-4), (4, 5e-4)]
+    record = json.loads((out / "run.json").read_text())
+    assert record["settings"]["lr"] == 5e-4
+    assert [start["step"] for start in record["history"]] == [0, 2]
+    assert record["history"][1]["changed"] == {"ema": [0.0, 0.5], "lr": [0.001, 0.0005], "steps": [2, 4]}
+    run(patches, out, steps=4, lr=5e-4, ema=0.5)  # these are the run's settings now
+    with pytest.raises(StageError, match=r"model was 'dpar-tiny' and is now 'llamagen-tiny'\. Name another output$"):
+        run(patches, out, steps=4, lr=5e-4, ema=0.5, model="llamagen-tiny", override=True)
+
+
+def test_a_run_starts_from_given_weights(patches: Path, tmp_path: Path) -> None:
+    run(patches, tmp_path / "a", steps=2)
+    run(patches, tmp_path / "b", steps=1, lr=0.0, init=str(tmp_path / "a"))
+    assert largest_difference(tmp_path / "a", tmp_path / "b") == 0
+    shutil.rmtree(tmp_path / "a")
+    run(patches, tmp_path / "b", steps=1, lr=0.0, init=str(tmp_path / "a"))  # not needed to go on
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"classes": 3}, r"cls_embedding.embedding_table.weight is \(4, 192\), not \(3, 192\)"),
+        ({"grid": (2, 8)}, "grid_height 2 is not 4; grid_width 8 is not 4"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_anything_is_written(
+    patches: Path, tmp_path: Path, other: dict[str, Any], says: str
+) -> None:
+    run(build(tmp_path / "other", **other), tmp_path / "a", steps=1)
+    with pytest.raises((StageError, ModelError), match=says):
+        run(patches, tmp_path / "b", init=str(tmp_path / "a"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_damaged_shard_is_found_before_anything_is_written(patches: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "patches"
+    shutil.copytree(patches, damaged)
+    (shard, *_) = sorted(damaged.glob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ArtifactError, match=shard.name):
+        run(damaged, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_tracker_whose_package_is_missing_is_refused_before_anything_is_written(
+    patches: Path, tmp_path: Path
+) -> None:
+    for name in ("tensorboard", "wandb"):
+        if importlib.util.find_spec(name) is None:
+            with pytest.raises(StageError, match=rf"--{name} needs .*: pip install 'dpar\[{name}\]'"):
+                run(patches, tmp_path / "a", **{name: True})
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_run_says_how_it_computes_and_how_fast(patches: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    run(patches, out, steps=2)
+    resolved = json.loads((out / "run.json").read_text())["resolved"]
+    assert resolved["precision"] == "fp32"
+    assert (resolved["device"], resolved["processes"], resolved["compile"]) == ("cpu", 1, False)
+    assert resolved["attention"] == "sdpa"
+    assert resolved["attention_reason"]
+    line = metrics(out)[-1]
+    assert line["flops_per_s"] > 0
+    assert line["grad_norm"] > 0
+    assert line["memory_gb"] > 0.1
+    assert line["tokens_per_s"] == pytest.approx(line["images_per_s"] * 16, rel=0.1)
+
+
+@pytest.mark.parametrize("choice", [{"checkpoint_layers": True}, {"precision": "bf16"}])
+def test_other_ways_to_compute_give_nearly_the_same_losses(
+    patches: Path, tmp_path: Path, choice: dict[str, Any]
+) -> None:
+    run(patches, tmp_path / "a", steps=3)
+    run(patches, tmp_path / "b", steps=3, **choice)
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("a", "b")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6 if "checkpoint_layers" in choice else 2e-2)

@@ -50,7 +50,7 @@ def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
     options += ["--classes=cat", "--classes=coffee"]
     command = [sys.executable, "-m", "cli", "tokenizer", "builtin:photos", str(tmp_path / "broken"), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "broken").glob("checkpoints/*.safetensors")) and process.poll() is None:
+    while not list((tmp_path / "broken").glob("checkpoints/step-*/checkpoint.json")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()

@@ -1,0 +1,62 @@
+"""An exponential moving average of a model's weights, which often samples better than the weights themselves.
+
+average = EMA(model, decay=0.9999)
+average.update(model)                                    # after each optimizer step: a ← decay·a + (1 - decay)·w
+with average.in_place_of(model):
+    bits = bits_per_token(model, ...)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class EMA:
+    """The average; it begins at the weights that the model has. Under FSDP each process averages its share."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def begin_at(self, model: nn.Module) -> None:
+        """Forgets the past: the average is the model's weights."""
+        for mine, theirs in zip(self._mine(), _local(model), strict=True):
+            mine.copy_(theirs)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Takes in the weights after one more step."""
+        torch._foreach_lerp_(self._mine(), _local(model), 1 - self.decay)
+
+    @contextlib.contextmanager
+    def in_place_of(self, model: nn.Module) -> Iterator[None]:
+        """Inside the block the model has the averaged weights."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module) -> None:
+        for mine, theirs in zip(self._mine(), _local(model), strict=True):
+            kept = theirs.clone()
+            theirs.copy_(mine)
+            mine.copy_(kept)
+
+    def _mine(self) -> list[Tensor]:
+        return [_part(t) for t in self.tensors.values()]
+
+
+def _local(model: nn.Module) -> list[Tensor]:
+    return [_part(p.detach()) for p in model.parameters()]
+
+
+def _part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
