@@ -1,6 +1,9 @@
 """The named sizes (paper Table 1; LlamaGen's B, L, XL, XXL), and what `tiny` means for a look on a laptop.
 
 config = preset("dpar-b", classes=1000, grid_height=24, grid_width=24)
+entropy_model = preset("llamagen-xs", classes=0)                 # s and xs: entropy models that cost little
+
+Half of llamagen-s (25 M parameters) and most of llamagen-xs (6 M) are the embeddings and the head of 16384 codes.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from dpar.llamagen import LlamaGenConfig
 from dpar.model import DPARConfig
 from dpar.tokenizer import VQConfig
 
-# name: (width, heads, LlamaGen's layers, DPAR's encoder, patch transformer and decoder layers)
-SIZES: dict[str, tuple[int, int, int, tuple[int, int, int]]] = {
+# name: (width, heads, LlamaGen's layers, DPAR's encoder, patch transformer and decoder layers if there is such a DPAR)
+SIZES: dict[str, tuple[int, int, int, tuple[int, int, int] | None]] = {
     "tiny": (192, 3, 6, (1, 3, 2)),
+    "xs": (128, 2, 6, None),
+    "s": (384, 6, 7, None),
     "b": (768, 12, 12, (1, 8, 3)),
     "l": (1024, 16, 24, (1, 19, 4)),
     "xl": (1280, 20, 36, (1, 30, 5)),
@@ -30,7 +35,7 @@ TOKENIZERS: dict[str, VQConfig] = {
         codebook_size=1024, channels=32, channel_multipliers=(1, 1, 2, 2), residual_blocks=1, latent_channels=64
     ),
 }
-PRESETS = tuple(f"{family}-{size}" for family in ("dpar", "llamagen") for size in SIZES)
+PRESETS = (*(f"dpar-{size}" for size, sizes in SIZES.items() if sizes[3]), *(f"llamagen-{size}" for size in SIZES))
 
 
 def preset(name: str, **overrides: Any) -> DPARConfig | LlamaGenConfig:
@@ -41,10 +46,10 @@ def preset(name: str, **overrides: Any) -> DPARConfig | LlamaGenConfig:
     """
     _check_name(name, PRESETS)
     family, size = name.split("-")
-    width, heads, layers, (encoder, patch, decoder) = SIZES[size]
-    if family == "llamagen":
+    width, heads, layers, parts = SIZES[size]
+    if family == "llamagen" or parts is None:
         return LlamaGenConfig(**{"width": width, "heads": heads, "layers": layers, **overrides})
-    sizes = {"encoder_layers": encoder, "patch_layers": patch, "decoder_layers": decoder}
+    sizes = dict(zip(("encoder_layers", "patch_layers", "decoder_layers"), parts, strict=True))
     return DPARConfig(**{"width": width, "heads": heads, **sizes, **overrides})
 
 

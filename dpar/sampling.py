@@ -8,7 +8,11 @@ conditional and the unconditional half share tokens and boundaries, so the entro
 once for both. Feeding the sampled codes and starts through the model's forward gives the logits that were seen here.
 
 Randomness: one uniform number for each (image index, token), from a counter-based generator keyed by the seed, turned
-into a token by the inverse CDF. An image depends on (seed, index), not on what else is in the batch.
+into a token by the inverse CDF. An image depends on (seed, index), not on what else is in the batch: on CPU in float32
+to the last bit (:mod:`dpar.cache` says how). On a GPU, or between two machines, logits can differ in their last bits,
+and then a token does where its uniform number lies within about 1e-6 of an edge of the cumulative distribution.
+
+All images stand at the same token; the patch transformer runs for those of them that begin a patch there.
 """
 
 from __future__ import annotations
@@ -16,17 +20,51 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dpar.cache import KVCache
+from dpar.cache import KVCache, Places, pad_rows, padded
 from dpar.errors import ModelError
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.patching import OnlinePatcher, token_entropy
+
+GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance: logits = u + s(i)·(c - u) for token i of N, from conditional c and unconditional u.
+
+    ``constant`` (the paper's): s(i) = scale. ``linear``: s(i) = 1 + (scale - 1)·i/N. ``power-cosine`` (RAR's):
+    s(i) = 1 + (scale - 1)·(1 - cos(π·(i/N)^power))/2. A scale of 1 is no guidance.
+    """
+
+    scale: float = 1.0
+    schedule: GuidanceSchedule = "constant"
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ModelError(f"cfg_scale is {self.scale}; it must be above 0 (1 is no guidance)")
+        if self.schedule not in get_args(GuidanceSchedule):
+            raise ModelError(
+                f"cfg_schedule is {self.schedule!r}; it must be one of {', '.join(get_args(GuidanceSchedule))}"
+            )
+        if not (math.isfinite(self.power) and self.power >= 0):
+            raise ModelError(f"cfg_power is {self.power}; it must be at least 0")
+
+    def at(self, position: int, n_tokens: int) -> float:
+        """s of token ``position`` of ``n_tokens``."""
+        if self.schedule == "constant":
+            return self.scale
+        done = position / n_tokens
+        share = done if self.schedule == "linear" else (1 - math.cos(math.pi * done**self.power)) / 2
+        return 1 + (self.scale - 1) * share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +91,21 @@ def sample(
     labels: Tensor,
     *,
     cfg_scale: float = 1.0,
+    cfg_schedule: GuidanceSchedule = "constant",
+    cfg_power: float = 1.0,
     threshold: float | None = None,
     max_length: int | None = 4,
     row_reset: bool = True,
     static_length: float | None = None,
+    known: Tensor | None = None,
+    keep: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
     indices: Sequence[int] | None = None,
     observe: Callable[[int, Tensor], None] | None = None,
+    observe_log_prob: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Samples one image for each label.
 
@@ -72,16 +115,24 @@ def sample(
             infinite threshold.
         labels: (B,) int64.
         cfg_scale: s of classifier-free guidance, logits = u + s·(c - u); 1 is none and costs no second half.
+        cfg_schedule: how s goes from token to token; :class:`Guidance` has the formulas.
+        cfg_power: of the power-cosine schedule.
         threshold: τ, nats; needed with an entropy model.
         max_length: P; None for no limit.
         row_reset: whether each row starts a patch.
         static_length: the fixed patch length of the static scheme, in place of the rule.
+        known: (B, N) int64, codes of which some are kept, as editing needs it; goes with ``keep``.
+        keep: (B, N) bool, True where the token is that of ``known``. The others are sampled, in raster order: each sees
+            the tokens before it, kept or sampled, and none after it. Boundaries follow from the actual tokens.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: keeps the k likeliest tokens; 0 keeps all.
         top_p: keeps the likeliest tokens that together reach this probability.
         seed: of all randomness.
         indices: each image's number in the run; 0, 1, … if None.
         observe: called with (position, logits (B, V) after guidance) at each token.
+        observe_log_prob: called with (position, ln p (B,) float32) at each token: of the token that was taken, under
+            the model itself, without guidance, temperature, top-k or top-p. Their sum over an image is what teacher
+            forcing the sampled codes and starts gives.
 
     Returns:
         codes (B, N) int64 and starts (B, N) bool; for LlamaGen every token is its own patch.
@@ -90,10 +141,13 @@ def sample(
         ModelError: settings or models that do not fit each other.
     """
     choice = Choice(temperature=temperature, top_k=top_k, top_p=top_p)
-    _check(model, entropy_model, labels, cfg_scale, threshold, static_length)
+    guidance = Guidance(scale=cfg_scale, schedule=cfg_schedule, power=cfg_power)
+    _check(model, entropy_model, labels, threshold, static_length)
     config, batch, device = model.config, labels.shape[0], model.output.weight.device
+    n = config.n_tokens
     if indices is not None and len(indices) != batch:
         raise ModelError(f"there are {len(indices)} indices for {batch} labels; one an image is needed")
+    known, keep = _on_device(known, keep, batch, n, config.codebook_size, device)
     labels = labels.to(device)
     guided = cfg_scale != 1.0
     if guided:
@@ -109,7 +163,7 @@ def sample(
     )
     patcher = OnlinePatcher(
         batch,
-        config.n_tokens,
+        n,
         threshold=math.inf if threshold is None else threshold,
         max_length=max_length if isinstance(model, DPAR) else 1,
         grid_width=config.grid_width,
@@ -117,20 +171,24 @@ def sample(
         static_length=static_length if isinstance(model, DPAR) else None,
         device=device,
     )
-    noise = torch.from_numpy(uniforms(seed, range(batch) if indices is None else indices, config.n_tokens)).to(device)
-    codes = torch.zeros(batch, config.n_tokens, dtype=torch.long, device=device)
-    starts = torch.zeros(batch, config.n_tokens, dtype=torch.bool, device=device)
-    for i in range(config.n_tokens):
+    noise = torch.from_numpy(uniforms(seed, range(batch) if indices is None else indices, n)).to(device)
+    codes = torch.zeros(batch, n, dtype=torch.long, device=device)
+    starts = torch.zeros(batch, n, dtype=torch.bool, device=device)
+    for i in range(n):
         entropy = None if watcher is None else token_entropy(watcher.logits(i))
         starts[:, i] = patcher.step(i, entropy)
-        logits = stepper.logits(i, starts[:, i]).float()
+        own = logits = stepper.logits(i, starts[:, i]).float()
         if guided:
-            conditional, unconditional = logits.split(batch)
-            logits = unconditional + cfg_scale * (conditional - unconditional)
+            own, unconditional = logits.split(batch)
+            logits = unconditional + guidance.at(i, n) * (own - unconditional)
         if observe is not None:
             observe(i, logits)
         codes[:, i] = draw(logits, noise[:, i], choice)
-        if i + 1 < config.n_tokens:
+        if known is not None and keep is not None:
+            codes[:, i] = torch.where(keep[:, i], known[:, i], codes[:, i])
+        if observe_log_prob is not None:
+            observe_log_prob(i, own.log_softmax(dim=-1).gather(1, codes[:, i : i + 1]).squeeze(1))
+        if i + 1 < n:
             stepper.accept(i, codes[:, i])
             if watcher is not None:
                 watcher.accept(i, codes[:, i])
@@ -157,13 +215,24 @@ def keep_likeliest(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     """Probabilities (B, V) with all but the ``top_k`` likeliest, and all past ``top_p``, set to 0; not normalised."""
     if (top_k <= 0 or top_k >= probs.shape[-1]) and top_p >= 1:
         return probs
-    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    ordered = _descending(probs)
     if 0 < top_k < probs.shape[-1]:
-        ordered[:, top_k:] = 0
+        ordered = ordered[:, :top_k]
+    count = torch.full_like(ordered[:, :1], ordered.shape[-1], dtype=torch.long)
     if top_p < 1:  # a token stays if those before it have not reached top_p
-        before = (ordered.cumsum(dim=-1) - ordered) / ordered.sum(dim=-1, keepdim=True)
-        ordered = ordered.masked_fill(before >= top_p, 0)
-    return torch.zeros_like(probs).scatter(-1, order, ordered)
+        reached = ordered.cumsum(dim=-1)
+        count = 1 + (reached[:, :-1] / reached[:, -1:] < top_p).sum(dim=-1, keepdim=True)
+    least = ordered.gather(-1, count - 1)
+    above, equal = probs > least, probs == least
+    first = equal & (equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True))  # of equals, the first stay
+    return probs.masked_fill(~(above | first), 0)
+
+
+def _descending(values: Tensor) -> Tensor:
+    """Each row of (B, V) sorted. On CPU by NumPy: PyTorch sorts indices along, which takes ten times as long there."""
+    if values.device.type != "cpu":
+        return values.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)
 
 
 class Stepper(Protocol):
@@ -180,17 +249,17 @@ class TokenStepper:
     """LlamaGen, one token a step; the entropy model runs through it too."""
 
     def __init__(self, model: LlamaGen, labels: Tensor, dtype: torch.dtype) -> None:
-        self.model = model
-        self.cache = model.start_cache(labels.shape[0], dtype)
+        self.model, self.rows = model, labels.shape[0]
+        self.cache = model.start_cache(self.rows, dtype)
         self.input = model.cls_embedding(labels)  # (rows, d), what stands before the next token
 
     def logits(self, position: int, starts: Tensor | None = None) -> Tensor:
         """See :class:`Stepper`."""
-        return self.model.step(self.input, position, self.cache)
+        return self.model.step(pad_rows(self.input), position, self.cache)[: self.rows]
 
     def accept(self, position: int, codes: Tensor) -> None:
         """See :class:`Stepper`."""
-        self.input = self.model.tok_embeddings(codes).repeat(self.input.shape[0] // codes.shape[0], 1)
+        self.input = self.model.tok_embeddings(codes).repeat(self.rows // codes.shape[0], 1)
 
 
 class PatchStepper:
@@ -202,7 +271,7 @@ class PatchStepper:
 
     def __init__(self, model: DPAR, labels: Tensor, batch: int, dtype: torch.dtype) -> None:
         c, device, rows = model.config, labels.device, labels.shape[0]
-        self.model, self.batch, self.halves = model, batch, rows // batch
+        self.model, self.batch, self.rows, self.halves = model, batch, rows, rows // batch
         n, d = c.n_tokens, c.width
         self.condition = model.cls_embedding(labels)  # (rows, d)
         self.stream = self.condition  # the decoder's next input
@@ -223,39 +292,39 @@ class PatchStepper:
         images = starts.nonzero().squeeze(1)
         if len(images):
             self._begin_patches(position, images)
-        x = self.stream.unsqueeze(1)
+        x = pad_rows(self.stream).unsqueeze(1)
         table = self.model.stream_table[position : position + 1]
         for layer, received, cache in zip(self.model.decoder_layers(), self.received, self.decoder_cache, strict=True):
-            x = layer(x, received.unsqueeze(1), table, cache.at(position))
-        logits: Tensor = self.model.output(self.model.norm(x[:, 0]))
+            x = layer(x, pad_rows(received).unsqueeze(1), table, cache.at(position))
+        logits: Tensor = self.model.output(self.model.norm(x[:, 0]))[: self.rows]
         return logits
 
     def accept(self, position: int, codes: Tensor) -> None:
         """See :class:`Stepper`."""
-        x = self.model.tok_embeddings(codes).unsqueeze(1)
+        x = pad_rows(self.model.tok_embeddings(codes)).unsqueeze(1)
         table = self.model.token_table[position : position + 1]
         for layer, tokens, cache in zip(self.model.encoder_layers(), self.tokens, self.encoder_cache, strict=True):
             x = layer.block(x, table, cache.at(position))
-            tokens[:, position] = x[:, 0]
-        self.stream = x[:, 0].repeat(self.halves, 1)
+            tokens[:, position] = x[: self.batch, 0]
+        self.stream = x[: self.batch, 0].repeat(self.halves, 1)
 
     def _begin_patches(self, position: int, images: Tensor) -> None:
         """Closes the open patch of these images, (R,), and runs the patch transformer on it for the next one."""
         rows = torch.cat([images + half * self.batch for half in range(self.halves)])
         if position == 0:
             x = self.condition
-            table = torch.zeros_like(self.model.stream_table[:1]).expand(len(rows), -1, -1)
+            table = torch.zeros_like(self.model.stream_table[:1])
         else:
             first = self.first[images]
             x = self._closed_patches(images, first, position).repeat(self.halves, 1)
             last = torch.full_like(first, position - 1)
-            table = self.model.patch_positions(first, last).repeat(self.halves, 1, 1)
-        x, table = x.unsqueeze(1), table.unsqueeze(1)
-        places = self.patches[images].repeat(self.halves)
+            table = pad_rows(self.model.patch_positions(first, last).repeat(self.halves, 1, 1)).unsqueeze(1)
+        x = pad_rows(x).unsqueeze(1)
+        places = Places.of(rows, self.patches[images].repeat(self.halves), self.rows)
         for layer, cache in zip(self.model.layers, self.patch_cache, strict=True):
-            x = layer(x, table, cache.at_rows(rows, places))
+            x = layer(x, table, cache.at_rows(places))
         for index, layer in enumerate(self.model.decoder_layers()):
-            self.received[index, rows] = layer.project(x[:, 0]).to(self.received.dtype)
+            self.received[index, rows] = layer.project(x[:, 0])[: len(rows)].to(self.received.dtype)
         self.first[images] = position
         self.patches[images] += 1
 
@@ -266,11 +335,15 @@ class PatchStepper:
         begins = lengths.cumsum(0) - lengths
         offset = torch.arange(len(patch_of_token), device=images.device) - begins[patch_of_token]
         at = (images[patch_of_token], first[patch_of_token] + offset)
+        # rows of padding as in pad_rows: a patch more, if need be, that holds the tokens of padding
+        missing = padded(len(offset)) - len(offset)
+        count = padded(len(images) + (missing > 0))
+        patch_of_token, offset = F.pad(patch_of_token, (0, missing), value=count - 1), F.pad(offset, (0, missing))
         patches = None
         for layer, tokens in zip(self.model.encoder_layers(), self.tokens, strict=True):
-            patches = layer.cross_attention(patches, tokens[at], patch_of_token, offset, len(images))
+            patches = layer.cross_attention(patches, pad_rows(tokens[at]), patch_of_token, offset, count)
         assert patches is not None  # there is at least one layer
-        return patches
+        return patches[: len(images)]
 
 
 def _compute_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
@@ -282,7 +355,6 @@ def _check(
     model: DPAR | LlamaGen,
     entropy_model: LlamaGen | None,
     labels: Tensor,
-    cfg_scale: float,
     threshold: float | None,
     static_length: float | None,
 ) -> None:
@@ -294,8 +366,6 @@ def _check(
             f"labels reach from {int(labels.min())} to {int(labels.max())}; this model has classes "
             f"0 to {config.classes - 1}, and {config.classes} for none"
         )
-    if not (math.isfinite(cfg_scale) and cfg_scale > 0):
-        raise ModelError(f"cfg_scale is {cfg_scale}; it must be above 0 (1 is no guidance)")
     if isinstance(model, LlamaGen) or static_length is not None:
         return
     if entropy_model is None:
@@ -305,6 +375,27 @@ def _check(
     if threshold is None:
         raise ModelError("threshold is needed with an entropy model; use the one that made the training patches")
     check_same_tokens(model, entropy_model)
+
+
+def _on_device(
+    known: Tensor | None, keep: Tensor | None, batch: int, n_tokens: int, codebook_size: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """``known`` and ``keep`` as they are needed, if they are given and fit."""
+    if known is None and keep is None:
+        return None, None
+    if known is None or keep is None:
+        raise ModelError("known and keep go together: the codes, and which of them are kept")
+    for name, tensor in (("known", known), ("keep", keep)):
+        if tensor.shape != (batch, n_tokens):
+            raise ModelError(f"{name} is {tuple(tensor.shape)}; ({batch}, {n_tokens}) is needed: images, tokens")
+    if keep.dtype != torch.bool:
+        raise ModelError(f"keep is {keep.dtype}; bool is needed")
+    held = known[keep]
+    if len(held) and not 0 <= int(held.min()) <= int(held.max()) < codebook_size:
+        raise ModelError(
+            f"known codes reach from {int(held.min())} to {int(held.max())}; this model has 0 to {codebook_size - 1}"
+        )
+    return known.to(device), keep.to(device)
 
 
 def check_same_tokens(model: DPAR | LlamaGen, entropy_model: LlamaGen) -> None:

@@ -238,7 +238,7 @@ def _patches(held_out: Artifact, rows: NDArray[np.int64], training: Manifest, pi
 def _samples(out: Path, name: str, size: Size, pictures: Path) -> Section:
     shown = []
     for scale in size.guidance:
-        picture = Image.open(out / f"eval-{name}" / f"samples-cfg-{scale:g}.png")
+        picture = Image.open(out / f"eval-{name}" / "cells" / f"cfg-{scale:g}" / "samples.png")
         path = pictures / f"{name}-samples-cfg-{scale:g}.png"
         shown.append(_keep(picture, path, f"Samples of every class at guidance {scale:g}"))
     return Section(

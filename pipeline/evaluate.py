@@ -2,54 +2,77 @@
 
     results = evaluate(Path("run"), Path("scores"), EvalSettings(reference=Path("validation-patches")))
 
-    OUT/results.json      everything below, and what made it
-    OUT/results.md        the same as a table
-    OUT/samples-cfg-S.png a sheet of every class at each guidance scale, and the same with patches drawn
+    OUT/results.json, .csv, .md   all numbers, and what made them
+    OUT/quality-vs-*.png          against guidance, patch length and training FLOPs, where there are several of them
+    OUT/cells/NAME/               each cell of the table: its codes as an artifact, its numbers, its sheets
+    OUT/reference.npz             the reference's statistics
 
-RUN may also be a LlamaGen that was trained elsewhere: its own file, or a directory of weights without a run.
+A cell is a combination of checkpoint, threshold, longest patch and guidance. RUN may also be a LlamaGen that was
+trained elsewhere: its own file, or a directory of weights without a run.
 
-Bits per token are exact. The distance between samples and the reference's originals is FID with
-``--features inception``; on the tokenizer's own features it goes by another name and compares only with its like.
+Bits per token are exact. The distance between samples and reference is FID with ``--features inception``; on the
+tokenizer's own features it goes by another name and compares only with its like. Any number of processes may work on
+one OUT; what was killed goes on where it was, and numbers do not depend on either.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from dpar.flops import count
+from dpar.flops import TRAINING_FLOPS_A_MAC, count
 from dpar.llamagen import LlamaGen
-from dpar.tokenizer import psnr
+from pipeline.device import rank, world_size
 from pipeline.errors import StageError
-from pipeline.features import Extract, frechet_distance, inception_features, resize, tokenizer_features
-from pipeline.generate import Drawn, Generator, decode
-from pipeline.likelihood import bits_per_token, fits, same_classes
-from pipeline.originals import load_originals
+from pipeline.features import (
+    Extractor,
+    Features,
+    InceptionFeatures,
+    Statistics,
+    TokenizerFeatures,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+    resize,
+)
+from pipeline.generate import Generator, run_of, weights_fingerprint
+from pipeline.likelihood import Likelihood, fits, nats_per_token, same_classes
 from pipeline.progress import Progress, stops_with
-from pipeline.sample import sample_sheet
+from pipeline.reconstruction import reconstruct
+from pipeline.reference import Originals, Reference, open_reference
+from pipeline.results import write_results
+from pipeline.run import read_metrics, read_run
+from pipeline.sample import sample_sheet, save_picture, shard_pixels
+from pipeline.sampled import Plan, labels_of, write_sampled
 from pipeline.settings import EvalSettings
+from pipeline.share import Parts, once, share, take_folder
 from pipeline.versions import made_by
-from pipeline.weights import fingerprint_of
-from shards.manifest import write_json
+from shards.manifest import MANIFEST
 from shards.reader import Artifact, open_artifact
 
-RESULTS = "results.json"
-FEWEST_ORIGINALS = 1000  # compared with their reconstructions, where the reference has as many
-CHUNK = 1000  # images held in memory at once
+CHUNK = 500  # images held in memory at once
 DISTANCE = {"inception": "FID", "tokenizer": "tokenizer Fréchet distance"}
+RECONSTRUCTION = {"inception": "rFID", "tokenizer": "tokenizer reconstruction distance"}
+PREFIX = {"inception": "", "tokenizer": "tokenizer_"}  # of precision and recall
+
+# Settings that do not decide a number, or that name a cell of the table.
+FREE = {"cfg_scale", "threshold", "max_length", "checkpoint", "batch", "shard_size", "device", "sheet_per_class"}
+FREE |= {"tokenizer", "entropy_model", "reference", "held_out", "inception_weights", "save_reference"}
 
 
 def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | None = None) -> dict[str, Any]:
-    """Scores a run of ``dpar train``, or a LlamaGen's weights, against a held-out artifact.
+    """Scores a run of ``dpar train``, or a LlamaGen's weights.
 
-    A cell that is in ``out`` already is not repeated.
+    What is in ``out`` already is not computed again.
 
     Returns:
         What ``results.json`` holds.
@@ -58,201 +81,347 @@ def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | 
         StageError, ModelError, ArtifactError: run, reference, output or settings cannot be used.
         Stopped: the user pressed Ctrl-C.
     """
-    progress = progress or Progress()
-    artifact = open_artifact(settings.reference)
-    generator = Generator.load(run, settings, artifact)
-    fits(generator.model, artifact.manifest, str(settings.reference))
-    same_classes(generator.class_names, artifact.manifest.class_names, str(run), str(settings.reference))
-    _check_tokenizer(generator, artifact)
-    identity = _identity(run, settings, artifact)
-    results = _earlier(out, identity)
-    out.mkdir(parents=True, exist_ok=True)
-    keeps = f"Stopped. What was scored is kept in {out}; run the same command again to go on."
-    with stops_with(keeps):
-        if "bits_per_token" not in results:
-            results |= _likelihood(generator, artifact, settings)
-            _write(out, results)
-        if "originals" not in results:
-            progress.say("comparing reconstructions with their originals")
-            results |= _reconstruction(generator, artifact, settings, progress)
-            _write(out, results)
-        done = {cell["cfg_scale"] for cell in results["cells"]}
-        wanted = [scale for scale in settings.cfg_scale if scale not in done] if settings.samples else []
-        reference = _reference(generator, artifact, settings, results) if wanted else None
-        for scale in wanted:
-            results["cells"].append(_cell(generator, scale, settings, reference, out, progress))
-            _write(out, results)
-    return results
+    job = _Evaluation(run, out, settings, progress or Progress())
+    with stops_with(f"Stopped. What was scored is kept in {out}; run the same command again to go on."):
+        likelihoods = [job.likelihood(candidate) for candidate in job.candidates]
+        found = likelihoods[0] | job.reconstruction()
+        job.sample_cells(likelihoods)
+        return write_results(out, found | {"identity": job.identity, "made_by": made_by()}, job.progress)
 
 
-def _likelihood(generator: Generator, artifact: Artifact, settings: EvalSettings) -> dict[str, Any]:
-    model, manifest = generator.model, artifact.manifest
-    found = bits_per_token(model, artifact, batch=settings.batch, precision=settings.precision)
-    cost = count(model.config, model.config.n_tokens / found.patches)
-    return {
-        "bits_per_token": found.bits_per_token,
-        "bits_by_class": {
-            name: bits
-            for name, bits in zip(manifest.class_names, found.bits_by_class, strict=True)
-            if not math.isnan(bits)
-        },
-        "held_out_images": found.images,
-        "patches_per_image": found.patches,
-        "tokens_per_image": model.config.n_tokens,
-        "gmacs_per_image": cost.linear / 1e9,
-        "parameters": cost.parameters,
-    }
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Weights to score: the run's newest, or another checkpoint of it."""
+
+    name: str  # in cells' names; empty for the newest
+    path: str | None  # None for the newest
+    step: int | None
 
 
-def _reconstruction(
-    generator: Generator, artifact: Artifact, settings: EvalSettings, progress: Progress
-) -> dict[str, Any]:
-    """PSNR of the tokenizer on the reference's images, where their originals can still be read."""
-    rows = _spread(len(artifact), max(settings.samples, FEWEST_ORIGINALS))
-    each = []
-    try:
-        for part in _in_chunks(rows):
-            originals = torch.from_numpy(_originals(artifact, part))
-            codes = artifact.gather(part, np.zeros_like(part)).codes
-            decoded = decode(generator.tokenizer, codes, generator.grid, batch=settings.batch)
-            each.append(psnr(torch.from_numpy(decoded), originals))
-    except StageError as error:
-        progress.say(f"no originals: {error}")
-        return {"originals": 0}
-    return {"originals": len(rows), "reconstruction_psnr_db": float(torch.cat(each).mean())}
+class _Evaluation:
+    """What :func:`evaluate` works on, checked before anything is computed."""
 
+    def __init__(self, run: Path, out: Path, settings: EvalSettings, progress: Progress) -> None:
+        self.run, self.out, self.settings, self.progress = run, out, settings, progress
+        place = settings.held_out or (settings.reference if (settings.reference / MANIFEST).is_file() else None)
+        self.artifact: Artifact | None = None if place is None else _open(place)
+        self.candidates = _candidates(run, settings)
+        self._loaded: tuple[Candidate, Generator] | None = None
+        generator = self.generator(self.candidates[0])
+        if self.artifact is not None:
+            name = str(self.artifact.folder)
+            fits(generator.model, self.artifact.manifest, name)
+            same_classes(generator.class_names, self.artifact.manifest.class_names, str(run), name)
+            _check_tokenizer(generator, self.artifact)
+        self.extract: Extractor = (
+            InceptionFeatures(settings.inception_weights, generator.device, settings.batch)
+            if settings.features == "inception"
+            else TokenizerFeatures(generator.tokenizer, generator.tokenizer_origin["fingerprint"], settings.batch)
+        )
+        self.source = open_reference(settings.reference, self.extract)
+        self.identity = self._identity()
+        take_folder(out, "eval.json", self.identity, "holds results of other weights or settings")
+        self._warn()
 
-def _in_chunks(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """The same rows, at most CHUNK at a time, so that memory does not grow with their number."""
-    return np.array_split(rows, -(-len(rows) // CHUNK))
+    def generator(self, candidate: Candidate) -> Generator:
+        """The model of a candidate, with all that sampling needs."""
+        if self._loaded is None or self._loaded[0] != candidate:
+            self._loaded = None  # one model in memory at a time
+            generator = Generator.load(self.run, self.settings, self.artifact, candidate.path)
+            for threshold, length in itertools.product(self._thresholds(), self._lengths()):
+                generator.with_rule(threshold, length)  # refuses what cannot be
+            self._loaded = (candidate, generator)
+        return self._loaded[1]
 
+    def _thresholds(self) -> tuple[float | None, ...]:
+        return self.settings.threshold or (None,)
 
-def _spread(rows: int, most: int) -> NDArray[np.int64]:
-    """At most ``most`` of the artifact's rows, evenly over it."""
-    return np.arange(rows) if rows <= most else np.linspace(0, rows - 1, most).astype(np.int64)
+    def _lengths(self) -> tuple[int | None, ...]:
+        return self.settings.max_length or (None,)
 
+    def _identity(self) -> dict[str, Any]:
+        """What decides the results, apart from which cells are asked for."""
+        chosen = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in FREE}
+        newest = None if self.settings.checkpoint else weights_fingerprint(str(self.run))
+        identity: dict[str, Any] = {"run": str(self.run), "weights": newest, "reference": self.source.fingerprint}
+        identity["held_out"] = None if self.artifact is None else self.artifact.manifest.fingerprint()
+        identity["features_of"] = self.extract.weights
+        as_json: dict[str, Any] = json.loads(json.dumps(identity | chosen, default=str))
+        return as_json
 
-def _originals(artifact: Artifact, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    return load_originals(artifact.manifest, artifact.keys(rows), np.zeros_like(rows))
+    def _warn(self) -> None:
+        """Says what a number of images too small does to the distance."""
+        if self.settings.features == "tokenizer":
+            self.progress.say("distances on the tokenizer's own features compare only among themselves; none is FID")
+        known = self.source.measured
+        held = known.statistics.images if known is not None else len(self.source.images or ())
+        counts = {"reference": held, "samples": self.settings.samples}
+        for name, images in counts.items():
+            if images is not None and 0 < images <= self.extract.dimension:
+                self.progress.say(
+                    f"{images} images are few for {self.extract.dimension} features ({name}): the covariance has not "
+                    "its full rank and the distance comes out too large; compare it only with distances between as "
+                    "many images"
+                )
 
+    def likelihood(self, candidate: Candidate) -> dict[str, Any]:
+        """Exact bits per token on the held-out artifact, and what the model costs on it."""
+        weights = weights_fingerprint(candidate.path or str(self.run))
+        path = self.out / "likelihood" / f"{candidate.name or 'newest'}.json"
+        artifact, settings = self.artifact, self.settings
+        images = 0 if artifact is None else len(artifact)
+        parts = Parts(path.with_suffix(""), -(-images // CHUNK), path.is_file)
+        with self.progress.task("bits per token", images, "images") as task:
+            for index in parts.missing():
+                assert artifact is not None  # or there would be no parts
+                rows = np.arange(index * CHUNK, min((index + 1) * CHUNK, images))
+                model = self.generator(candidate).model
+                nats, labels, patches = nats_per_token(model, artifact, rows, settings.batch, settings.precision)
+                parts.save(index, nats=nats, labels=labels, patches=np.array([patches]))
+                task.advance(len(rows))
 
-@dataclasses.dataclass(frozen=True)
-class _Reference:
-    """What samples are held against."""
+        def measure() -> dict[str, Any]:
+            config = self.generator(candidate).model.config
+            if artifact is None:
+                return {"weights": weights, "tokens_per_image": config.n_tokens}
+            names = artifact.manifest.class_names
+            patches = int(parts.joined("patches").sum())
+            found = Likelihood.of(parts.joined("nats"), parts.joined("labels"), patches, names)
+            cost = count(config, config.n_tokens / found.patches)
+            pairs = zip(names, found.bits_by_class, strict=True)
+            return {
+                "weights": weights,
+                "bits_per_token": found.bits_per_token,
+                "bits_by_class": {name: bits for name, bits in pairs if not math.isnan(bits)},
+                "held_out_images": found.images,
+                "patches_per_image": found.patches,
+                "tokens_per_image": config.n_tokens,
+                "gmacs_per_image": cost.linear / 1e9,
+                "parameters": cost.parameters,
+            }
 
-    features: NDArray[np.float64]
-    extract: Extract
-    name: str
-    images: int
+        found = once(path, measure)
+        shutil.rmtree(parts.folder, ignore_errors=True)
+        if found["weights"] != weights:
+            raise StageError(
+                f"{self.out} holds results of other weights called {candidate.name}; name another directory"
+            )
+        return found
 
+    def reconstruction(self) -> dict[str, Any]:
+        """How much the tokenizer keeps of the held-out images, where their originals can still be read."""
+        if self.artifact is None:
+            return {}
+        path = self.out / "reconstruction.json"
+        artifact, folder = self.artifact, self.out / "originals"
+        generator = self.generator(self.candidates[0])
+        try:
+            with self.progress.task("compare reconstructions", len(artifact), "images") as task:
+                parts = reconstruct(
+                    generator, artifact, self.extract, folder, chunk=CHUNK, done=path.is_file, advance=task.advance
+                )
+        except StageError as error:
+            self.progress.say(f"no originals: {error}")
+            return {"originals": 0}
 
-def _reference(
-    generator: Generator, artifact: Artifact, settings: EvalSettings, results: dict[str, Any]
-) -> _Reference | None:
-    if not results["originals"]:
-        return None
-    extract = (
-        inception_features(settings.inception_weights, generator.device, settings.batch)
-        if settings.features == "inception"
-        else tokenizer_features(generator.tokenizer, settings.batch)
-    )
-    rows = _spread(len(artifact), results["originals"])
-    features = [extract(_at_256(_originals(artifact, part), settings)) for part in _in_chunks(rows)]
-    return _Reference(np.concatenate(features), extract, DISTANCE[settings.features], len(rows))
+        def finish() -> dict[str, Any]:
+            originals = parts.joined("pool")
+            if isinstance(self.source.images, Originals) and self.source.images.artifact.folder == artifact.folder:
+                self._save(Reference.of(originals))
+            statistics = (Statistics.of(originals), Statistics.of(parts.joined("decoded")))
+            return {
+                "originals": len(artifact),
+                "reconstruction_psnr_db": float(parts.joined("psnr").mean()),
+                "reconstruction_ssim": float(parts.joined("ssim").mean()),
+                RECONSTRUCTION[self.extract.name]: frechet_distance(*statistics),
+            }
 
+        found = once(path, finish)
+        shutil.rmtree(folder, ignore_errors=True)
+        return found
 
-def _at_256(pixels: NDArray[np.uint8], settings: EvalSettings) -> NDArray[np.uint8]:
-    """Images as they are scored: above 256 px they are brought down to it for FID, as the paper does."""
-    return resize(pixels, 256) if settings.features == "inception" and pixels.shape[1] > 256 else pixels
+    def reference(self) -> Reference | None:
+        """The reference's features, measured once; None, after a word, where its originals are gone."""
+        path = self.out / "reference.npz"
+        images, measured = self.source.images, self.source.measured
+        if measured is not None and (measured.features is not None or images is None):
+            return measured
+        assert images is not None  # a source without statistics has images
+        parts = Parts(self.out / "reference", -(-len(images) // CHUNK), path.is_file)
+        try:
+            with self.progress.task("reference", len(images), "images") as task:
+                for index in parts.missing():
+                    pixels = images.read(index * CHUNK, min((index + 1) * CHUNK, len(images)))
+                    parts.save(index, pool=self.extract(resize(pixels, self.extract.side(pixels.shape[1])))["pool"])
+                    task.advance(len(pixels))
+        except StageError as error:
+            if not isinstance(images, Originals):
+                raise
+            self.progress.say(f"no distance to the reference: {error}")
+            return None
+        for _ in share(path, 1, lambda _: path.is_file()):
+            self._save(Reference.of(parts.joined("pool"), None if measured is None else measured.statistics))
+        shutil.rmtree(parts.folder, ignore_errors=True)
+        return Reference.load(path)
 
+    def _save(self, reference: Reference) -> None:
+        reference.save(self.out / "reference.npz", self._provenance())
 
-def _cell(
-    generator: Generator,
-    scale: float,
-    settings: EvalSettings,
-    reference: _Reference | None,
-    out: Path,
-    progress: Progress,
-) -> dict[str, Any]:
-    """One guidance scale: samples of all classes alike, their distance from the reference, and two sheets."""
-    classes = len(generator.class_names)
-    patches, features, shown = 0, [], []
-    for part in _in_chunks(np.arange(settings.samples)):
-        drawn = generator.sample(part % classes, part, scale, progress, f"sample at guidance {scale:g}")
-        patches += int(drawn.starts.sum())
+    def _provenance(self) -> dict[str, Any]:
+        s = self.settings
+        return {"features": self.extract.name, "weights": self.extract.weights, "reference": str(s.reference)}
+
+    def sample_cells(self, likelihoods: list[dict[str, Any]]) -> None:
+        """Samples and scores the cells that are not there yet."""
+        s = self.settings
+        reference = self.reference() if s.samples or s.save_reference is not None else None
+        if s.save_reference is not None:
+            if reference is None:
+                raise StageError(f"--save-reference: nothing could be measured of {s.reference}")
+            target, measured = s.save_reference, reference
+            for _ in share(self.out / "save-reference", 1, lambda _: False):
+                measured.save(target, self._provenance())
+        if not s.samples:
+            return
+        for candidate, likelihood in zip(self.candidates, likelihoods, strict=True):
+            grid = itertools.product(self._thresholds(), self._lengths(), s.cfg_scale)
+            for threshold, length, scale in grid:
+                folder = self.out / "cells" / _cell_name(candidate, threshold, length, scale)
+                if not (folder / "cell.json").is_file():
+                    generator = self.generator(candidate).with_rule(threshold, length)
+                    self._cell(folder, candidate, generator, scale, likelihood, reference)
+                for parts in ("seconds", "features"):
+                    shutil.rmtree(folder / parts, ignore_errors=True)
+
+    def _cell(
+        self,
+        folder: Path,
+        candidate: Candidate,
+        generator: Generator,
+        scale: float,
+        likelihood: dict[str, Any],
+        reference: Reference | None,
+    ) -> None:
+        """One combination of settings: its samples, their scores, and two sheets."""
+        s, path = self.settings, folder / "cell.json"
+        labels = labels_of(list(range(len(generator.class_names))), s.samples, s.labels, s.seed)
+        n_shards = -(-s.samples // s.shard_size)
+        seconds = Parts(folder / "seconds", n_shards, path.is_file)
+        artifact = write_sampled(
+            generator,
+            Plan(labels=labels, cfg_scale=scale),
+            folder / "codes",
+            self.progress,
+            f"sample {folder.name}",
+            sampled=lambda index, took: seconds.save(index, seconds=np.array([took])),
+        )
+        features = Parts(folder / "features", n_shards, path.is_file)
+        side = self.extract.side(generator.image_size[0])
         if reference is not None:
-            features.append(reference.extract(_at_256(drawn.pixels, settings)))
-        if part[0] < classes * settings.sheet_per_class:  # later ones would not be on a sheet
-            shown.append((part, drawn))
-    labels = np.concatenate([part for part, _ in shown]) % classes
-    first = Drawn.joined([drawn for _, drawn in shown])
-    for name, with_patches in (("samples", False), ("patches", True)):
-        if with_patches and isinstance(generator.model, LlamaGen):
-            continue
-        picture = sample_sheet(generator, first, labels, patches=with_patches, columns=settings.sheet_per_class)
-        picture.save(out / f"{name}-cfg-{scale:g}.png")
-    cell: dict[str, Any] = {
-        "cfg_scale": scale,
-        "samples": settings.samples,
-        "patches_per_image": patches / settings.samples,
-    }
-    if reference is not None:
-        distance = frechet_distance(np.concatenate(features), reference.features)
-        cell |= {"distance": reference.name, reference.name: distance, "reference_images": reference.images}
-    return cell
+            with self.progress.task(f"score {folder.name}", s.samples, "images") as task:
+                for index in features.missing():
+                    pixels = shard_pixels(generator, artifact, index, side)
+                    features.save(index, **self.extract(pixels))
+                    task.advance(len(pixels))
+
+        def finish() -> dict[str, Any]:
+            n_tokens = artifact.manifest.n_tokens
+            whole = all(index in seconds for index in range(n_shards))
+            patches = artifact.manifest.statistics.get("patches_per_image", float(n_tokens))
+            for picture, with_patches in (("samples", False), ("patches", True)):
+                if with_patches and isinstance(generator.model, LlamaGen):
+                    continue
+                drawn = sample_sheet(generator, artifact, labels, patches=with_patches, columns=s.sheet_per_class)
+                save_picture(drawn, folder / f"{picture}.png")
+            cell = {
+                "name": folder.name,
+                "checkpoint": candidate.name or None,
+                "step": candidate.step,
+                "training_flops": self._training_flops(candidate, likelihood),
+                "cfg_scale": scale,
+                "threshold": generator.rule.get("threshold"),
+                "max_length": generator.rule.get("max_length"),
+                "samples": s.samples,
+                "tokens_per_image": n_tokens,
+                "patches_per_image": patches,
+                "mean_length": n_tokens / patches,
+                "bits_per_token": likelihood.get("bits_per_token"),
+                # of one process; codes that were there already were sampled nobody knows how fast
+                "images_per_second": s.samples / float(seconds.joined("seconds").sum()) if whole else None,
+            }
+            if reference is None:
+                return cell
+            names = ("pool", "logits") if s.features == "inception" else ("pool",)
+            return cell | self._scores({name: features.joined(name) for name in names}, reference)
+
+        once(path, finish)
+
+    def _scores(self, samples: Features, reference: Reference) -> dict[str, Any]:
+        name, prefix = DISTANCE[self.extract.name], PREFIX[self.extract.name]
+        distance = frechet_distance(Statistics.of(samples["pool"]), reference.statistics)
+        found: dict[str, Any] = {"distance": name, name: distance, "reference_images": reference.statistics.images}
+        if "logits" in samples and (score := inception_score(samples["logits"])) is not None:
+            found |= {"inception_score": score[0], "inception_score_std": score[1]}
+        if reference.features is not None:
+            pair = precision_recall(samples["pool"], reference.features)
+            if pair is not None:
+                found |= {f"{prefix}precision": pair[0], f"{prefix}recall": pair[1]}
+        return found
+
+    def _training_flops(self, candidate: Candidate, likelihood: dict[str, Any]) -> float | None:
+        """What training up to the candidate's step has cost (paper section 4.3), where that is known."""
+        home = run_of(self.run)
+        if home is None or candidate.step is None:
+            return None
+        measured = [
+            line["training_gflops_per_image"] for line in read_metrics(home) if "training_gflops_per_image" in line
+        ]
+        if measured:
+            image = measured[-1] * 1e9
+        elif "gmacs_per_image" in likelihood:
+            image = TRAINING_FLOPS_A_MAC * likelihood["gmacs_per_image"] * 1e9
+        else:
+            return None
+        return float(image * candidate.step * read_run(home)["settings"]["batch"])
 
 
-def _identity(run: Path, settings: EvalSettings, artifact: Artifact) -> dict[str, Any]:
-    """What decides the results, apart from which guidance scales are asked for."""
-    free = ("cfg_scale", "batch", "device", "sheet_per_class", "tokenizer", "entropy_model", "reference")
-    chosen = {k: v for k, v in dataclasses.asdict(settings).items() if k not in free}
-    identity = {"run": str(run), "weights": fingerprint_of(str(run)), "reference": artifact.manifest.fingerprint()}
-    as_json: dict[str, Any] = json.loads(json.dumps(identity | chosen, default=str))
-    return as_json
+def _open(place: Path) -> Artifact:
+    """An artifact, all of its shards checked; under ``torchrun`` each process checks some."""
+    return open_artifact(place, verify=True, share=(rank(), world_size()))
 
 
-def _earlier(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The results that an earlier run left in ``out``, or new ones."""
-    path = out / RESULTS
-    if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["identity"] == identity:
-            return found
-        raise StageError(f"{out} holds results of other weights or settings; name another directory")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StageError(f"{out} holds something else; name a new or empty directory for the results")
-    return {"identity": identity, "cells": [], "made_by": made_by()}
+def _candidates(run: Path, settings: EvalSettings) -> list[Candidate]:
+    """The weights to score, each once."""
+    home = run_of(run)
+    if not settings.checkpoint:
+        steps = [] if home is None else [line["step"] for line in read_metrics(home) if "step" in line]
+        return [Candidate(name="", path=None, step=max(steps, default=None))]
+    found: dict[str, Candidate] = {}
+    for given in settings.checkpoint:
+        inside = [] if home is None else [home / folder / given for folder in ("checkpoints", "")]
+        path = str(next((place for place in (Path(given), *inside) if place.exists()), given))
+        step = re.search(r"step-(\d+)", path)
+        slug = re.sub(r"[^\w-]+", "_", Path(path).name).strip("_")[:40]
+        found.setdefault(path, Candidate(name=slug, path=path, step=None if step is None else int(step[1])))
+    names = [candidate.name for candidate in found.values()]
+    for name in names:
+        if names.count(name) > 1:
+            raise StageError(f"--checkpoint: several are called {name}, which names the cells of the table")
+    return list(found.values())
+
+
+def _cell_name(candidate: Candidate, threshold: float | None, max_length: int | None, scale: float) -> str:
+    parts = [candidate.name] if candidate.name else []
+    parts += [] if threshold is None else [f"threshold-{threshold:g}"]
+    parts += [] if max_length is None else [f"max-length-{max_length}"]
+    return "-".join([*parts, f"cfg-{scale:g}"])
 
 
 def _check_tokenizer(generator: Generator, artifact: Artifact) -> None:
-    ours = generator.tokenizer_fingerprint
+    ours = generator.tokenizer_origin["fingerprint"]
     theirs = artifact.manifest.tokenizer["fingerprint"]
     if ours != theirs:
         raise StageError(
             f"{artifact.folder} was made by tokenizer {theirs[:12]}, the run's training data by {ours[:12]}; "
             "bits per token would mean nothing"
         )
-
-
-def _write(out: Path, results: dict[str, Any]) -> None:
-    write_json(out / RESULTS, results)
-    (out / "results.md").write_text(markdown(results), encoding="utf-8")
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The results as a Markdown table."""
-    rows = [
-        ("held-out bits per token", f"{results['bits_per_token']:.4f}"),
-        ("held-out images", f"{results['held_out_images']}"),
-        ("patches an image", f"{results['patches_per_image']:.1f} of {results['tokens_per_image']} tokens"),
-        ("GMACs an image", f"{results['gmacs_per_image']:.3f}"),
-        ("parameters", f"{results['parameters'] / 1e6:.1f} M"),
-    ]
-    if "reconstruction_psnr_db" in results:
-        rows.append(("tokenizer's PSNR", f"{results['reconstruction_psnr_db']:.2f} dB"))
-    for cell in results["cells"]:
-        if "distance" in cell:
-            name = f"{cell['distance']} at guidance {cell['cfg_scale']:g}"
-            value = f"{cell[cell['distance']]:.3f} ({cell['samples']} samples, {cell['reference_images']} references)"
-            rows.append((name, value))
-    return "| | |\n| --- | --- |\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)

@@ -31,7 +31,7 @@ class CostRow:
     attention_gmacs: float
     gmacs_with_attention: float
     training_gflops: float  # 3 × 2 × MACs of linear layers
-    sampling_gmacs: float  # linear layers, with guidance; for DPAR with LlamaGen-B as entropy model
+    sampling_gmacs: float  # linear layers, with guidance; for DPAR with its entropy model
 
     @property
     def parameters_off(self) -> float | None:
@@ -59,7 +59,7 @@ def cost_table(settings: FlopsSettings) -> list[CostRow]:
     for size in settings.image_size:
         side = size // settings.downsampling
         codes = {"grid_height": side, "grid_width": side, "codebook_size": settings.codebook_size}
-        entropy_model = count(preset("llamagen-b", classes=0, **codes))  # the paper's
+        entropy_model = count(preset(settings.entropy_model, classes=0, **codes))
         for name in settings.model or [name for name in PRESETS if not name.endswith("tiny")]:
             config = preset(name, classes=settings.classes, **codes)
             # The paper's figures are for its own codebook, classes, patch lengths and 16-pixel tokens.
@@ -94,9 +94,9 @@ HEADER = ("model", "px", "patches", "params", "paper", "off", "GMACs", "paper", 
 NOTES = (
     "params: millions. GMACs: 1e9 multiply-accumulates of the linear layers in one forward pass of an image, the "
     "paper's count; +attn: with those of attention products. train: TFLOPs an image, 3 × 2 × MACs. sample: GMACs to "
-    "sample an image with guidance, for DPAR with LlamaGen-B as entropy model. off: from the paper's figure, where it "
-    "has one. The paper's 120 M for DPAR-B fit neither its own GFLOPs nor its other rows: the sizes that give all "
-    "twelve of its GFLOPs have 115.0 M."
+    "sample an image with guidance, for DPAR with --entropy-model (the paper's is llamagen-b). off: from the paper's "
+    "figure, where it has one. The paper's 120 M for DPAR-B fit neither its own GFLOPs nor its other rows: the sizes "
+    "that give all twelve of its GFLOPs have 115.0 M."
 )
 
 

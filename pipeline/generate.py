@@ -1,18 +1,22 @@
 """A trained run, with everything that sampling from it needs: model, entropy model, tokenizer and patch rule.
 
 generator = Generator.load(Path("run"), settings)                # or the weights of a LlamaGen trained elsewhere
-drawn = generator.sample(labels, indices, cfg_scale=2.0)         # codes, starts, pixels
+drawn = generator.sample(labels, indices, cfg_scale=2.0)         # codes, starts
+pixels = generator.decode(drawn.codes)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from dpar.checkpoint import CONFIG, model_type
@@ -23,30 +27,31 @@ from dpar.sampling import check_same_tokens, sample
 from dpar.tokenizer import VQTokenizer, to_uint8
 from pipeline.device import autocast, choose_device
 from pipeline.errors import StageError
-from pipeline.progress import Progress
 from pipeline.run import read_run
 from pipeline.settings import Precision, SamplingSettings
-from pipeline.sources.source import nearest
+from pipeline.sources.source import known_class
 from pipeline.weights import fingerprint_of, load_entropy_model, load_model, load_tokenizer, same_tokens
+from shards.manifest import file_sha256
 from shards.reader import Artifact
+
+RUN = "run.json"
+CHECKPOINT = "checkpoint.json"  # in a checkpoint of a run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Sampled images."""
+    """Sampled images, as tokens."""
 
     codes: NDArray[np.int64]  # (n, N)
     starts: NDArray[np.bool_]  # (n, N)
-    pixels: NDArray[np.uint8]  # (n, H, W, 3)
 
-    @classmethod
-    def joined(cls, parts: Sequence[Drawn]) -> Drawn:
-        """All images of ``parts``, in order."""
-        return cls(
-            codes=np.concatenate([part.codes for part in parts]),
-            starts=np.concatenate([part.starts for part in parts]),
-            pixels=np.concatenate([part.pixels for part in parts]),
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """Tokens of an image that are kept when the rest is sampled."""
+
+    codes: NDArray[np.int64]  # (N,)
+    kept: NDArray[np.bool_]  # (N,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,52 +61,68 @@ class Generator:
     model: DPAR | LlamaGen
     entropy_model: LlamaGen | None
     tokenizer: VQTokenizer
-    tokenizer_fingerprint: str  # of the weights that made what the model was trained on, as far as is known
+    name: str  # of the run or the weights
+    weights_fingerprint: str
+    tokenizer_origin: dict[str, str]  # path and fingerprint of the weights that made what the model was trained on
+    entropy_origin: dict[str, str] | None  # likewise, of the entropy model
     class_names: tuple[str, ...]
+    trained_rule: dict[str, Any] | None  # the patch rule of the training data; None for LlamaGen
     rule: dict[str, Any]  # arguments of dpar.sample: threshold, max_length, row_reset, static_length
     settings: SamplingSettings
     device: torch.device
 
     @classmethod
-    def load(cls, run: Path, settings: SamplingSettings, reference: Artifact | None = None) -> Generator:
+    def load(
+        cls, run: Path, settings: SamplingSettings, reference: Artifact | None = None, weights: str | None = None
+    ) -> Generator:
         """Loads a run of ``dpar train``, or weights of a LlamaGen that was trained elsewhere.
 
         Args:
-            run: the run's directory; or LlamaGen's own file, or a model directory without a ``run.json``.
+            run: the run's directory, or weights inside it; or LlamaGen's own file, or a model directory that belongs
+                to no run.
             settings: how to sample, and where other weights than the recorded ones are to be found.
             reference: what weights without a run take their tokenizer and their class names from.
+            weights: of the run's model, other than its newest; also a checkpoint of the run.
 
         Raises:
             StageError, ModelError: it is no such run, has no weights yet, or its parts are gone or do not fit.
         """
-        if is_weights(run):
+        home = run_of(run)
+        if home is None:
+            if weights is not None:
+                raise StageError(f"--checkpoint belongs to a run; {run} holds weights alone")
             return cls._of_weights(run, settings, reference)
-        record = read_run(run)
+        name = weights or str(run)
+        record = read_run(home)
         if record["kind"] != "train":
-            raise StageError(f"{run} is a run of `dpar {record['kind']}`; one of `dpar train` is needed")
+            raise StageError(f"{home} is a run of `dpar {record['kind']}`; one of `dpar train` is needed")
         inputs = record["inputs"]
-        model = load_model(str(run))
+        model = _load_weights(home, name)
         tokenizer = _part(inputs["tokenizer"], settings.tokenizer, load_tokenizer, "--tokenizer")
-        if tokenizer.config.codebook_size != model.config.codebook_size:
+        _same_codebook(tokenizer, model)
+        if model.config.classes != len(inputs["class_names"]):
             raise StageError(
-                f"the tokenizer has {tokenizer.config.codebook_size} codes, the model {model.config.codebook_size}"
+                f"{name} is a model of {model.config.classes} classes, the run {home} of {len(inputs['class_names'])}"
             )
-        rule: dict[str, Any] = {}
-        entropy_model = None
-        if isinstance(model, DPAR):
-            rule = sampling_rule(inputs["patch_rule"], settings)
-            if rule["static_length"] is None:
-                origin = inputs["entropy_model"]
-                entropy_model = _part(origin, settings.entropy_model, load_entropy_model, "--entropy-model")
-                check_same_tokens(model, entropy_model)
         device = choose_device(settings.device)
+        entropy_model = entropy_origin = trained = None
+        if isinstance(model, DPAR):
+            trained = inputs["patch_rule"]
+            if sampling_rule(trained)["static_length"] is None:
+                entropy_origin = inputs["entropy_model"]
+                entropy_model = _part(entropy_origin, settings.entropy_model, load_entropy_model, "--entropy-model")
+                check_same_tokens(model, entropy_model)
         return cls(
             model=model.to(device),
             entropy_model=None if entropy_model is None else entropy_model.to(device),
             tokenizer=tokenizer.to(device),
-            tokenizer_fingerprint=inputs["tokenizer"]["fingerprint"],
+            name=name,
+            weights_fingerprint=weights_fingerprint(name),
+            tokenizer_origin=_moved(inputs["tokenizer"], settings.tokenizer),
+            entropy_origin=None if entropy_origin is None else _moved(entropy_origin, settings.entropy_model),
             class_names=tuple(inputs["class_names"]),
-            rule=rule,
+            trained_rule=trained,
+            rule={} if trained is None else sampling_rule(trained),
             settings=settings,
             device=device,
         )
@@ -129,64 +150,104 @@ class Generator:
         elif settings.tokenizer is None:
             raise StageError(f"{path} does not say which tokenizer decodes its codes; name it with --tokenizer")
         tokenizer = _part(origin, settings.tokenizer, load_tokenizer, "--tokenizer")
-        if tokenizer.config.codebook_size != model.config.codebook_size:
-            raise StageError(
-                f"the tokenizer has {tokenizer.config.codebook_size} codes, the model {model.config.codebook_size}"
-            )
+        _same_codebook(tokenizer, model)
         device = choose_device(settings.device)
         return cls(
             model=model.to(device),
             entropy_model=None,
             tokenizer=tokenizer.to(device),
-            tokenizer_fingerprint=fingerprint_of(str(settings.tokenizer)) if origin is None else origin["fingerprint"],
+            name=str(path),
+            weights_fingerprint=fingerprint_of(str(path)),
+            tokenizer_origin=_moved(origin, settings.tokenizer),
+            entropy_origin=None,
             class_names=names,
+            trained_rule=None,
             rule={},
             settings=settings,
             device=device,
         )
+
+    def with_rule(self, threshold: float | None, max_length: int | None) -> Generator:
+        """The same with this threshold (nats) and longest patch (0: no limit); None is the training data's.
+
+        Raises:
+            StageError: the model has no such patches.
+        """
+        if self.trained_rule is None:
+            if threshold is not None or max_length is not None:
+                raise StageError("a LlamaGen has no patches; leave out --threshold and --max-length")
+            return self
+        return dataclasses.replace(self, rule=sampling_rule(self.trained_rule, threshold, max_length))
 
     def sample(
         self,
         labels: NDArray[np.integer],
         indices: NDArray[np.integer],
         cfg_scale: float,
-        progress: Progress,
-        title: str,
+        known: Known | None = None,
+        advance: Callable[[int], None] = lambda images: None,
     ) -> Drawn:
-        """Images of these classes, (n,); image ``indices[i]`` of the run is the same in any batch."""
-        codes, starts, pixels = [], [], []
+        """Images of these classes, (n,); image ``indices[i]`` of the run is the same in any batch.
+
+        Args:
+            labels: (n,) classes.
+            indices: (n,) numbers of the images in the run.
+            cfg_scale: s of guidance.
+            known: tokens that every image keeps.
+            advance: called with the number of images that have been sampled since the last call.
+        """
+        codes, starts = [], []
         s = self.settings
-        with progress.task(title, len(labels), "images") as task:
-            for begin in range(0, len(labels), s.batch):
-                part = slice(begin, begin + s.batch)
-                with autocast(self.device, s.precision):
-                    drawn_codes, drawn_starts = sample(
-                        self.model,
-                        self.entropy_model,
-                        torch.from_numpy(np.asarray(labels[part], np.int64)),
-                        cfg_scale=cfg_scale,
-                        temperature=s.temperature,
-                        top_k=s.top_k,
-                        top_p=s.top_p,
-                        seed=s.seed,
-                        indices=[int(i) for i in indices[part]],
-                        **self.rule,
-                    )
-                codes.append(drawn_codes.cpu().numpy())
-                starts.append(drawn_starts.cpu().numpy())
-                pixels.append(decode(self.tokenizer, codes[-1], self.grid, batch=s.batch, precision=s.precision))
-                task.advance(len(codes[-1]))
-        return Drawn(codes=np.concatenate(codes), starts=np.concatenate(starts), pixels=np.concatenate(pixels))
+        for begin in range(0, len(labels), s.batch):
+            part = slice(begin, begin + s.batch)
+            batch = torch.from_numpy(np.asarray(labels[part], np.int64))
+            with autocast(self.device, s.precision):
+                drawn_codes, drawn_starts = sample(
+                    self.model,
+                    self.entropy_model,
+                    batch,
+                    cfg_scale=cfg_scale,
+                    cfg_schedule=s.cfg_schedule,
+                    cfg_power=s.cfg_power,
+                    known=None if known is None else torch.from_numpy(known.codes).expand(len(batch), -1),
+                    keep=None if known is None else torch.from_numpy(known.kept).expand(len(batch), -1),
+                    temperature=s.temperature,
+                    top_k=s.top_k,
+                    top_p=s.top_p,
+                    seed=s.seed,
+                    indices=[int(i) for i in indices[part]],
+                    **self.rule,
+                )
+            codes.append(drawn_codes.cpu().numpy())
+            starts.append(drawn_starts.cpu().numpy())
+            advance(len(codes[-1]))
+        return Drawn(codes=np.concatenate(codes), starts=np.concatenate(starts))
+
+    def decode(self, codes: NDArray[np.integer], size: int | None = None) -> NDArray[np.uint8]:
+        """Pictures of codes (n, N): (n, H, W, 3), ``size`` px along a side where it is given; see :func:`decode`."""
+        return decode(self.tokenizer, codes, self.grid, precision=self.settings.precision, size=size)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
         return self.model.config.grid_height, self.model.config.grid_width
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        times = self.tokenizer.config.downsampling
+        return self.grid[0] * times, self.grid[1] * times
 
-def is_weights(path: Path) -> bool:
-    """Whether weights lie at ``path`` without a run around them: a file, or a directory with a config."""
-    return path.is_file() or ((path / CONFIG).is_file() and not (path / "run.json").is_file())
+
+def run_of(path: Path) -> Path | None:
+    """The run that ``path`` is, or that the weights at ``path`` lie in; None for weights without a run.
+
+    A path that is neither is taken for a run, to be refused as one.
+    """
+    weights = path.is_file() or (path / CONFIG).is_file()
+    if (path / RUN).is_file() or not weights:
+        return path
+    return next((folder for folder in list(path.absolute().parents)[:2] if (folder / RUN).is_file()), None)
 
 
 @torch.no_grad()
@@ -195,32 +256,41 @@ def decode(
     codes: NDArray[np.integer],
     grid: tuple[int, int],
     *,
-    batch: int = 32,
+    batch: int = 16,
     precision: Precision = "fp32",
+    size: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Pictures (n, H, W, 3) uint8 of codes (n, N)."""
+    """Pictures (n, H, W, 3) uint8 of codes (n, N).
+
+    With ``size``, pictures of another size are brought to ``size`` px along a side before they become integers:
+    bicubic without antialiasing, which is how LlamaGen's sampling script brings 384 px to 256 px for FID.
+    """
     device = tokenizer.quantize.embedding.weight.device
     found = []
     for begin in range(0, len(codes), batch):
         chunk = torch.from_numpy(codes[begin : begin + batch].astype(np.int64)).to(device)
         with autocast(device, precision):
-            found.append(to_uint8(tokenizer.decode(chunk, grid)).cpu().numpy())
+            images = tokenizer.decode(chunk, grid)
+        if size is not None and images.shape[-2:] != (size, size):
+            images = F.interpolate(images.float(), size=(size, size), mode="bicubic")
+        found.append(to_uint8(images).cpu().numpy())
     return np.concatenate(found)
 
 
-def sampling_rule(trained: dict[str, Any] | None, settings: SamplingSettings) -> dict[str, Any]:
-    """Arguments of :func:`dpar.sample` for boundaries: those of the training data, where settings say nothing else."""
+def sampling_rule(
+    trained: dict[str, Any] | None, threshold: float | None = None, max_length: int | None = None
+) -> dict[str, Any]:
+    """Arguments of :func:`dpar.sample` for boundaries: those of the training data, where nothing else is given."""
     if trained is None:
         raise StageError("the run was trained without patches; DPAR cannot be sampled from it")
     if trained["strategy"] == "static":
-        if settings.threshold is not None or settings.max_length is not None:
+        if threshold is not None or max_length is not None:
             raise StageError("the run was trained on static patches, which have no --threshold or --max-length")
         static_starts(1, trained["static_length"])  # refuses what it cannot mean
         return {"static_length": trained["static_length"], "threshold": None, "max_length": None, "row_reset": False}
-    threshold = trained["threshold"] if settings.threshold is None else settings.threshold
-    limit = trained["max_length"] if settings.max_length is None else settings.max_length
+    limit = trained["max_length"] if max_length is None else max_length
     return {
-        "threshold": threshold,
+        "threshold": trained["threshold"] if threshold is None else threshold,
         "max_length": limit or None,
         "row_reset": trained["row_reset"],
         "static_length": None,
@@ -228,20 +298,54 @@ def sampling_rule(trained: dict[str, Any] | None, settings: SamplingSettings) ->
 
 
 def choose_classes(names: tuple[str, ...], wanted: tuple[str, ...]) -> list[int]:
-    """Labels of classes given by name or number; all of them if none is given.
+    """Labels of classes given by number, by name, or by either half of ``n02099601 golden retriever``; by default all.
 
     Raises:
         StageError: there is no such class, with the nearest name.
     """
     chosen = []
     for item in wanted:
-        if item in names:
-            chosen.append(names.index(item))
-        elif item.isdigit() and int(item) < len(names):
+        if item.isdigit() and item not in names and int(item) < len(names):
             chosen.append(int(item))
-        else:
-            raise StageError(f"no class is {item!r}: numbers go from 0 to {len(names) - 1}; {nearest(item, names)}")
+            continue
+        try:
+            chosen.append(names.index(known_class(item, names)))
+        except StageError as error:
+            raise StageError(f"{error} Numbers go from 0 to {len(names) - 1}") from None
     return chosen or list(range(len(names)))
+
+
+def weights_fingerprint(name: str) -> str:
+    """SHA-256 of the weights called ``name``; of a checkpoint of a run, of all that it holds."""
+    if not (Path(name) / CHECKPOINT).is_file():
+        return fingerprint_of(name)
+    digests = [file_sha256(path) for path in sorted(Path(name).glob("*.safetensors"))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _load_weights(run: Path, name: str) -> DPAR | LlamaGen:
+    """The model of a run with the weights called ``name``."""
+    if not (Path(name) / CHECKPOINT).is_file():
+        return load_model(name)
+    from pipeline.checkpoints import whole
+
+    model = load_model(str(run))
+    model.load_state_dict(whole(Path(name), "model."))
+    return model
+
+
+def _same_codebook(tokenizer: VQTokenizer, model: DPAR | LlamaGen) -> None:
+    ours, theirs = tokenizer.config.codebook_size, model.config.codebook_size
+    if ours != theirs:
+        raise StageError(f"the tokenizer has {ours} codes, the model {theirs}")
+
+
+def _moved(origin: dict[str, str] | None, given: str | None) -> dict[str, str]:
+    """The origin of a part with the path that the user gave, if any; one of the two there must be."""
+    if given is None:
+        assert origin is not None  # or there would have been no part
+        return origin
+    return {"path": given, "fingerprint": fingerprint_of(given)}
 
 
 def _part(origin: dict[str, str] | None, given: str | None, load: Any, option: str) -> Any:

@@ -62,6 +62,7 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
         "codes_settings": before.settings if before.kind == "codes" else before.settings["codes_settings"],
         "entropy_model": None if meter.origin is None else meter.origin["fingerprint"],
         "precision": meter.precision,
+        "batch": meter.batch,
         "container": settings.container or before.container,
         **_asked_rule(settings),
     }
@@ -159,7 +160,9 @@ class EntropyMeter:
         manifest = artifact.manifest
         self.model: LlamaGen | None = None
         self.origin = manifest.entropy_model  # path and fingerprint; None where nothing was measured
-        self.precision: str | None = manifest.settings["precision"] if manifest.kind == "patches" else None
+        before = manifest.settings if manifest.kind == "patches" else {}
+        self.precision: str | None = before.get("precision")
+        self.batch: int | None = before.get("batch")  # products round differently in batches of another size
         if settings.entropy_model is not None and manifest.kind == "patches":
             given = fingerprint_of(settings.entropy_model)
             if self.origin is None:
@@ -174,7 +177,7 @@ class EntropyMeter:
             fits(model, manifest, str(artifact.folder), unconditional=True)
             device = choose_device(settings.device)
             self.model = model.to(device)
-            self.precision = precision_name(device, settings.precision)
+            self.precision, self.batch = precision_name(device, settings.precision), settings.batch
             self.origin = {"path": settings.entropy_model, "fingerprint": fingerprint_of(settings.entropy_model)}
         elif settings.strategy == "entropy" and self.origin is None:
             raise StageError(f"{artifact.folder} holds no entropies; name the entropy model with --entropy-model")

@@ -2,16 +2,18 @@
 
 sample_pictures(Path("run"), Path("pictures"), SampleSettings(classes=("cat",), cfg_scale=2.0))
 
-OUT/sheet.png         one row a class
-OUT/CLASS/N.png       each picture
-OUT/samples.npz       codes, starts and labels, and how they were sampled
+OUT/codes/                    the tokens, as an artifact: ``dpar inspect OUT/codes`` and every other command opens it
+OUT/images/CLASS/INDEX.png    each picture
+OUT/samples.npz               all of them, as ADM's evaluation suite reads it (``--npz``)
+OUT/sheet.png                 a row a class; with ``--image`` the original, the mask and what was sampled
+
+Any number of processes may work on one OUT, and what was killed goes on where it was, with the same files.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.edit import Edit, edit_sheet
 from pipeline.errors import StageError
-from pipeline.generate import Drawn, Generator, choose_classes
+from pipeline.generate import Generator, choose_classes
+from pipeline.npz import write_images
 from pipeline.pictures import draw_patches, enlarge, sheet
 from pipeline.progress import Progress, stops_with
+from pipeline.sampled import Plan, labels_of, write_sampled
 from pipeline.settings import SampleSettings
-from pipeline.versions import made_by
-from pipeline.weights import fingerprint_of
+from pipeline.share import replacing, share
+from shards.reader import Artifact
 
 SHEET_CLASSES = 50  # rows of a sheet, at most
+SHEET_COLUMNS = 16
 
 
 def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Progress | None = None) -> dict[str, Any]:
@@ -37,68 +43,122 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
         What was made: the sheet, the number of images, mean patches an image.
 
     Raises:
-        StageError, ModelError: run, output or settings cannot be used.
+        StageError, ModelError, ArtifactError: run, output or settings cannot be used.
         Stopped: the user pressed Ctrl-C.
     """
     progress = progress or Progress()
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "samples.npz").is_file())):
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "codes").is_dir())):
         raise StageError(f"{out} holds something else; name a new or empty directory for the pictures")
-    generator = Generator.load(run, settings)
-    labels = np.repeat(choose_classes(generator.class_names, settings.classes), settings.per_class)
-    with stops_with("Stopped; nothing was written."):
-        drawn = generator.sample(labels, np.arange(len(labels)), settings.cfg_scale, progress, "sample")
-    out.mkdir(parents=True, exist_ok=True)
-    how: dict[str, Any] = {"settings": dataclasses.asdict(settings), "rule": generator.rule, "made_by": made_by()}
-    how |= {"run": str(run), "weights": fingerprint_of(str(run))}
-    np.savez_compressed(  # first: by it a later sampling knows the directory for its own
-        out / "samples.npz",
-        codes=drawn.codes.astype(np.uint16),
-        starts=drawn.starts,
-        labels=labels.astype(np.int32),
-        how=np.array(json.dumps(how)),
-    )
-    for old in out.glob("[0-9][0-9][0-9][0-9]*/[0-9]*.png"):  # of an earlier sampling
-        old.unlink()
-    for i, label in enumerate(labels):
-        folder = out / folder_name(int(label), generator.class_names[label])
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(drawn.pixels[i]).save(folder / f"{i % settings.per_class:04d}.png")
-    picture = sample_sheet(generator, drawn, labels, patches=settings.show_patches)
-    picture.save(out / "sheet.png")
-    return {
-        "sheet": str(out / "sheet.png"),
-        "images": len(labels),
-        "patches_per_image": float(drawn.starts.sum(axis=1).mean()),
-    }
+    generator = Generator.load(run, settings).with_rule(settings.threshold, settings.max_length)
+    classes = choose_classes(generator.class_names, settings.classes)
+    if settings.count is None:
+        labels = np.repeat(np.asarray(classes, np.int64), settings.per_class or 4)
+    else:
+        labels = labels_of(classes, settings.count, settings.labels, settings.seed)
+    edit = None if settings.image is None else Edit.of(generator, settings)
+    plan = Plan(labels=labels, cfg_scale=settings.cfg_scale, edit=edit)
+    with stops_with(f"Stopped. What was sampled is kept in {out}; run the same command again to go on."):
+        if settings.overwrite:
+            for made in ("images", "samples.npz", "sheet.png"):  # or they would be taken for those of the new codes
+                _remove(out / made)
+        artifact = write_sampled(generator, plan, out / "codes", progress, "sample", overwrite=settings.overwrite)
+        if settings.png:
+            _write_pngs(generator, artifact, labels, out, progress)
+        if settings.npz:
+            _write_npz(generator, artifact, labels, out, progress)
+        for _ in share(out / "sheet.png", 1, lambda _: False):
+            if edit is None:
+                picture = sample_sheet(generator, artifact, labels, patches=settings.show_patches)
+            else:
+                shown = np.arange(min(len(labels), SHEET_COLUMNS))
+                picture = edit_sheet(
+                    generator, edit, row_of_pictures(generator, artifact, shown, settings.show_patches)
+                )
+            save_picture(picture, out / "sheet.png")
+    held = artifact.manifest.statistics.get("patches_per_image", artifact.manifest.n_tokens)
+    return {"sheet": str(out / "sheet.png"), "images": len(labels), "patches_per_image": float(held)}
+
+
+def _write_pngs(
+    generator: Generator, artifact: Artifact, labels: NDArray[np.int64], out: Path, progress: Progress
+) -> None:
+    names = [folder_name(label, name) for label, name in enumerate(generator.class_names)]
+    paths = [out / "images" / names[label] / f"{i:06d}.png" for i, label in enumerate(labels)]
+    ends = artifact.ends
+    ranges = [range(end - shard.rows, end) for end, shard in zip(ends, artifact.manifest.shards, strict=True)]
+    for label in np.unique(labels):
+        (out / "images" / names[label]).mkdir(parents=True, exist_ok=True)
+    with progress.task("write", len(labels), "pictures") as task:
+        for index in share(out / "images", len(ranges), lambda i: all(paths[k].is_file() for k in ranges[i])):
+            for k, pixels in zip(ranges[index], shard_pixels(generator, artifact, index), strict=True):
+                save_picture(Image.fromarray(pixels), paths[k])
+            task.advance(len(ranges[index]))
+
+
+def _write_npz(
+    generator: Generator, artifact: Artifact, labels: NDArray[np.int64], out: Path, progress: Progress
+) -> None:
+    path, shape = out / "samples.npz", (len(labels), *generator.image_size, 3)
+    for _ in share(path, 1, lambda _: path.is_file()):
+        with progress.task("write", len(labels), "images") as task, write_images(path, shape, labels) as append:
+            for index in range(len(artifact.manifest.shards)):
+                pixels = shard_pixels(generator, artifact, index)
+                append(pixels)
+                task.advance(len(pixels))
+
+
+def shard_pixels(generator: Generator, artifact: Artifact, index: int, size: int | None = None) -> NDArray[np.uint8]:
+    """The pictures of a shard of sampled images, (rows, H, W, 3); see :func:`pipeline.generate.decode`."""
+    return generator.decode(artifact.shard_rows(index).codes[:, 0], size)
 
 
 def sample_sheet(
-    generator: Generator, drawn: Drawn, labels: NDArray[np.integer], *, patches: bool, columns: int | None = None
+    generator: Generator,
+    artifact: Artifact,
+    labels: NDArray[np.int64],
+    *,
+    patches: bool,
+    columns: int = SHEET_COLUMNS,
 ) -> Image.Image:
     """A row of pictures for each class, at most ``columns`` of them, with their patches drawn on if asked.
 
     Where there are more than SHEET_CLASSES classes, those shown are spread evenly over them.
     """
-    size = drawn.pixels.shape[1]
-    scale = max(1, round((320 if patches else 128) / size))  # lines need room
-    rows = []
     chosen = np.unique(labels)
     if len(chosen) > SHEET_CLASSES:
         chosen = chosen[np.linspace(0, len(chosen) - 1, SHEET_CLASSES).astype(int)]
-    for label in chosen:
-        mine = np.flatnonzero(labels == label)[:columns]
-        rows.append(
-            [
-                draw_patches(drawn.pixels[i], drawn.starts[i], generator.grid, scale)
-                if patches
-                else enlarge(drawn.pixels[i], scale)
-                for i in mine
-            ]
-        )
+    rows = [row_of_pictures(generator, artifact, np.flatnonzero(labels == k)[:columns], patches) for k in chosen]
     return sheet(rows, row_titles=[generator.class_names[label] for label in chosen])
+
+
+def row_of_pictures(
+    generator: Generator, artifact: Artifact, rows: NDArray[np.int64], patches: bool
+) -> list[Image.Image]:
+    """Some of the sampled images side by side, with their patches drawn on if asked."""
+    held = artifact.gather(rows, np.zeros_like(rows))
+    pixels = generator.decode(held.codes)
+    scale = max(1, round((320 if patches else 128) / pixels.shape[1]))  # lines need room
+    if not patches or held.starts is None:
+        return [enlarge(image, scale) for image in pixels]
+    return [
+        draw_patches(image, starts, generator.grid, scale) for image, starts in zip(pixels, held.starts, strict=True)
+    ]
 
 
 def folder_name(label: int, name: str) -> str:
     """A directory name for a class, safe on every file system: its number, and what of its name can be kept."""
     kept = re.sub(r"[^\w-]+", "_", name).strip("_")[:60]
     return f"{label:04d}-{kept}" if kept else f"{label:04d}"
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG file, whole or not at all."""
+    with replacing(path) as part:
+        picture.save(part, "PNG")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,5 +1,5 @@
 """Kills `dpar tokenize` and `dpar patchify` at random moments and compares what is there in the end with an
-undisturbed run, byte by byte: `python tests/kill_campaign.py --kills 100`.
+undisturbed run, byte by byte: `python -m tests.kill_campaign --kills 100`.
 
 Each victim is the real command in processes of its own. It is left alone until a first new shard shows that it is at
 work, then for a random while, then one or all of its processes get SIGKILL; and again, until all shards are done.

@@ -73,10 +73,10 @@ def test_the_five_commands_run_from_a_folder_of_images_to_scores(
         assert 0 < results["bits_per_token"] < 7
         assert results["cells"][0]["samples"] == 6
         assert "FID" not in json.dumps(results)  # the tokenizer's features have another name
-        assert Image.open(tmp_path / f"eval-{model}" / "samples-cfg-1.5.png").size > (100, 100)
+        assert Image.open(tmp_path / f"eval-{model}" / "cells" / "cfg-1.5" / "samples.png").size > (100, 100)
     said = dpar("sample", tmp_path / "dpar", tmp_path / "pictures", "--classes", "bee", "--per-class", 2)
     assert "2 images" in said
-    assert len(list((tmp_path / "pictures" / "0001-bee").glob("*.png"))) == 2
+    assert len(list((tmp_path / "pictures" / "images" / "0001-bee").glob("*.png"))) == 2
     assert "tokens a view" in dpar("inspect", tmp_path / "patches", "--images", 0, "--verify")
 
 
@@ -147,7 +147,7 @@ def test_wrong_input_gets_one_message_and_a_status(tmp_path: Path, pictures: Pat
         (2, ("tokenize", pictures, tmp_path / "o", *encode, "--batch", 0), "--batch is 0"),
         (2, ("tokenize", pictures, tmp_path / "o", *encode, "--device"), "--device"),
         (1, ("train", other, tmp_path / "o"), "manifest.json"),
-        (1, ("eval", other, tmp_path / "o", "--reference", other), "manifest.json"),
+        (1, ("eval", other, tmp_path / "o", "--reference", other), "run.json"),
         (1, ("sample", other, tmp_path / "o"), "run.json"),
         (2, ("sample", other, tmp_path / "o", "--cfg-scale", 0), "--cfg-scale is 0"),
         (2, ("patchify", other, tmp_path / "o", "--threshold", 1, "--target-length", 2), "give one of"),

@@ -95,6 +95,22 @@ def test_sampling_with_the_entropy_model_costs_this_share_of_llamagen(size: str,
     assert ours / cost(f"llamagen-{size}").sampling() == pytest.approx(ratio, abs=0.005)
 
 
+@pytest.mark.parametrize(("size", "ratio"), [("b", 1 / 1.35), ("l", 1 / 1.51)])
+def test_sampling_with_a_small_entropy_model_costs_this_share_of_llamagen(size: str, ratio: float) -> None:
+    ours = cost(f"dpar-{size}").sampling(count(preset("llamagen-xs", classes=0)))
+    assert ours / cost(f"llamagen-{size}").sampling() == pytest.approx(ratio, abs=0.005)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("llamagen-s", 25.0), ("llamagen-xs", 5.8)])
+def test_small_entropy_models_have_so_many_parameters(name: str, millions: float) -> None:
+    assert count(preset(name, classes=0)).parameters / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_there_is_no_dpar_of_a_size_that_only_entropy_models_have() -> None:
+    with pytest.raises(ModelError, match="no preset is called 'dpar-s'"):
+        preset("dpar-s")
+
+
 def test_sampling_runs_shared_parts_once_and_the_rest_twice_under_guidance() -> None:
     one = Cost(parameters=1, patches=1, linear=10.0, attention=0, shared=4.0)
     assert one.sampling() == 16

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, ModelError, patch_starts, sample, static_starts
+from dpar.flops import count
 from dpar.patching import stored_entropy, token_entropy
 from dpar.rope import PatchRope
-from dpar.sampling import Choice, draw, keep_likeliest, uniforms
+from dpar.sampling import Choice, Guidance, draw, keep_likeliest, uniforms
 
 V, CLASSES, HEIGHT, WIDTH = 19, 3, 3, 5
 N = HEIGHT * WIDTH
@@ -182,6 +183,69 @@ def test_a_llamagen_image_depends_on_seed_and_index_not_on_the_batch() -> None:
     assert alone.tolist() == together[2:3].tolist()
 
 
+@settings(deadline=None, max_examples=15)
+@given(
+    batches=st.permutations(range(17)).flatmap(
+        lambda order: st.sets(st.integers(1, 16), max_size=5).map(lambda cuts: np.split(order, sorted(cuts)))
+    ),
+    family=st.sampled_from(["dpar", "llamagen"]),
+    cfg_scale=st.sampled_from([1.0, 2.0]),
+    top_p=st.sampled_from([1.0, 0.9]),
+)
+def test_the_same_images_come_out_of_batches_of_any_size_and_order(
+    batches: list[Any], family: str, cfg_scale: float, top_p: float
+) -> None:
+    model: Any = dpar(encoder_layers=2) if family == "dpar" else llamagen(7)
+    entropy_model = llamagen() if family == "dpar" else None
+    rule: dict[str, Any] = {"threshold": usual_entropy(llamagen())} if family == "dpar" else {}
+    labels = torch.arange(17) % (CLASSES + 1)
+
+    def run(indices: Any) -> tuple[Tensor, Tensor, Tensor]:
+        seen = Seen()
+        codes, starts = sample(
+            model,
+            entropy_model,
+            labels[indices],
+            indices=[int(i) for i in indices],
+            cfg_scale=cfg_scale,
+            top_p=top_p,
+            observe=seen,
+            **rule,
+        )
+        return codes, starts, seen.logits()
+
+    together = run(np.arange(17))
+    for indices in batches:
+        for ours, theirs in zip(run(indices), together, strict=True):
+            assert torch.equal(ours, theirs[indices])  # logits too, to the last bit
+
+
+def test_a_wide_model_gives_the_same_images_in_batches_of_any_size() -> None:
+    sizes: dict[str, Any] = {"width": 768, "heads": 12, "codebook_size": 2048, "grid_height": 2, "grid_width": 8}
+    model, entropy_model = dpar(patch_layers=1, decoder_layers=1, **sizes), llamagen(layers=1, **sizes)
+    codes = torch.randint(2048, (4, 16), generator=torch.Generator().manual_seed(0))
+    threshold = float(entropies(entropy_model, codes)[:, 1:].float().median())
+
+    def run(begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        seen = Seen()
+        found = sample(
+            model,
+            entropy_model,
+            torch.zeros(end - begin).long(),
+            indices=range(begin, end),
+            cfg_scale=2.0,
+            threshold=threshold,
+            observe=seen,
+        )
+        return *found, seen.logits()
+
+    together = run(0, 11)
+    assert 16 < int(together[1].sum()) < 11 * 16  # boundaries of every kind
+    for begin, end in ((0, 1), (6, 7), (1, 6), (3, 11)):
+        for ours, theirs in zip(run(begin, end), together, strict=True):
+            assert torch.equal(ours, theirs[begin:end])
+
+
 def test_another_seed_or_index_gives_another_image() -> None:
     model, labels = llamagen(), torch.zeros(3, dtype=torch.long)
     codes, _ = sample(model, None, labels, indices=[0, 1, 2])
@@ -276,6 +340,109 @@ def test_a_top_k_of_one_samples_greedily() -> None:
     assert sample(model, None, LABELS, top_k=1)[0].tolist() == sample(model, None, LABELS, temperature=0)[0].tolist()
 
 
+@pytest.mark.parametrize(
+    ("schedule", "power", "scales"),
+    [
+        ("constant", 1.0, [3, 3, 3, 3]),
+        ("linear", 1.0, [1, 1.5, 2, 2.5]),
+        ("power-cosine", 1.0, [1, 2 - math.sqrt(0.5), 2, 2 + math.sqrt(0.5)]),
+        (
+            "power-cosine",
+            2.0,
+            [1, 2 - math.cos(math.pi / 16), 2 - math.cos(math.pi / 4), 2 - math.cos(math.pi * 9 / 16)],
+        ),
+        ("power-cosine", 0.0, [3, 3, 3, 3]),
+    ],
+)
+def test_guidance_goes_as_its_schedule_says(schedule: Any, power: float, scales: list[float]) -> None:
+    guidance = Guidance(scale=3.0, schedule=schedule, power=power)
+    assert [guidance.at(i, 4) for i in range(4)] == pytest.approx(scales)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "power-cosine"])
+def test_scheduled_guidance_weighs_the_halves_of_teacher_forcing(schedule: Any) -> None:
+    model, seen = llamagen(), Seen()
+    codes, starts = sample(model, None, LABELS, cfg_scale=3.0, cfg_schedule=schedule, cfg_power=2.0, observe=seen)
+    conditional, unconditional = (
+        forced(model, codes, LABELS, starts, 1.0),
+        forced(model, codes, LABELS * 0 + CLASSES, starts, 1.0),
+    )
+    guidance = Guidance(scale=3.0, schedule=schedule, power=2.0)
+    scales = torch.tensor([guidance.at(i, N) for i in range(N)])[:, None]
+    expected = unconditional + scales * (conditional - unconditional)
+    torch.testing.assert_close(seen.logits(), expected, atol=1e-4, rtol=0)
+
+
+def own_log_probs(model: DPAR | LlamaGen, codes: Tensor, starts: Tensor) -> Tensor:
+    logits = forced(model, codes, LABELS, starts, 1.0)
+    return logits.log_softmax(-1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("family", ["dpar", "llamagen"])
+@pytest.mark.parametrize(
+    "how", [{}, {"cfg_scale": 2.0}, {"temperature": 0.7, "top_k": 5}, {"cfg_scale": 3.0, "cfg_schedule": "linear"}]
+)
+def test_log_probabilities_of_a_sample_are_those_of_teacher_forcing(family: str, how: dict[str, Any]) -> None:
+    model: Any = dpar() if family == "dpar" else llamagen()
+    rule: dict[str, Any] = {"static_length": 1.81} if family == "dpar" else {}
+    seen = Seen()
+    codes, starts = sample(model, None, LABELS, observe_log_prob=seen, **rule, **how)
+    torch.testing.assert_close(seen.logits(), own_log_probs(model, codes, starts), atol=1e-4, rtol=0)
+
+
+@settings(deadline=None, max_examples=15)
+@given(share=st.floats(0, 1), seed=st.integers(0, 100), cfg_scale=st.sampled_from([1.0, 2.0]))
+def test_known_tokens_are_kept_and_all_others_sampled_after_them(share: float, seed: int, cfg_scale: float) -> None:
+    model, entropy_model, rng = dpar(), llamagen(), torch.Generator().manual_seed(seed)
+    known = torch.randint(V, (len(LABELS), N), generator=rng)
+    keep = torch.rand(known.shape, generator=rng) < share
+    seen, threshold = Seen(), usual_entropy(entropy_model)
+    rule: dict[str, Any] = {"threshold": threshold, "cfg_scale": cfg_scale, "seed": seed}
+    codes, starts = sample(model, entropy_model, LABELS, known=known, keep=keep, observe=seen, **rule)
+    assert torch.equal(codes[keep], known[keep])
+    assert starts.tolist() == patch_starts(entropies(entropy_model, codes), threshold, 4, WIDTH).tolist()
+    logits = seen.logits()
+    torch.testing.assert_close(logits, forced(model, codes, LABELS, starts, cfg_scale), atol=1e-4, rtol=0)
+    noise = torch.from_numpy(uniforms(seed, range(len(LABELS)), N))
+    drawn = torch.stack([draw(logits[:, i], noise[:, i], Choice()) for i in range(N)], dim=1)
+    assert torch.equal(codes[~keep], drawn[~keep])
+
+
+def test_an_image_all_of_which_is_known_comes_back_with_its_likelihood() -> None:
+    model, seen = dpar(), Seen()
+    known = torch.randint(V, (len(LABELS), N))
+    codes, starts = sample(model, None, LABELS, static_length=2.0, known=known, keep=known >= 0, observe_log_prob=seen)
+    assert torch.equal(codes, known)
+    torch.testing.assert_close(seen.logits(), own_log_probs(model, known, starts), atol=1e-4, rtol=0)
+
+
+def test_keeping_nothing_changes_nothing() -> None:
+    model, known = llamagen(), torch.zeros(len(LABELS), N, dtype=torch.long)
+    codes, _ = sample(model, None, LABELS, known=known, keep=known > 0)
+    assert torch.equal(codes, sample(model, None, LABELS)[0])
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_sample_costs_the_multiply_accumulates_that_are_counted(
+    guided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpar.cache.ROWS", 1)  # rows of padding are no part of the method
+    model, entropy_model, done = dpar(encoder_layers=2), llamagen(classes=0), [0]
+    threshold = usual_entropy(entropy_model)
+    for part in (*model.modules(), *entropy_model.modules()):
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_hook(lambda linear, args, out: done.append(out.numel() * linear.in_features))
+    _, starts = sample(model, entropy_model, LABELS, threshold=threshold, cfg_scale=2.0 if guided else 1.0)
+    patches = int(starts.sum()) / len(LABELS)
+    assert 5 < patches < N
+    counted = count(model.config, N / patches).sampling(count(entropy_model.config), guidance=guided)
+    # The column counts a forward pass; nothing ever reads the last token and the last patch, so they are not encoded.
+    block = sum(p.numel() for p in model.encoder_layers()[0].block.parameters() if p.ndim == 2)
+    in_last_patch = sum(N - int(row.nonzero().max()) for row in starts) / len(LABELS)
+    unread = model.config.encoder_layers * (block + (2 + 2 * in_last_patch) * model.config.width**2)
+    assert sum(done) / len(LABELS) == pytest.approx(counted - unread, rel=1e-9)
+
+
 def test_sampling_leaves_no_gradients_and_no_trace_in_the_model() -> None:
     model = dpar()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -298,6 +465,13 @@ def test_sampling_leaves_no_gradients_and_no_trace_in_the_model() -> None:
         ({"top_p": math.nan}, "top_p is nan"),
         ({"cfg_scale": 0.0}, "cfg_scale is 0.0; it must be above 0"),
         ({"cfg_scale": math.nan}, "cfg_scale is nan"),
+        ({"cfg_schedule": "cosine"}, "cfg_schedule is 'cosine'; it must be one of constant, linear, power-cosine"),
+        ({"cfg_power": -1.0}, "cfg_power is -1.0"),
+        ({"known": torch.zeros(4, N)}, "known and keep go together"),
+        ({"known": torch.zeros(3, N).long(), "keep": torch.zeros(4, N).bool()}, r"known is \(3, 15\); \(4, 15\)"),
+        ({"known": torch.zeros(4, N).long(), "keep": torch.zeros(4, 9).bool()}, r"keep is \(4, 9\)"),
+        ({"known": torch.zeros(4, N).long(), "keep": torch.zeros(4, N)}, "keep is torch.float32; bool"),
+        ({"known": torch.full((4, N), V), "keep": torch.ones(4, N).bool()}, "known codes reach from 19 to 19"),
         ({"indices": [0, 1]}, "2 indices for 4 labels"),
         ({"indices": [3]}, "1 indices for 4 labels"),
     ],

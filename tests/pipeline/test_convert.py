@@ -297,7 +297,7 @@ def test_weights_trained_elsewhere_score_and_sample_without_a_run(home: Path, tm
     assert results["bits_per_token"] == pytest.approx(expected.bits_per_token, abs=1e-6)
     assert list(results["bits_by_class"]) == list(CLASSES)
     assert results["cells"][0]["samples"] == 6
-    assert (tmp_path / "scores" / "samples-cfg-1.5.png").is_file()
+    assert (tmp_path / "scores" / "cells" / "cfg-1.5" / "samples.png").is_file()
     again = evaluate(weights, tmp_path / "scores", settings, QUIET)
     assert json.loads(json.dumps(again)) == json.loads(json.dumps(results))
     with pytest.raises(StageError, match=r"does not say which tokenizer.*--tokenizer"):
@@ -309,7 +309,7 @@ def test_weights_trained_elsewhere_score_and_sample_without_a_run(home: Path, tm
         QUIET,
     )
     assert made["images"] == 2
-    assert len(list((tmp_path / "pictures" / "0002-2").glob("*.png"))) == 2
+    assert len(list((tmp_path / "pictures" / "images" / "0002-2").glob("*.png"))) == 2
 
 
 def test_weights_that_do_not_fit_the_reference_are_refused_with_both_sides(home: Path, tmp_path: Path) -> None:

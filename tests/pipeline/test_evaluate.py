@@ -1,3 +1,4 @@
+import csv
 import json
 import pickle
 import shutil
@@ -12,32 +13,49 @@ from PIL import Image
 from torch import nn
 
 import dpar
-from dpar import DPAR, LlamaGen, LlamaGenConfig
+from dpar import DPAR, LlamaGen
 from dpar.sampling import sample
-from dpar.tokenizer import VQConfig, VQTokenizer, psnr
+from dpar.tokenizer import VQTokenizer, psnr
 from pipeline.errors import StageError
-from pipeline.evaluate import _in_chunks, evaluate
-from pipeline.features import frechet_distance, inception_features, tokenizer_features
+from pipeline.evaluate import evaluate
+from pipeline.features import (
+    InceptionFeatures,
+    Statistics,
+    TokenizerFeatures,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 from pipeline.generate import decode
 from pipeline.likelihood import bits_per_token
 from pipeline.originals import load_originals
-from pipeline.patchify import patchify
-from pipeline.progress import Progress
-from pipeline.settings import EvalSettings, PatchifySettings, TokenizeSettings, TrainSettings
-from pipeline.tokenize import tokenize
+from pipeline.reconstruction import ssim
+from pipeline.settings import EvalSettings, TrainSettings
 from pipeline.train import train
 from shards.build import ArtifactBuild
 from shards.manifest import Manifest, ShardInfo
 from shards.reader import open_artifact
 from shards.rows import Rows
+from tests.pipeline.sampling import (
+    CPU,
+    QUIET,
+    RULE,
+    SIDE,
+    SIZE,
+    VQ,
+    N,
+    V,
+    everything,
+    killed_again_and_again,
+    save_home,
+    save_patches,
+    save_photos,
+    save_run,
+    start,
+)
 
-V, SIDE, SIZE = 32, 4, 8
-N = SIDE * SIDE
 CLASSES = ("bird", "cat")
-QUIET = Progress(quiet=True)
-CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
-RULE: dict[str, Any] = {"threshold": 3.1, "max_length": 4, "row_reset": True}
-VQ = VQConfig(codebook_size=V, channels=32, channel_multipliers=(1, 1), residual_blocks=1, latent_channels=32)
+TOKENIZER_DISTANCE = "tokenizer Fréchet distance"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,40 +66,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def save_photos(folder: Path, a_class: int = 5) -> None:
-    rng = np.random.default_rng(0)
-    for name in CLASSES:
-        (folder / name).mkdir(parents=True)
-        for i in range(a_class):
-            Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8)).save(folder / name / f"{i}.png")
-
-
-def save_patches(home: Path, photos: Path, codes: Path, patches: Path) -> None:
-    settings = TokenizeSettings(tokenizer=str(home / "vq"), image_size=SIZE, shard_size=4, **CPU)
-    tokenize(str(photos), codes, settings, QUIET)
-    patchify(codes, patches, PatchifySettings(entropy_model=str(home / "entropy"), **RULE, **CPU), QUIET)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, a tokenizer, an entropy model, artifacts, and runs of both families that know a little."""
     home = tmp_path_factory.mktemp("made")
-    save_photos(home / "photos")
-    torch.manual_seed(0)
-    VQTokenizer(VQ).save_pretrained(home / "vq")
-    config = LlamaGenConfig(codebook_size=V, grid_height=SIDE, grid_width=SIDE, classes=0, width=32, heads=2, layers=2)
-    entropy_model = LlamaGen(config)
-    nn.init.normal_(entropy_model.output.weight, std=0.3)
-    entropy_model.save_pretrained(home / "entropy")
-    save_patches(home, home / "photos", home / "codes", home / "patches")
+    save_home(home, CLASSES, a_class=5)
     for model in ("dpar-tiny", "llamagen-tiny"):
-        settings = TrainSettings(model=model, steps=3, batch=4, lr=3e-3, **CPU)
-        train(home / "patches", home / model, settings, QUIET)
+        save_run(home / model, home / "patches", model, std=0.05)
     return home
 
 
 def run(home: Path, out: Path, model: str = "dpar-tiny", **values: Any) -> dict[str, Any]:
-    defaults: dict[str, Any] = {"reference": home / "patches", "cfg_scale": (1.5,), "samples": 4}
+    defaults: dict[str, Any] = {"reference": home / "patches", "cfg_scale": (1.5,), "samples": 6}
     return evaluate(home / model, out, EvalSettings(**{**defaults, **CPU, **values}), QUIET)
 
 
@@ -120,9 +116,8 @@ def build_patches(out: Path, codes: np.ndarray, labels: np.ndarray, starts: np.n
 def test_bits_per_token_of_a_model_that_knows_nothing_are_log2_of_the_codebook(
     home: Path, tmp_path: Path, model: str
 ) -> None:
-    train(home / "patches", tmp_path / "run", TrainSettings(model=model, steps=1, batch=4, lr=0.0, **CPU), QUIET)
-    settings = EvalSettings(reference=home / "patches", samples=0, **CPU)
-    found = evaluate(tmp_path / "run", tmp_path / "scores", settings, QUIET)
+    save_run(tmp_path / model, home / "patches", model, std=0.0)
+    found = run(tmp_path, tmp_path / "scores", model, reference=home / "patches", samples=0)
     assert found["bits_per_token"] == pytest.approx(5.0, abs=1e-6)
     assert found["bits_by_class"] == pytest.approx({"bird": 5.0, "cat": 5.0}, abs=1e-6)
     assert found["cells"] == []
@@ -162,30 +157,52 @@ def test_bits_per_token_do_not_depend_on_the_batch_size(home: Path) -> None:
     assert one.bits_per_token == pytest.approx(other.bits_per_token, abs=1e-5)
 
 
-def test_scores_are_written_as_numbers_a_table_and_sheets(home: Path, tmp_path: Path) -> None:
+def test_scores_are_written_as_numbers_tables_a_plot_and_sheets(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores"
-    found = run(home, out, cfg_scale=(1.0, 2.5), samples=5)
-    assert {path.name for path in out.iterdir()} == {
-        "results.json",
-        "results.md",
-        *(f"{name}-cfg-{scale}.png" for name in ("samples", "patches") for scale in ("1", "2.5")),
+    found = run(home, out, cfg_scale=(1.0, 2.5), samples=7, shard_size=3)
+    assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == {
+        *("results.json", "results.md", "results.csv", "eval.json", "reconstruction.json", "reference.npz"),
+        *("likelihood", "cells", "quality-vs-guidance.png"),
     }
+    for scale in ("1", "2.5"):
+        held = {path.name for path in (out / "cells" / f"cfg-{scale}").iterdir() if not path.name.startswith(".")}
+        assert held == {"cell.json", "codes", "samples.png", "patches.png"}
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == found
     assert [(cell["cfg_scale"], cell["samples"], cell["reference_images"]) for cell in found["cells"]] == [
-        (1.0, 5, 10),
-        (2.5, 5, 10),
+        (1.0, 7, 10),
+        (2.5, 7, 10),
     ]
     table = (out / "results.md").read_text(encoding="utf-8")
     assert f"| held-out bits per token | {found['bits_per_token']:.4f} |" in table
-    for cell in found["cells"]:
-        name = "tokenizer Fréchet distance"
-        assert cell["distance"] == name
-        assert cell[name] > 0
-        assert f"| {name} at guidance {cell['cfg_scale']:g} | {cell[name]:.3f} (5 samples, 10 references) |" in table
+    with open(out / "results.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for cell, row in zip(found["cells"], rows, strict=True):
+        assert cell["distance"] == TOKENIZER_DISTANCE
+        assert cell[TOKENIZER_DISTANCE] > 0
+        assert float(row[TOKENIZER_DISTANCE]) == cell[TOKENIZER_DISTANCE]
+        assert f"| {cell['cfg_scale']:g} |" in table
+        assert f"| {cell[TOKENIZER_DISTANCE]:.3f} |" in table
+        assert 0 <= cell["tokenizer_precision"] <= 1
+        assert cell["images_per_second"] > 0
+        assert cell["bits_per_token"] == found["bits_per_token"]
     assert found["held_out_images"] == 10
     assert found["patches_per_image"] == pytest.approx(
         open_artifact(home / "patches").manifest.statistics["patches_per_image"]
     )
+
+
+def test_a_cells_distance_is_that_of_its_decoded_codes_from_the_originals(home: Path, tmp_path: Path) -> None:
+    cell = run(home, tmp_path / "scores", samples=8)["cells"][0]
+    tokenizer = VQTokenizer.from_pretrained(home / "vq")
+    extract = TokenizerFeatures(tokenizer, "")
+    drawn = open_artifact(tmp_path / "scores" / "cells" / "cfg-1.5" / "codes")
+    artifact = open_artifact(home / "patches")
+    rows = np.arange(10)
+    originals = load_originals(artifact.manifest, artifact.keys(rows), np.zeros_like(rows))
+    samples = decode(tokenizer, drawn.gather(np.arange(8), np.zeros(8, np.int64)).codes, (SIDE, SIDE))
+    a, b = (extract(pixels)["pool"] for pixels in (samples, originals))
+    assert cell[TOKENIZER_DISTANCE] == pytest.approx(frechet_distance(Statistics.of(a), Statistics.of(b)), rel=1e-4)
+    assert (cell["tokenizer_precision"], cell["tokenizer_recall"]) == precision_recall(a, b)
 
 
 def test_the_tokenizers_quality_is_that_of_its_reconstructions(home: Path, tmp_path: Path) -> None:
@@ -198,27 +215,100 @@ def test_the_tokenizers_quality_is_that_of_its_reconstructions(home: Path, tmp_p
     found = run(home, tmp_path / "scores", samples=0)
     assert found["originals"] == len(rows)
     assert found["reconstruction_psnr_db"] == pytest.approx(expected, abs=0.01)
+    assert found["reconstruction_ssim"] == pytest.approx(float(ssim(decoded, originals).mean()), abs=1e-3)
+    assert ssim(originals, originals).tolist() == [1.0] * len(rows)
+    assert found["tokenizer reconstruction distance"] > 0
 
 
 def test_llamagen_is_scored_on_codes_and_has_no_sheet_of_patches(home: Path, tmp_path: Path) -> None:
     found = run(home, tmp_path / "scores", "llamagen-tiny", reference=home / "codes")
     assert found["patches_per_image"] == N
-    assert not list((tmp_path / "scores").glob("patches-*"))
+    assert found["cells"][0]["mean_length"] == 1
+    assert not list((tmp_path / "scores").rglob("patches.png"))
 
 
 def test_a_finished_cell_is_not_sampled_again(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores"
     first = run(home, out)
-    written = (out / "results.json").read_bytes()
-    sheet = out / "samples-cfg-1.5.png"
+    sheet = out / "cells" / "cfg-1.5" / "samples.png"
     sheet.unlink()  # it would come back if the cell were sampled
     assert run(home, out) == first
-    assert (out / "results.json").read_bytes() == written
     more = run(home, out, cfg_scale=(1.5, 2.0))
     assert not sheet.exists()
-    assert (out / "samples-cfg-2.png").exists()
+    assert (out / "cells" / "cfg-2" / "samples.png").exists()
     assert more["cells"][0] == first["cells"][0]
     assert [cell["cfg_scale"] for cell in more["cells"]] == [1.5, 2.0]
+
+
+def test_thresholds_lengths_and_guidance_make_one_table(home: Path, tmp_path: Path) -> None:
+    found = run(home, tmp_path / "scores", threshold=(3.0, 9.0), max_length=(2, 0), cfg_scale=(1.0, 3.0), samples=4)
+    got = [(c["threshold"], c["max_length"], c["cfg_scale"], c["name"]) for c in found["cells"]]
+    assert got == [
+        (threshold, length, scale, f"threshold-{threshold:g}-max-length-{length or 0}-cfg-{scale:g}")
+        for threshold in (3.0, 9.0)
+        for length in (None, 2)
+        for scale in (1.0, 3.0)
+    ]
+    longest = next(c for c in found["cells"] if c["threshold"] == 9.0 and c["max_length"] is None)
+    assert longest["mean_length"] == SIDE  # a patch a row
+    assert {path.name for path in (tmp_path / "scores").glob("*.png")} == {
+        "quality-vs-guidance.png",
+        "quality-vs-patch-length.png",
+    }
+
+
+def test_checkpoints_make_a_table_against_training_flops(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "dpar-tiny", tmp_path / "run")
+    model = DPAR.from_pretrained(tmp_path / "run" / "model")
+    for step in (10, 200):
+        nn.init.normal_(model.output.weight, std=0.0003 * step)
+        model.save_pretrained(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    metrics = [{"step": 10, "training_gflops_per_image": 3.0}, {"step": 200}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    names = ("step-00000200", "step-00000010")
+    found = run(tmp_path, tmp_path / "scores", "run", reference=home / "patches", checkpoint=names, samples=4)
+    cells = found["cells"]
+    assert [(c["checkpoint"], c["step"]) for c in cells] == [(names[1], 10), (names[0], 200)]
+    assert [c["training_flops"] for c in cells] == [3e9 * 2 * 10, 3e9 * 2 * 200]
+    assert abs(cells[0]["bits_per_token"] - cells[1]["bits_per_token"]) > 1e-3
+    assert (tmp_path / "scores" / "quality-vs-training-flops.png").is_file()
+    nn.init.normal_(model.output.weight, std=0.1)
+    model.save_pretrained(tmp_path / "run" / "checkpoints" / names[0])
+    with pytest.raises(StageError, match="results of other weights called step-00000200"):
+        run(tmp_path, tmp_path / "scores", "run", reference=home / "patches", checkpoint=names, samples=4)
+
+
+def test_a_runs_own_checkpoints_are_scored_as_the_weights_that_they_hold(home: Path, tmp_path: Path) -> None:
+    training = TrainSettings(model="dpar-tiny", steps=2, batch=4, lr=0.01, checkpoint_every=1, keep=2, **CPU)
+    train(home / "patches", tmp_path / "run", training, QUIET)
+    one: dict[str, Any] = {"reference": home / "patches", "samples": 2}
+    kept = run(tmp_path, tmp_path / "kept", "run", checkpoint=("step-00000001", "step-00000002"), **one)["cells"]
+    newest = run(tmp_path, tmp_path / "newest", "run", **one)["cells"][0]
+    assert [cell["step"] for cell in (*kept, newest)] == [1, 2, 2]
+    assert kept[1]["bits_per_token"] == newest["bits_per_token"]
+    assert kept[1][TOKENIZER_DISTANCE] == newest[TOKENIZER_DISTANCE]
+    assert kept[0]["bits_per_token"] != newest["bits_per_token"]
+    assert newest["training_flops"] == 2 * kept[0]["training_flops"] > 0
+
+
+@pytest.mark.slow
+def test_kills_and_other_processes_leave_the_numbers_of_an_undisturbed_run(home: Path, tmp_path: Path) -> None:
+    many: dict[str, Any] = {"cfg_scale": (1.0, 2.0), "shard_size": 2, "samples": 10}
+
+    def numbers(out: Path) -> dict[str, Any]:
+        found = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        for cell in found["cells"]:
+            del cell["images_per_second"]
+        return {"results": found, "files": {k for k in everything(out) if not k.startswith("results")}}
+
+    run(home, tmp_path / "whole", **many)
+    assert killed_again_and_again(lambda: run(home, tmp_path / "killed", **many), tmp_path / "killed", kills=6) == 6
+    both = [start(lambda: run(home, tmp_path / "two", **many), rank, 2) for rank in (0, 1)]
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    assert numbers(tmp_path / "two") == numbers(tmp_path / "whole")
 
 
 def test_results_of_other_weights_or_settings_are_refused_and_kept(home: Path, tmp_path: Path) -> None:
@@ -255,14 +345,14 @@ def test_a_reference_of_another_tokenizer_is_refused_with_both(home: Path, tmp_p
 
 
 def test_without_the_originals_there_are_likelihood_and_samples_but_no_distance(home: Path, tmp_path: Path) -> None:
-    save_photos(tmp_path / "photos", a_class=2)
+    save_photos(tmp_path / "photos", CLASSES, a_class=2)
     save_patches(home, tmp_path / "photos", tmp_path / "codes", tmp_path / "patches")
     shutil.rmtree(tmp_path / "photos")
     found = run(home, tmp_path / "scores", reference=tmp_path / "patches")
     assert found["originals"] == 0
     assert found["bits_per_token"] > 0
     assert "distance" not in found["cells"][0]
-    assert (tmp_path / "scores" / "samples-cfg-1.5.png").exists()
+    assert (tmp_path / "scores" / "cells" / "cfg-1.5" / "samples.png").exists()
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "entropy"])
@@ -277,14 +367,19 @@ def test_what_is_no_run_of_train_is_refused(home: Path, tmp_path: Path, kind: st
 
 def features(seed: int, n: int = 400, d: int = 48) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) + rng.normal(size=d)
+    found: np.ndarray = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) + rng.normal(size=d)
+    return found
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return frechet_distance(Statistics.of(a), Statistics.of(b))
 
 
 def test_the_distance_of_a_set_from_itself_is_zero_and_moved_is_the_square_of_the_move() -> None:
     a = features(0)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(a, a + 3.0) == pytest.approx(9 * a.shape[1], rel=1e-9)
+    assert distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert distance(a, a[::-1]) == pytest.approx(0, abs=1e-6)
+    assert distance(a, a + 3.0) == pytest.approx(9 * a.shape[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("d", [1, 48])
@@ -293,8 +388,8 @@ def test_the_distance_is_the_number_of_torch_fidelitys_formula(d: int) -> None:
     a, b = features(0, d=d), features(1, n=300, d=d)
     statistics = [{"mu": x.mean(axis=0), "sigma": np.atleast_2d(np.cov(x, rowvar=False))} for x in (a, b)]
     expected = fid.fid_statistics_to_metric(*statistics, verbose=False)[fid.KEY_METRIC_FID]
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(a, b) > 0.1
+    assert distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert distance(a, b) > 0.1
 
 
 def test_the_distance_is_the_number_of_the_matrix_square_root() -> None:
@@ -303,19 +398,32 @@ def test_the_distance_is_the_number_of_the_matrix_square_root() -> None:
     a, b = features(2), features(3)
     one, other = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(one + other - 2 * sqrtm(one @ other).real)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert distance(a, b) == pytest.approx(expected, rel=1e-6)
 
 
 def test_features_of_the_tokenizer_do_not_depend_on_the_batch_size(home: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3)).astype(np.uint8)
     tokenizer = VQTokenizer.from_pretrained(home / "vq")
-    one, other = (tokenizer_features(tokenizer, batch)(pixels) for batch in (2, 5))
+    one, other = (TokenizerFeatures(tokenizer, "", batch)(pixels)["pool"] for batch in (2, 5))
     np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_our_fid_is_torch_fidelitys_own_on_the_same_images_and_weights(tmp_path: Path) -> None:
-    torch_fidelity = pytest.importorskip("torch_fidelity")
+def test_larger_samples_are_brought_to_256_px_as_llamagens_script_does(home: Path, inception: Path) -> None:
+    tokenizer = VQTokenizer.from_pretrained(home / "vq")
+    codes = np.random.default_rng(0).integers(0, V, (2, N))
+    with torch.no_grad():
+        images = tokenizer.decode(torch.from_numpy(codes), (SIDE, SIDE))
+    images = torch.nn.functional.interpolate(images, size=(6, 6), mode="bicubic")
+    expected = torch.clamp(127.5 * images + 128.0, 0, 255).to(torch.uint8).movedim(1, -1).numpy()
+    np.testing.assert_array_equal(decode(tokenizer, codes, (SIDE, SIDE), size=6), expected)
+    extract = InceptionFeatures(inception, torch.device("cpu"))
+    assert [extract.side(side) for side in (128, 256, 384)] == [128, 256, 256]
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of seeded random weights, which stand in for the published ones."""
+    pytest.importorskip("torch_fidelity")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Newborn(FeatureExtractorInceptionV3):
@@ -324,34 +432,140 @@ def test_our_fid_is_torch_fidelitys_own_on_the_same_images_and_weights(tmp_path:
         def load_state_dict(self, *_: Any) -> None:
             pass
 
-    torch.save({}, tmp_path / "nothing.pth")
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "nothing.pth")
     torch.manual_seed(0)
-    newborn = Newborn("inception", ["2048"], feature_extractor_weights_path=str(tmp_path / "nothing.pth"))
+    newborn = Newborn("inception", ["2048"], feature_extractor_weights_path=str(folder / "nothing.pth"))
     for module in newborn.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
-    torch.save(newborn.state_dict(), tmp_path / "inception.pth")
-    extract = inception_features(tmp_path / "inception.pth", torch.device("cpu"))
-    rng = np.random.default_rng(0)
-    found = []
-    for name, count, brightest in (("a", 4, 256), ("b", 3, 160)):
-        (tmp_path / name).mkdir()
-        pixels = rng.integers(0, brightest, (count, 40, 40, 3)).astype(np.uint8)
-        for i, image in enumerate(pixels):
-            Image.fromarray(image).save(tmp_path / name / f"{i}.png")
-        found.append(extract(pixels))
+    torch.save(newborn.state_dict(), folder / "inception.pth")
+    return folder / "inception.pth"
+
+
+def write_images(folder: Path, seed: int, count: int, brightest: int = 256, size: int = SIZE) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, brightest, (size, size, 3)).astype(np.uint8)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_four_scores_are_torch_fidelitys_own_on_the_same_folders_and_weights(
+    home: Path, tmp_path: Path, inception: Path
+) -> None:
+    torch_fidelity = pytest.importorskip("torch_fidelity")
+    reference = write_images(tmp_path / "reference", 0, 9, brightest=160)
+    values: dict[str, Any] = {"features": "inception", "inception_weights": inception}
+    found = run(home, tmp_path / "scores", reference=reference, samples=12, shard_size=5, **values)
+    drawn = open_artifact(tmp_path / "scores" / "cells" / "cfg-1.5" / "codes")
+    tokenizer = VQTokenizer.from_pretrained(home / "vq")
+    pixels = decode(tokenizer, drawn.gather(np.arange(12), np.zeros(12, np.int64)).codes, (SIDE, SIDE))
+    (tmp_path / "samples").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "samples" / f"{i:03d}.png")
     theirs = torch_fidelity.calculate_metrics(
-        input1=str(tmp_path / "a"),
-        input2=str(tmp_path / "b"),
+        input1=str(tmp_path / "samples"),
+        input2=str(reference),
         cuda=False,
         fid=True,
+        isc=True,
+        prc=True,
+        feature_extractor="inception-v3-compat",
         cache=False,
         verbose=False,
         save_cpu_ram=True,  # no worker processes
-        feature_extractor_weights_path=str(tmp_path / "inception.pth"),
-    )["frechet_inception_distance"]
-    assert theirs > 0
-    assert frechet_distance(*found) == pytest.approx(theirs, rel=1e-3)
+        feature_extractor_weights_path=str(inception),
+    )
+    cell = found["cells"][0]
+    assert theirs["frechet_inception_distance"] > 0
+    assert cell["FID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    assert cell["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    assert cell["inception_score_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-2, abs=1e-6)
+    assert (cell["precision"], cell["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]))
+    assert cell["reference_images"] == 9
+
+
+def test_too_few_images_for_a_score_leave_it_out() -> None:
+    pytest.importorskip("torch_fidelity")
+    few, more = features(0, n=3).astype(np.float32), features(1, n=9).astype(np.float32)
+    assert precision_recall(few, more) is None
+    assert inception_score(more) is None
+    assert precision_recall(more, more) == (1.0, 1.0)
+
+
+def test_a_folder_an_npz_its_statistics_and_saved_ones_are_the_same_reference(home: Path, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "folder", 3, 8)
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+    np.savez(tmp_path / "images.npz", images)
+    np.savez_compressed(tmp_path / "packed.npz", images)
+    extract = TokenizerFeatures(VQTokenizer.from_pretrained(home / "vq"), "")
+    held = Statistics.of(extract(images)["pool"])
+    record = np.array(json.dumps({"features": "tokenizer", "images": 8}))
+    np.savez(tmp_path / "statistics.npz", mu=held.mu, sigma=held.sigma, provenance=record)
+    np.savez(tmp_path / "both.npz", images, mu=held.mu, sigma=held.sigma, provenance=record)
+    saved: dict[str, Any] = {"save_reference": tmp_path / "saved.npz"}
+    values: dict[str, Any] = {"held_out": home / "patches", "samples": 6}
+    found = {}
+    for name in ("folder", "images.npz", "packed.npz", "statistics.npz", "both.npz", "saved.npz"):
+        more = saved if name == "folder" else {}
+        found[name] = run(home, tmp_path / f"of-{name}", reference=tmp_path / name, **values, **more)["cells"][0]
+    expected = found["folder"]
+    assert expected["reference_images"] == 8
+    for name, cell in found.items():
+        assert cell[TOKENIZER_DISTANCE] == pytest.approx(expected[TOKENIZER_DISTANCE], rel=1e-5), name
+        if name != "statistics.npz":
+            assert cell["tokenizer_precision"] == expected["tokenizer_precision"]
+            assert cell["tokenizer_recall"] == expected["tokenizer_recall"]
+    assert "tokenizer_precision" not in found["statistics.npz"]
+
+
+def test_a_reference_needs_no_held_out_artifact_and_then_there_are_no_bits(home: Path, tmp_path: Path) -> None:
+    found = run(home, tmp_path / "scores", reference=write_images(tmp_path / "folder", 3, 8), samples=4)
+    assert "bits_per_token" not in found
+    assert found["cells"][0]["bits_per_token"] is None
+    assert found["cells"][0][TOKENIZER_DISTANCE] > 0
+
+
+def test_bad_references_are_one_message_before_anything_is_sampled(home: Path, tmp_path: Path) -> None:
+    mixed = write_images(tmp_path / "mixed", 0, 3)
+    Image.new("RGB", (SIZE, SIZE + 1)).save(mixed / "odd.png")
+    grey = write_images(tmp_path / "grey", 0, 2)
+    Image.new("L", (SIZE, SIZE)).save(grey / "grey.png")
+    np.savez(tmp_path / "grey.npz", np.zeros((4, SIZE, SIZE, 1), np.uint8))
+    np.savez(tmp_path / "floats.npz", np.zeros((4, SIZE, SIZE, 3), np.float32))
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048), np.float16))
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    np.savez(tmp_path / "objects.npz", mu=np.array([{}], object), sigma=np.zeros((1, 1)))
+    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "empty").mkdir()
+    for name, says in {
+        "mixed": r"odd.png is 8×9 pixels, .* 8×8; the images of a reference must have one size",
+        "grey": r"grey.png is not in colour \(mode L\)",
+        "grey.npz": r"arr_0 is \(4, 8, 8, 1\) uint8; colour images",
+        "floats.npz": r"arr_0 is \(4, 8, 8, 3\) float32; colour images",
+        "wide.npz": r"statistics of 2048 inception features; --features tokenizer has 64",
+        "other.npz": "has weights; a reference needs arr_0, or mu and sigma",
+        "objects.npz": "its statistics cannot be read",
+        "text.npz": "is no .npz file",
+        "empty": "holds 0 images",
+        "gone": "is not there",
+    }.items():
+        with pytest.raises(StageError, match=says):
+            run(home, tmp_path / "scores", reference=tmp_path / name)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_few_images_are_said_to_make_the_distance_too_large(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = EvalSettings(reference=home / "patches", cfg_scale=(1.5,), samples=4, **CPU)
+    evaluate(home / "dpar-tiny", tmp_path / "scores", settings)
+    said = capsys.readouterr().err
+    assert "10 images are few for 64 features (reference)" in said
+    assert "4 images are few for 64 features (samples)" in said
+    assert "none is FID" in said
 
 
 class Trap:
@@ -383,11 +597,4 @@ def test_inception_weights_that_are_something_else_are_one_message(home: Path, t
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
     for name in ("other.pth", "missing.pth"):
         with pytest.raises(StageError, match=f"could not be had in {tmp_path / name}"):
-            inception_features(tmp_path / name, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("n", [1, 1000, 1001, 2500])
-def test_images_are_gone_through_in_order_at_most_a_thousand_at_a_time(n: int) -> None:
-    parts = _in_chunks(np.arange(n))
-    assert max(len(part) for part in parts) <= 1000
-    np.testing.assert_array_equal(np.concatenate(parts), np.arange(n))
+            InceptionFeatures(tmp_path / name, torch.device("cpu"))

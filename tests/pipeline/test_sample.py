@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -8,31 +9,40 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import dpar
-from dpar import DPAR, LlamaGen, LlamaGenConfig
+from dpar import DPAR, LlamaGen
 from dpar.errors import ModelError
 from dpar.patching import static_starts
 from dpar.sampling import sample
-from dpar.tokenizer import VQConfig, VQTokenizer
+from dpar.tokenizer import VQTokenizer, from_uint8
 from pipeline.errors import StageError
-from pipeline.generate import decode
+from pipeline.generate import choose_classes, decode
+from pipeline.inspect import inspect
 from pipeline.patchify import patchify
-from pipeline.progress import Progress
 from pipeline.run import RunFolder
 from pipeline.sample import sample_pictures
-from pipeline.settings import PatchifySettings, SampleSettings, TokenizeSettings, TrainSettings
-from pipeline.tokenize import tokenize
-from pipeline.train import train
+from pipeline.settings import InspectSettings, PatchifySettings, SampleSettings
+from pipeline.views import views
+from shards.errors import ArtifactError
+from shards.reader import open_artifact
+from tests.pipeline.sampling import (
+    CPU,
+    QUIET,
+    RULE,
+    SIDE,
+    SIZE,
+    N,
+    V,
+    everything,
+    killed_again_and_again,
+    save_home,
+    save_run,
+    start,
+)
 
-V, SIDE, SIZE = 32, 4, 8
-N = SIDE * SIDE
 CLASSES = ("bird", "cat & dog", "fish")
 FOLDERS = ("0000-bird", "0001-cat_dog", "0002-fish")
-QUIET = Progress(quiet=True)
-CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
-RULE: dict[str, Any] = {"threshold": 3.1, "max_length": 4, "row_reset": True}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,43 +53,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def sharpen(run: Path) -> None:
-    """Makes a run's model sure of something, so that its samples depend on its inputs."""
-    model: Any = (DPAR if "dpar" in run.name or "static" in run.name else LlamaGen).from_pretrained(run / "model")
-    torch.manual_seed(3)
-    nn.init.normal_(model.output.weight, std=0.2)
-    model.save_pretrained(run / "model")
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, a tokenizer, an entropy model, patches, and runs of DPAR on both strategies and of LlamaGen."""
     home = tmp_path_factory.mktemp("made")
-    rng = np.random.default_rng(0)
-    for name in CLASSES:
-        (home / "photos" / name).mkdir(parents=True)
-        for i in range(2):
-            Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8)).save(home / "photos" / name / f"{i}.png")
-    torch.manual_seed(0)
-    vq = VQConfig(codebook_size=V, channels=32, channel_multipliers=(1, 1), residual_blocks=1, latent_channels=32)
-    VQTokenizer(vq).save_pretrained(home / "vq")
-    config = LlamaGenConfig(codebook_size=V, grid_height=SIDE, grid_width=SIDE, classes=0, width=32, heads=2, layers=2)
-    entropy_model = LlamaGen(config)
-    nn.init.normal_(entropy_model.output.weight, std=0.3)
-    entropy_model.save_pretrained(home / "entropy")
-    settings = TokenizeSettings(tokenizer=str(home / "vq"), image_size=SIZE, **CPU)
-    tokenize(str(home / "photos"), home / "codes", settings, QUIET)
-    entropy = PatchifySettings(entropy_model=str(home / "entropy"), **RULE, **CPU)
-    patchify(home / "codes", home / "patches", entropy, QUIET)
+    save_home(home, CLASSES, a_class=2)
     static = PatchifySettings(strategy="static", static_length=1.81, **CPU)
     patchify(home / "codes", home / "static patches", static, QUIET)
-    for data, run, model in (
-        ("patches", "dpar", "dpar-tiny"),
-        ("static patches", "static", "dpar-tiny"),
-        ("codes", "llama", "llamagen-tiny"),
-    ):
-        train(home / data, home / run, TrainSettings(model=model, steps=1, batch=2, **CPU), QUIET)
-        sharpen(home / run)
+    save_run(home / "dpar", home / "patches", "dpar-tiny")
+    save_run(home / "static", home / "static patches", "dpar-tiny")
+    save_run(home / "llama", home / "codes", "llamagen-tiny", std=0.05)
     return home
 
 
@@ -87,30 +70,48 @@ def run(home: Path, out: Path, model: str = "dpar", **values: Any) -> dict[str, 
     return sample_pictures(home / model, out, SampleSettings(**{**CPU, "per_class": 2, **values}), QUIET)
 
 
-def held(out: Path) -> dict[str, np.ndarray]:
-    with np.load(out / "samples.npz") as file:
-        return dict(file)
+def held(out: Path) -> dict[str, Any]:
+    artifact = open_artifact(out / "codes", verify=True)
+    rows = np.arange(len(artifact))
+    batch = artifact.gather(rows, np.zeros_like(rows))
+    return {"codes": batch.codes, "starts": batch.starts, "labels": batch.labels, "made": artifact.manifest}
 
 
 def pictures(out: Path) -> list[str]:
-    return sorted(path.relative_to(out).as_posix() for path in out.glob("*/*.png"))
+    return sorted(path.relative_to(out / "images").as_posix() for path in out.glob("images/*/*.png"))
 
 
 def test_pictures_of_every_class_land_in_the_output(home: Path, tmp_path: Path) -> None:
-    made = run(home, tmp_path / "out", per_class=3)
-    assert pictures(tmp_path / "out") == [f"{folder}/{i:04d}.png" for folder in FOLDERS for i in range(3)]
+    made = run(home, tmp_path / "out", per_class=3, shard_size=4)
+    numbers = [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert pictures(tmp_path / "out") == [f"{FOLDERS[i // 3]}/{i:06d}.png" for i in numbers]
     found = held(tmp_path / "out")
     assert found["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert found["codes"].shape == found["starts"].shape == (9, N)
     assert made["images"] == 9
     assert made["patches_per_image"] == pytest.approx(found["starts"].sum() / 9)
     assert Path(made["sheet"]) == tmp_path / "out" / "sheet.png"
-    how = json.loads(str(found["how"]))
-    assert how["weights"] == dpar.fingerprint(home / "dpar" / "model")
-    assert how["settings"]["seed"] == 0
+    assert found["made"].settings["weights"] == dpar.fingerprint(home / "dpar" / "model")
+    assert found["made"].settings["seed"] == 0
+    assert found["made"].class_names == CLASSES
     pixels = decode(VQTokenizer.from_pretrained(home / "vq"), found["codes"], (SIDE, SIDE))
     for name, expected in zip(pictures(tmp_path / "out"), pixels, strict=True):
-        np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "out" / name)).astype(int), expected, atol=1)
+        shown = np.asarray(Image.open(tmp_path / "out" / "images" / name)).astype(int)
+        np.testing.assert_allclose(shown, expected, atol=1)
+
+
+def test_the_codes_are_an_artifact_that_other_commands_open(home: Path, tmp_path: Path) -> None:
+    run(home, tmp_path / "out", per_class=1)
+    inspect(tmp_path / "out" / "codes", tmp_path / "pages", InspectSettings(images=2, verify=True, device="cpu"))
+    assert (tmp_path / "pages" / "index.html").is_file()
+    coarse = PatchifySettings(threshold=3.0, max_length=2, **CPU)
+    run(home, tmp_path / "llama", "llama", per_class=1)
+    with pytest.raises(StageError, match="holds no entropies"):
+        patchify(tmp_path / "llama" / "codes", tmp_path / "patches", coarse, QUIET)
+    again = PatchifySettings(entropy_model=str(home / "entropy"), **RULE, **CPU)
+    made = patchify(tmp_path / "llama" / "codes", tmp_path / "patches", again, QUIET)
+    assert made is not None
+    assert made.rows == 3
 
 
 @pytest.mark.parametrize("wanted", [("fish", "bird"), ("2", "0"), ("fish", "0")])
@@ -122,10 +123,10 @@ def test_classes_are_chosen_by_name_or_number(home: Path, tmp_path: Path, wanted
 
 @pytest.mark.parametrize(
     ("wanted", "says"),
-    [("fihs", "did you mean 'fish'"), ("cat", "cat & dog"), ("3", "numbers go from 0 to 2"), ("-1", "no class")],
+    [("fihs", "did you mean 'fish'"), ("cat", "cat & dog"), ("3", "Numbers go from 0 to 2"), ("-1", "no class")],
 )
 def test_an_unknown_class_is_refused_with_the_nearest(home: Path, tmp_path: Path, wanted: str, says: str) -> None:
-    with pytest.raises(StageError, match=rf"no class is '{wanted}'") as refusal:
+    with pytest.raises(StageError, match=rf"no class '{wanted}'") as refusal:
         run(home, tmp_path / "out", classes=(wanted,))
     assert says in str(refusal.value)
     assert not (tmp_path / "out").exists()
@@ -136,7 +137,7 @@ def test_an_image_does_not_depend_on_what_else_is_in_the_batch(home: Path, tmp_p
     run(home, tmp_path / "whole", model, batch=32, per_class=3)
     run(home, tmp_path / "parts", model, batch=2, per_class=3)
     whole, parts = held(tmp_path / "whole"), held(tmp_path / "parts")
-    for name in ("codes", "starts", "labels"):
+    for name in ("codes", "labels") if model == "llama" else ("codes", "starts", "labels"):
         np.testing.assert_array_equal(whole[name], parts[name])
     assert len(np.unique(whole["codes"], axis=0)) > 6
 
@@ -188,7 +189,7 @@ def moved(home: Path, tmp_path: Path) -> Iterator[Path]:
 
 def test_a_llamagen_run_needs_no_entropy_model(home: Path, moved: Path) -> None:
     run(home, moved / "out", "llama", tokenizer=str(moved / "vq"))
-    assert held(moved / "out")["starts"].all()
+    assert held(moved / "out")["made"].kind == "codes"
 
 
 @pytest.mark.parametrize(("option", "other"), [("tokenizer", "entropy_model"), ("entropy_model", "tokenizer")])
@@ -210,6 +211,205 @@ def test_a_part_with_other_weights_is_refused_with_both_fingerprints(home: Path,
     theirs, ours = (dpar.fingerprint(path)[:12] for path in (tmp_path / "other", source))
     with pytest.raises(StageError, match=f"has weights {theirs}, but {ours} made the codes"):
         run(home, tmp_path / "out", **{option: str(tmp_path / "other")})
+
+
+def test_ten_kills_leave_the_files_of_an_undisturbed_run(home: Path, tmp_path: Path) -> None:
+    many: dict[str, Any] = {"per_class": 8, "shard_size": 2, "npz": True}
+    hits = killed_again_and_again(lambda: run(home, tmp_path / "killed", **many), tmp_path / "killed", kills=10)
+    run(home, tmp_path / "whole", **many)
+    assert hits == 10
+    assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
+
+
+def test_two_processes_leave_the_files_of_one(home: Path, tmp_path: Path) -> None:
+    many: dict[str, Any] = {"per_class": 4, "shard_size": 2, "npz": True}
+    both = [start(lambda: run(home, tmp_path / "two", **many), rank, 2) for rank in (0, 1)]
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    run(home, tmp_path / "one", **many)
+    assert everything(tmp_path / "two") == everything(tmp_path / "one")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("model", ["dpar", "static", "llama"])
+def test_sampling_and_editing_run_on_a_gpu(home: Path, tmp_path: Path, model: str) -> None:
+    image = write_image(tmp_path / "image.png")
+    run(home, tmp_path / "new", model, device="cuda", npz=True)
+    assert len(pictures(tmp_path / "new")) == 6
+    run(home, tmp_path / "edit", model, device="cuda", image=image, keep_rows=1, classes=("fish",))
+    np.testing.assert_array_equal(held(tmp_path / "edit")["codes"][0, :SIDE], codes_of(home, image)[:SIDE])
+
+
+def test_npz_is_what_adms_suite_reads_whatever_else_is_written(home: Path, tmp_path: Path) -> None:
+    run(home, tmp_path / "both", npz=True, per_class=3, shard_size=4)
+    run(home, tmp_path / "alone", npz=True, png=False, per_class=3, shard_size=4)
+    both, alone = ((tmp_path / name / "samples.npz").read_bytes() for name in ("both", "alone"))
+    assert both == alone
+    assert not (tmp_path / "alone" / "images").exists()
+    with np.load(tmp_path / "both" / "samples.npz", allow_pickle=False) as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.dtype == np.uint8
+    assert images.shape == (9, SIZE, SIZE, 3)
+    assert labels.tolist() == held(tmp_path / "both")["labels"].tolist()
+    for i, name in enumerate(pictures(tmp_path / "both")):
+        np.testing.assert_array_equal(images[i], np.asarray(Image.open(tmp_path / "both" / "images" / name)))
+
+
+def test_pictures_can_be_asked_for_after_the_codes(home: Path, tmp_path: Path) -> None:
+    run(home, tmp_path / "out", png=False)
+    codes = (tmp_path / "out" / "codes" / "00000.arrow").stat().st_mtime_ns
+    run(home, tmp_path / "out", npz=True)
+    assert len(pictures(tmp_path / "out")) == 6
+    assert (tmp_path / "out" / "samples.npz").is_file()
+    assert (tmp_path / "out" / "codes" / "00000.arrow").stat().st_mtime_ns == codes
+
+
+def test_a_count_is_spread_over_the_classes_alike_or_by_the_seed(home: Path, tmp_path: Path) -> None:
+    labels = {}
+    kinds: dict[str, dict[str, Any]] = {"even": {}, "a": {"labels": "random"}, "b": {"labels": "random", "seed": 1}}
+    for name, more in kinds.items():
+        run(home, tmp_path / name, per_class=None, count=40, classes=("fish", "bird"), png=False, **more)
+        labels[name] = held(tmp_path / name)["labels"].tolist()
+    assert labels["even"] == [2, 0] * 20
+    assert set(labels["a"]) == {0, 2}
+    assert labels["a"] != labels["b"]
+    assert 5 < labels["a"].count(0) < 35
+
+
+def test_the_first_images_of_a_longer_run_are_those_of_a_shorter(home: Path, tmp_path: Path) -> None:
+    for name, count in (("short", 5), ("long", 8)):
+        run(home, tmp_path / name, per_class=None, count=count, shard_size=3, png=False)
+    short, long = held(tmp_path / "short"), held(tmp_path / "long")
+    np.testing.assert_array_equal(short["codes"], long["codes"][:5])
+    np.testing.assert_array_equal(short["starts"], long["starts"][:5])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "power-cosine"])
+def test_guidance_schedules_are_the_librarys(home: Path, tmp_path: Path, schedule: Any) -> None:
+    run(home, tmp_path / "out", cfg_scale=3.0, cfg_schedule=schedule, cfg_power=2.0, per_class=1, png=False)
+    codes, _ = sample(
+        DPAR.from_pretrained(home / "dpar" / "model"),
+        LlamaGen.from_pretrained(home / "entropy"),
+        torch.tensor([0, 1, 2]),
+        cfg_scale=3.0,
+        cfg_schedule=schedule,
+        cfg_power=2.0,
+        **RULE,
+    )
+    np.testing.assert_array_equal(held(tmp_path / "out")["codes"], codes.numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("n01440764 tench", 1), ("n01440764", 1), ("tench", 1), ("1", 1), ("crane", None)]
+)
+def test_a_class_goes_by_its_wordnet_id_its_words_or_its_number(name: str, label: int | None) -> None:
+    names = ("n01443537 goldfish", "n01440764 tench", "n02012849 crane", "n03126707 crane")
+    if label is None:
+        with pytest.raises(StageError, match="the name of 2 classes"):
+            choose_classes(names, (name,))
+    else:
+        assert choose_classes(names, (name,)) == [label]
+
+
+def write_image(path: Path, size: tuple[int, int] = (SIZE, SIZE)) -> Path:
+    rng = np.random.default_rng(5)
+    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(path)
+    return path
+
+
+def codes_of(home: Path, image: Path) -> np.ndarray:
+    pixels = views(Image.open(image), SIZE, "center", (1.0,))
+    return VQTokenizer.from_pretrained(home / "vq").encode(from_uint8(torch.from_numpy(pixels)))[0].numpy()
+
+
+@pytest.mark.parametrize("model", ["dpar", "static", "llama"])
+def test_rows_that_are_kept_stay_exactly_and_the_rest_is_sampled(home: Path, tmp_path: Path, model: str) -> None:
+    image = write_image(tmp_path / "image.png", (13, 9))
+    edit: dict[str, Any] = {"image": image, "keep_rows": 2, "classes": ("fish",), "per_class": 3}
+    run(home, tmp_path / "out", model, **edit)
+    codes = held(tmp_path / "out")["codes"]
+    np.testing.assert_array_equal(
+        codes[:, : 2 * SIDE], np.broadcast_to(codes_of(home, image)[: 2 * SIDE], (3, 2 * SIDE))
+    )
+    assert len(np.unique(codes[:, 2 * SIDE :], axis=0)) == 3
+    assert Image.open(tmp_path / "out" / "sheet.png").width > 3 * 128
+    with pytest.raises(ArtifactError, match="known was"):
+        run(home, tmp_path / "out", model, **{**edit, "keep_rows": 1})
+
+
+def test_a_token_with_any_masked_pixel_is_sampled_and_no_other(home: Path, tmp_path: Path) -> None:
+    image = write_image(tmp_path / "image.png")
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[3, 5] = 255  # one pixel of token (1, 2)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    run(home, tmp_path / "out", image=image, mask=tmp_path / "mask.png", classes=("0",), per_class=16)
+    changed = (held(tmp_path / "out")["codes"] != codes_of(home, image)).any(axis=0)
+    assert np.flatnonzero(changed).tolist() == [SIDE + 2]
+
+
+def test_editing_refuses_what_it_cannot_mean_before_it_samples(home: Path, tmp_path: Path) -> None:
+    image = write_image(tmp_path / "image.png", (13, 9))
+    other = write_image(tmp_path / "other.png", (9, 13))
+    black = tmp_path / "black.png"
+    Image.new("L", (13, 9)).save(black)
+    fish: dict[str, Any] = {"image": image, "classes": ("fish",)}
+    for more, says in (
+        ({"mask": other}, "9×13 pixels, the image .* 13×9; both must have the same size"),
+        ({"mask": black}, "nothing to sample: .*no white pixel"),
+        ({"keep_rows": SIDE}, "keeps all 4 rows"),
+        ({"mask": tmp_path / "gone.png"}, "there is no image .*gone.png"),
+    ):
+        with pytest.raises(StageError, match=says):
+            run(home, tmp_path / "out", **fish, **more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"top_p": 0.0}, "--top-p is 0"),
+        ({"cfg_scale": 0.0}, "--cfg-scale is 0"),
+        ({"per_class": 2, "count": 3}, "one of --per-class and --count"),
+        ({"labels": "random"}, "--labels random needs --count"),
+        ({"mask": Path("m.png")}, "belong to --image"),
+        ({"image": Path("i.png"), "classes": ("a",)}, "one of --mask and --keep-rows"),
+        ({"image": Path("i.png"), "keep_rows": 1}, "needs one --classes"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(StageError, match=says):
+        SampleSettings(**values)
+
+
+def test_a_threshold_for_llamagen_is_refused(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="a LlamaGen has no patches"):
+        run(home, tmp_path / "out", "llama", threshold=2.0)
+
+
+@pytest.mark.parametrize(("what", "value"), [("codebook_size", 2 * V), ("grid_height", 2 * SIDE)])
+def test_an_entropy_model_of_other_tokens_is_refused(home: Path, tmp_path: Path, what: str, value: int) -> None:
+    config = LlamaGen.from_pretrained(home / "entropy").config
+    LlamaGen(dataclasses.replace(config, **{what: value})).save_pretrained(tmp_path / "entropy")
+    shutil.copytree(home / "dpar", tmp_path / "dpar")
+    record = json.loads((tmp_path / "dpar" / "run.json").read_text(encoding="utf-8"))
+    record["inputs"]["entropy_model"]["fingerprint"] = dpar.fingerprint(tmp_path / "entropy")
+    (tmp_path / "dpar" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"the entropy model's {what} is {value}"):
+        run(tmp_path, tmp_path / "out", entropy_model=str(tmp_path / "entropy"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_inside_a_run_are_sampled_with_what_the_run_knows(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "dpar", tmp_path / "dpar")
+    model = DPAR.from_pretrained(tmp_path / "dpar" / "model")
+    torch.nn.init.normal_(model.output.weight, std=0.1)
+    model.save_pretrained(tmp_path / "dpar" / "model-ema")
+    run(tmp_path, tmp_path / "out", "dpar/model-ema", per_class=1)
+    made = held(tmp_path / "out")["made"]
+    assert made.settings["weights"] == dpar.fingerprint(tmp_path / "dpar" / "model-ema")
+    assert made.class_names == CLASSES
 
 
 def test_a_run_without_weights_yet_is_one_message(home: Path, tmp_path: Path) -> None:
@@ -239,7 +439,12 @@ def test_pictures_do_not_go_among_other_files(home: Path, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_pictures_of_an_earlier_sampling_do_not_stay_among_the_new(home: Path, tmp_path: Path) -> None:
-    run(home, tmp_path / "out", per_class=3)
-    run(home, tmp_path / "out", classes=("bird",), per_class=1)
-    assert pictures(tmp_path / "out") == [f"{FOLDERS[0]}/0000.png"]
+def test_other_settings_are_refused_and_replace_everything_only_if_asked(home: Path, tmp_path: Path) -> None:
+    run(home, tmp_path / "out", per_class=3, npz=True)
+    before = everything(tmp_path / "out")
+    with pytest.raises(ArtifactError, match=r"images was 9 and is now 1.*--overwrite"):
+        run(home, tmp_path / "out", classes=("bird",), per_class=1)
+    assert everything(tmp_path / "out") == before
+    run(home, tmp_path / "out", classes=("bird",), per_class=1, overwrite=True)
+    assert pictures(tmp_path / "out") == [f"{FOLDERS[0]}/000000.png"]
+    assert not (tmp_path / "out" / "samples.npz").exists()

@@ -1,0 +1,160 @@
+"""How fast DPAR samples beside LlamaGen of the same size: `python benchmarks/sample.py --sizes b l --batches 1 8 32`.
+
+Random weights: time does not depend on them, but for where patches begin. So the entropy model's head is drawn wide
+enough for its entropies to differ, and the threshold is set on random codes for the wanted mean patch length; the
+length that came out is in the table. Guidance is on. LlamaGen and DPAR with each entropy model take turns, so that
+what else the machine does meets all of them, and each ratio is the median over turns of the ratio within a turn.
+`predicted` is the ratio of the multiply-accumulates of linear layers that `dpar flops` counts.
+
+Float32 on CPU, bfloat16 on CUDA. A step is a token. Memory: weights, and what sampling needs besides at its peak.
+`--cpu-time` counts this process's processor time instead of the clock's, for a machine that others use (then with
+OMP_NUM_THREADS=1, since threads that wait for others count as busy).
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, patch_starts, preset, sample, token_entropy
+from dpar.flops import count
+
+V = 16384
+LOGIT_STD = 2.5  # of the entropy model: a mean entropy of about ln V - LOGIT_STD² / 2
+
+
+def rss(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+class Meter:
+    """Seconds, and bytes beyond those held before, of a call."""
+
+    def __init__(self, device: torch.device, cpu_time: bool) -> None:
+        self.device, self.clock = device, time.process_time if cpu_time else time.perf_counter
+
+    def __call__(self, call: Callable[[], tuple[Tensor, Tensor]]) -> tuple[float, int, Tensor]:
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            before = rss("VmRSS")
+        began = self.clock()
+        _, starts = call()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = self.clock() - began
+        peak = torch.cuda.max_memory_allocated() if cuda else rss("VmHWM")
+        return seconds, peak - before, starts
+
+
+def threshold_for(entropy_model: LlamaGen, length: float, max_length: int) -> float:
+    """The threshold that gives random codes this mean patch length."""
+    config = entropy_model.config
+    codes = torch.randint(V, (8, config.n_tokens), device=entropy_model.output.weight.device)
+    with torch.no_grad():
+        entropy = token_entropy(entropy_model(codes)).cpu()
+    low, high = float(entropy.min()), float(entropy.max())
+    for _ in range(30):
+        middle = (low + high) / 2
+        starts = patch_starts(entropy, middle, max_length, config.grid_width)
+        low, high = (low, middle) if starts.numel() / int(starts.sum()) > length else (middle, high)
+    return low
+
+
+def llamagen(size: str, device: torch.device, **sizes: int) -> LlamaGen:
+    config = preset(f"llamagen-{size}", **sizes)
+    assert isinstance(config, LlamaGenConfig)
+    return LlamaGen(config).to(device).eval()
+
+
+def dpar(size: str, device: torch.device, **sizes: int) -> DPAR:
+    config = preset(f"dpar-{size}", **sizes)
+    assert isinstance(config, DPARConfig)
+    return DPAR(config).to(device).eval()
+
+
+def size_of(*models: torch.nn.Module | None) -> int:
+    return sum(p.numel() * p.element_size() for model in models if model for p in model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["b"])
+    parser.add_argument("--entropy-models", nargs="+", default=["b", "s", "xs"], help="LlamaGen's sizes")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--patch-length", type=float, default=1.81)
+    parser.add_argument("--max-length", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device, side = torch.device(arguments.device), arguments.image_size // 16
+    grid = {"grid_height": side, "grid_width": side}
+    meter = Meter(device, arguments.cpu_time)
+    half = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    torch.manual_seed(0)
+
+    watchers: dict[str, tuple[LlamaGen, float]] = {}
+    for name in arguments.entropy_models:
+        watcher = llamagen(name, device, classes=0, **grid)
+        torch.nn.init.normal_(watcher.output.weight, std=LOGIT_STD / watcher.config.width**0.5)
+        watchers[name] = watcher, threshold_for(watcher, arguments.patch_length, arguments.max_length)
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, {arguments.image_size} px, guidance on\n")
+    print(
+        "| model | entropy model | batch | images/s | ms a step | memory, GiB | patch length | × LlamaGen | predicted |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for size in arguments.sizes:
+        baseline = llamagen(size, device, **grid)
+        model = dpar(size, device, **grid)
+        n = model.config.n_tokens
+        for batch in arguments.batches:
+            labels = torch.arange(batch) % 1000
+            guided = partial(sample, labels=labels, cfg_scale=2.0)
+            calls = {"": partial(guided, baseline, None)}
+            for watched, (watcher, threshold) in watchers.items():
+                calls[watched] = partial(guided, model, watcher, threshold=threshold, max_length=arguments.max_length)
+            turns: dict[str, list[tuple[float, int, Tensor]]] = {key: [] for key in calls}
+            with half:
+                if device.type == "cuda":  # whose first calls choose and load kernels
+                    for call in calls.values():
+                        call()
+                for _ in range(arguments.repeats):
+                    for key, call in calls.items():
+                        turns[key].append(meter(call))
+            for key, found in turns.items():
+                seconds = statistics.median(turn[0] for turn in found)
+                own = baseline if not key else model
+                memory = size_of(own, watchers[key][0] if key else None) + max(turn[1] for turn in found)
+                row = [f"{'dpar' if key else 'llamagen'}-{size}", f"llamagen-{key}" if key else "", str(batch)]
+                row += [f"{batch / seconds:.3f}", f"{seconds / n * 1e3:.1f}", f"{memory / 2**30:.2f}"]
+                if key:
+                    length = found[0][2].numel() / int(found[0][2].sum())
+                    ratio = statistics.median(a[0] / b[0] for a, b in zip(turns[""], found, strict=True))
+                    macs = count(model.config, length).sampling(count(watchers[key][0].config))
+                    predicted = count(baseline.config).sampling() / macs
+                    row += [f"{length:.2f}", f"{ratio:.2f}", f"{predicted:.2f}"]
+                else:
+                    row += ["", "", ""]
+                print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What ``dpar eval`` writes for people and programs: the cells as JSON, CSV, a Markdown table and plots.
+
+results = write_results(Path("scores"), {"bits_per_token": 7.1, …}, progress)        # cells: OUT/cells/*/cell.json
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.plots import plot_cells
+from pipeline.progress import Progress
+from pipeline.share import replacing, share
+from shards.manifest import write_json
+
+# Columns of a cell's numbers, in order: key, heading, format. Those that no cell has are left out.
+COLUMNS = (
+    ("checkpoint", "checkpoint", "{}"),
+    ("threshold", "threshold", "{:.4g}"),
+    ("max_length", "max length", "{}"),
+    ("cfg_scale", "guidance", "{:g}"),
+    ("tokens_per_image", "tokens", "{}"),
+    ("patches_per_image", "patches", "{:.1f}"),
+    ("mean_length", "length", "{:.3f}"),
+    ("bits_per_token", "bits/token", "{:.4f}"),
+    ("FID", "FID", "{:.3f}"),
+    ("inception_score", "IS", "{:.2f}"),
+    ("precision", "precision", "{:.3f}"),
+    ("recall", "recall", "{:.3f}"),
+    ("tokenizer Fréchet distance", "tokenizer Fréchet distance", "{:.3f}"),
+    ("tokenizer_precision", "tokenizer precision", "{:.3f}"),
+    ("tokenizer_recall", "tokenizer recall", "{:.3f}"),
+    ("images_per_second", "images/s", "{:.2f}"),
+    ("samples", "samples", "{}"),
+    ("reference_images", "references", "{}"),
+)
+
+
+def write_results(out: Path, found: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Writes ``results.json``, ``.csv``, ``.md`` and plots of all cells in ``out``; gives what the first holds."""
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "cells").glob("*/cell.json")]
+    results = found | {"cells": sorted(cells, key=_order)}
+    for _ in share(out / "results.json", 1, lambda _: False):
+        write_json(out / "results.json", results)
+        for name, text in (("results.md", markdown(results)), ("results.csv", _csv(results["cells"]))):
+            with replacing(out / name) as part:
+                part.write_text(text, encoding="utf-8")
+        plot_cells(results["cells"], out, progress)
+    return results
+
+
+def _order(cell: dict[str, Any]) -> tuple[Any, ...]:
+    numbers = (cell["step"], cell["threshold"], cell["max_length"], cell["cfg_scale"])
+    return (*(-1.0 if number is None else float(number) for number in numbers), cell["name"])
+
+
+def _csv(cells: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for cell in cells for name in cell))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(cells)
+    return stream.getvalue()
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as two Markdown tables: the model and its tokenizer, and the cells."""
+    rows: list[tuple[str, str]] = []
+    if "bits_per_token" in results:
+        rows += [
+            ("held-out bits per token", f"{results['bits_per_token']:.4f}"),
+            ("held-out images", f"{results['held_out_images']}"),
+            ("patches an image", f"{results['patches_per_image']:.1f} of {results['tokens_per_image']} tokens"),
+            ("GMACs an image", f"{results['gmacs_per_image']:.3f}"),
+            ("parameters", f"{results['parameters'] / 1e6:.1f} M"),
+        ]
+    if "reconstruction_psnr_db" in results:
+        rows += [
+            ("tokenizer's PSNR", f"{results['reconstruction_psnr_db']:.2f} dB"),
+            ("tokenizer's SSIM", f"{results['reconstruction_ssim']:.4f}"),
+        ]
+        names = ("rFID", "tokenizer reconstruction distance")
+        rows += [(name, f"{results[name]:.3f}") for name in names if name in results]
+    parts = []
+    if rows:
+        parts.append("| | |\n| --- | --- |\n" + "".join(f"| {name} | {value} |\n" for name, value in rows))
+    cells = results["cells"]
+    shown = [column for column in COLUMNS if any(cell.get(column[0]) is not None for cell in cells)]
+    if cells:
+        lines = [[heading for _, heading, _ in shown], ["---:"] * len(shown)]
+        lines += [[_text(cell.get(key), form) for key, _, form in shown] for cell in cells]
+        parts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(parts)
+
+
+def _text(value: Any, form: str) -> str:
+    return "–" if value is None else form.format(value)
