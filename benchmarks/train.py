@@ -27,11 +27,10 @@ from dpar.model import DPAR, DPARConfig
 from dpar.packing import PatchLayout
 from dpar.presets import preset
 from dpar.rope import token_table, with_condition
+from pipeline.speed import peak_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPREAD = 0.08  # standard deviation of an image's share of patches: 20 of 256 tokens
-# dense bf16 FLOP/s in the makers' data sheets
-GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 WARM_UP = 1
 MATMUL = {"cpu": 2048, "cuda": 8192}
 
@@ -208,9 +207,7 @@ def table(setting: Setting, names: list[str], steps: int, cpu_time: bool, memory
         for name in names
     }
     gpu = torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else ""
-    peak = next((peak for known, peak in GPU_PEAKS.items() if known in gpu), None)
-    if dtype == torch.float32:
-        peak = None
+    peak = peak_flops(gpu, setting.dtype)
     lines = [
         f"### {setting.size.upper()}, {setting.image_size} px, {setting.dtype}, batch {setting.batch}, "
         f"{choose_backend(setting.device, dtype, setting.backend)[0]}"  # type: ignore[arg-type]
