@@ -138,7 +138,9 @@ class OptimSettings:
     keep: Annotated[int, "Newest checkpoints kept."] = 2
     override: Annotated[bool, "Go on with a run under other settings, and record which."] = False
     verify: Annotated[bool, "Check the SHA-256 of every input shard before starting."] = True
-    attention: Annotated[Attention, "How packed patches attend; auto is the fastest that runs here."] = "auto"
+    attention: Annotated[
+        Attention, "How packed patches attend; auto is the first of varlen, xformers and sdpa that runs here."
+    ] = "auto"
     compile: Annotated[bool | None, "Compile the model's layers. (default: on CUDA)"] = None
     checkpoint_layers: Annotated[bool, "Keep no activations inside layers: less memory, a third more compute."] = False
     fsdp: Annotated[bool, "Share weights and optimizer over the processes (FSDP2), for models of XXL size."] = False
