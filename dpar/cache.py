@@ -5,9 +5,10 @@
     out = block(pad_rows(x), table, cache.at_rows(places))[:7]   # x (7, 1, width): of some rows
 
 On CPU a row's float32 numbers do not depend, to the last bit, on what else is in the batch. Matrix products choose
-their order of summation by the number of rows, so :func:`pad_rows` gives them multiples of 8 only; those of attention
-by the number of keys and by where they lie in memory, so caches are read in multiples of 32. This is how the same image
-comes out of batches of 1 and of 16: one flipped bit in a distribution of 16384 tokens can change a token.
+their order of summation by the number of rows, so :func:`pad_rows` gives them multiples of 4 only, and 8 at least;
+those of attention by the number of keys and by where they lie in memory, so caches are read in multiples of 32. This is
+how the same image comes out of batches of 1 and of 16: one flipped bit in a distribution of 16384 tokens can change a
+token.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from dpar.attention import Attend
 
-ROWS = 8  # rows of matrix products come in multiples of this
+ROWS = 4  # rows of matrix products come in multiples of this
+LEAST_ROWS = 8  # and there are at least so many: MKL's oldest kernels sum 4 in another order
 SLOTS = 32  # keys that are attended to come in multiples of this; the surplus is masked
 
 
@@ -31,11 +33,11 @@ def round_up(number: int, multiple: int) -> int:
 
 def padded(rows: int) -> int:
     """How many rows :func:`pad_rows` makes of so many."""
-    return round_up(rows, ROWS)
+    return max(LEAST_ROWS, round_up(rows, ROWS))
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """x (R, ...) with rows of zeros at the end, to a multiple of :data:`ROWS`."""
+    """x (R, ...) with rows of zeros at the end, to a multiple of :data:`ROWS` and :data:`LEAST_ROWS` at least."""
     return _with_rows(x, padded(x.shape[0]))
 
 

@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -57,6 +58,24 @@ def test_a_row_attends_alike_to_the_last_bit_alone_and_among_rows_that_are_furth
         assert torch.equal(ours, theirs[:1])
 
 
-def test_padding_makes_rows_a_multiple_of_eight() -> None:
-    assert [pad_rows(torch.ones(rows, 2)).shape[0] for rows in (1, 8, 9, 16)] == [8, 8, 16, 16]
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("fan_in", "fan_out"), [(48, 100), (768, 2304), (1024, 2816), (2816, 1024)])
+def test_a_matrix_product_gives_a_row_the_same_bits_among_any_number_of_rows(
+    threads: int, fan_in: int, fan_out: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(fan_out, fan_in, generator=generator), torch.randn(40, fan_in, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone = torch.cat([F.linear(pad_rows(row), weight)[:1] for row in x.split(1)])
+        for rows in range(2, len(x) + 1):
+            among = F.linear(pad_rows(x[-rows:]), weight)[:rows]
+            assert torch.equal(among, alone[-rows:]), f"{rows} rows"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_padding_makes_rows_a_multiple_of_four_and_eight_at_least() -> None:
+    assert [pad_rows(torch.ones(rows, 2)).shape[0] for rows in (1, 8, 9, 12, 13, 16)] == [8, 8, 12, 12, 16, 16]
     assert pad_rows(torch.ones(3, 2)).sum() == 6

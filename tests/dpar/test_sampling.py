@@ -426,7 +426,8 @@ def test_keeping_nothing_changes_nothing() -> None:
 def test_a_sample_costs_the_multiply_accumulates_that_are_counted(
     guided: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpar.cache.ROWS", 1)  # rows of padding are no part of the method
+    for name in ("ROWS", "LEAST_ROWS"):
+        monkeypatch.setattr(f"dpar.cache.{name}", 1)  # rows of padding are no part of the method
     model, entropy_model, done = dpar(encoder_layers=2), llamagen(classes=0), [0]
     threshold = usual_entropy(entropy_model)
     for part in (*model.modules(), *entropy_model.modules()):
