@@ -107,8 +107,12 @@ def seconds_of_processes(photos: Path, out: Path, settings: TokenizeSettings, co
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     began = time.perf_counter()
+    for process in processes:  # all of them, before any is waited for
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
     for process in processes:
-        process.communicate("go\n")
+        process.communicate()
         assert process.returncode == 0
     return time.perf_counter() - began
 
