@@ -189,7 +189,7 @@ class ArtifactBuild:
                 path.replace(path.with_suffix(".unchecked"))
 
     def _check_records(self) -> None:
-        """Sees to it that no record is unchecked, together with the session's other processes."""
+        """Sees to it that no record is unchecked, together with the other processes at work."""
         indices = sorted(int(path.stem) for path in self.records.glob("*.unchecked"))
         with ThreadPoolExecutor(CHECKING) as pool:
             busy = [i for i, decided in zip(indices, pool.map(self._check, indices), strict=True) if not decided]
@@ -287,7 +287,7 @@ class ArtifactBuild:
         return self.records / f"{index:05d}.unchecked"
 
     def done(self, index: int) -> ShardInfo | None:
-        """What is recorded of shard ``index``, if it was written or checked in this session."""
+        """What is recorded of shard ``index``, if it was written or checked since work began."""
         try:
             return parse_shard(json.loads(self._record(index).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, KeyError):
