@@ -145,7 +145,7 @@ def _orientation(image: Image.Image) -> int:
     # Good pixels under damaged EXIF are good pixels.
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:
+    except Exception:  # damaged EXIF, too, raises nearly anything
         return 1
 
 

@@ -123,7 +123,7 @@ class RemoteFile:
                 raise StageError(
                     f"{url}: cannot be read from the middle ({_one_line(refused)}); download it first and give its path"
                 ) from refused
-            except Exception as broken:
+            except Exception as broken:  # each kind of storage breaks off in its own way
                 error = broken
             self._file = None
         raise StageError(

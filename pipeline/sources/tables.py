@@ -61,7 +61,7 @@ def read_hub(name: str) -> DatasetDict:
 
     try:
         return datasets.load_dataset(name)
-    except Exception as error:
+    except Exception as error:  # of the Hub, its transport or datasets itself
         raise StageError(
             f"{name}: no such file or folder here, and as a dataset of the Hugging Face Hub it cannot be had "
             f"({_one_line(error)}); check the name, and the connection: without one, only what is in the cache "
@@ -129,7 +129,7 @@ class Table(Source):
         """Image ``i``, mode RGB; see `Source.load`."""
         try:
             value = self._images[int(self._rows[i])][self.image_column]
-        except Exception as error:
+        except Exception as error:  # of pyarrow, fsspec or the system
             raise StageError(
                 f"{self.location}: row {self._rows[i]} cannot be read any more ({_one_line(error)}). Finished shards "
                 "are kept: put the data back and run the same command again"
