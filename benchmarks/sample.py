@@ -1,12 +1,14 @@
 """How fast DPAR samples beside LlamaGen of the same size: `python benchmarks/sample.py --sizes b l --batches 1 8 32`.
 
 Random weights: time does not depend on them, but for where patches begin. So the entropy model's head is drawn wide
-enough for its entropies to differ, and the threshold is set on random codes for the wanted mean patch length; the
-length that came out is in the table. Guidance is on. LlamaGen and DPAR with each entropy model take turns, so that
-what else the machine does meets all of them, and each ratio is the median over turns of the ratio within a turn.
-`predicted` is the ratio of the multiply-accumulates of linear layers that `dpar flops` counts.
+enough for its entropies to differ, and the threshold is set for the wanted mean patch length; the
+length that came out is in the table, with how much the number of patches differs between images. Guidance is on.
+A turn samples `--rounds` times as many images as are in flight (the batch). LlamaGen and DPAR with each entropy model
+and each `--gather` take turns, so that what else the machine does meets all of them, and each ratio is the median over
+turns of the ratio within a turn. `predicted` is the ratio of the multiply-accumulates of linear layers that
+`dpar flops` counts. A step is a token of every image in flight.
 
-Float32 on CPU, bfloat16 on CUDA. A step is a token. Memory: weights, and what sampling needs besides at its peak.
+Float32 on CPU, bfloat16 on CUDA. Memory: weights, and what sampling needs besides at its peak.
 `--cpu-time` counts this process's processor time instead of the clock's, for a machine that others use (then with
 OMP_NUM_THREADS=1, since threads that wait for others count as busy).
 """
@@ -24,8 +26,11 @@ from torch import Tensor
 
 from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, patch_starts, preset, sample, token_entropy
 from dpar.flops import count
+from dpar.onednn import onednn
+from dpar.sampling import GATHER, uniforms
 
 V = 16384
+SEED = 0
 LOGIT_STD = 2.5  # of the entropy model: a mean entropy of about ln V - LOGIT_STD² / 2
 
 
@@ -61,12 +66,16 @@ class Meter:
         return seconds, peak - before, starts
 
 
-def threshold_for(entropy_model: LlamaGen, length: float, max_length: int) -> float:
-    """The threshold that gives random codes this mean patch length."""
+def threshold_for(entropy_model: LlamaGen, images: int, length: float, max_length: int) -> float:
+    """The threshold that gives the images of a run this mean patch length.
+
+    A model with random weights has an output head of zeros, so it draws all codes alike, and they are known beforehand.
+    """
     config = entropy_model.config
-    codes = torch.randint(V, (8, config.n_tokens), device=entropy_model.output.weight.device)
-    with torch.no_grad():
-        entropy = token_entropy(entropy_model(codes)).cpu()
+    codes = torch.from_numpy((uniforms(SEED, range(images), config.n_tokens) * V).astype("int64"))
+    with torch.no_grad(), onednn(entropy_model):
+        parts = codes.to(entropy_model.output.weight.device).split(8)
+        entropy = torch.cat([token_entropy(entropy_model(part)).cpu() for part in parts])
     low, high = float(entropy.min()), float(entropy.max())
     for _ in range(30):
         middle = (low + high) / 2
@@ -99,6 +108,8 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--patch-length", type=float, default=1.81)
     parser.add_argument("--max-length", type=int, default=4)
+    parser.add_argument("--gather", nargs="+", type=float, default=[GATHER], help="0: all images march in step")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -109,29 +120,33 @@ def main() -> None:
     half = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
     torch.manual_seed(0)
 
-    watchers: dict[str, tuple[LlamaGen, float]] = {}
+    watchers: dict[str, LlamaGen] = {}
     for name in arguments.entropy_models:
         watcher = llamagen(name, device, classes=0, **grid)
         torch.nn.init.normal_(watcher.output.weight, std=LOGIT_STD / watcher.config.width**0.5)
-        watchers[name] = watcher, threshold_for(watcher, arguments.patch_length, arguments.max_length)
+        watchers[name] = watcher
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {arguments.image_size} px, guidance on\n")
-    print(
-        "| model | entropy model | batch | images/s | ms a step | memory, GiB | patch length | × LlamaGen | predicted |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = "model, entropy model, batch, gather, images/s, ms a step, memory GiB, patch length, sd of patches"
+    print("| " + " | ".join([*columns.split(", "), "× LlamaGen", "predicted"]) + " |")
+    print("|" + " --- |" * 11)
     for size in arguments.sizes:
         baseline = llamagen(size, device, **grid)
         model = dpar(size, device, **grid)
         n = model.config.n_tokens
         for batch in arguments.batches:
-            labels = torch.arange(batch) % 1000
-            guided = partial(sample, labels=labels, cfg_scale=2.0)
-            calls = {"": partial(guided, baseline, None)}
-            for watched, (watcher, threshold) in watchers.items():
-                calls[watched] = partial(guided, model, watcher, threshold=threshold, max_length=arguments.max_length)
-            turns: dict[str, list[tuple[float, int, Tensor]]] = {key: [] for key in calls}
+            images = batch * arguments.rounds
+            guided = partial(sample, labels=torch.arange(images) % 1000, cfg_scale=2.0, seed=SEED, batch=batch)
+            calls: dict[tuple[str, float], Callable[[], tuple[Tensor, Tensor]]] = {
+                ("", 0.0): partial(guided, baseline, None)
+            }
+            for watched, watcher in watchers.items():
+                threshold = threshold_for(watcher, images, arguments.patch_length, arguments.max_length)
+                rule = {"threshold": threshold, "max_length": arguments.max_length}
+                for gather in arguments.gather:
+                    calls[watched, gather] = partial(guided, model, watcher, gather=gather, **rule)
+            turns: dict[tuple[str, float], list[tuple[float, int, Tensor]]] = {key: [] for key in calls}
             with half:
                 if device.type == "cuda":  # whose first calls choose and load kernels
                     for call in calls.values():
@@ -139,20 +154,22 @@ def main() -> None:
                 for _ in range(arguments.repeats):
                     for key, call in calls.items():
                         turns[key].append(meter(call))
-            for key, found in turns.items():
+            for (watched, gather), found in turns.items():
                 seconds = statistics.median(turn[0] for turn in found)
-                own = baseline if not key else model
-                memory = size_of(own, watchers[key][0] if key else None) + max(turn[1] for turn in found)
-                row = [f"{'dpar' if key else 'llamagen'}-{size}", f"llamagen-{key}" if key else "", str(batch)]
-                row += [f"{batch / seconds:.3f}", f"{seconds / n * 1e3:.1f}", f"{memory / 2**30:.2f}"]
-                if key:
-                    length = found[0][2].numel() / int(found[0][2].sum())
-                    ratio = statistics.median(a[0] / b[0] for a, b in zip(turns[""], found, strict=True))
-                    macs = count(model.config, length).sampling(count(watchers[key][0].config))
+                own = model if watched else baseline
+                memory = size_of(own, watchers[watched] if watched else None) + max(turn[1] for turn in found)
+                row = [f"{'dpar' if watched else 'llamagen'}-{size}", f"llamagen-{watched}" if watched else ""]
+                row += [str(batch), f"{gather:g}" if watched else "", f"{images / seconds:.3f}"]
+                row += [f"{seconds * batch / images / n * 1e3:.1f}", f"{memory / 2**30:.2f}"]
+                if watched:
+                    patches = found[0][2].sum(dim=1).float()
+                    length = n / float(patches.mean())
+                    ratio = statistics.median(a[0] / b[0] for a, b in zip(turns["", 0.0], found, strict=True))
+                    macs = count(model.config, length).sampling(count(watchers[watched].config))
                     predicted = count(baseline.config).sampling() / macs
-                    row += [f"{length:.2f}", f"{ratio:.2f}", f"{predicted:.2f}"]
+                    row += [f"{length:.2f}", f"{float(patches.std()):.0f}", f"{ratio:.2f}", f"{predicted:.2f}"]
                 else:
-                    row += ["", "", ""]
+                    row += [""] * 4
                 print(f"| {' | '.join(row)} |", flush=True)
 
 

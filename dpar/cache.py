@@ -1,29 +1,32 @@
 """The keys and values that sampling keeps: one cache an attention layer, allocated once.
 
     cache = KVCache(rows=16, capacity=256, heads=12, head_dim=64, device=device, dtype=torch.float32)
-    out = block(pad_rows(x), table, cache.at(position))[:16]     # x (16, 1, width): one new token a row
-    out = block(pad_rows(x), table, cache.at_rows(places))[:7]   # x (7, 1, width): of some rows
+    places = Places.of(rows, positions, total=16, device=device)
+    out = block(pad_rows(x), table, cache.at(places))[:7]        # x (7, 1, width): a new token of each of 7 rows
 
 On CPU a row's float32 numbers do not depend, to the last bit, on what else is in the batch. Matrix products choose
-their order of summation by the number of rows, so :func:`pad_rows` gives them multiples of 4 only, and 8 at least;
-those of attention by the number of keys and by where they lie in memory, so caches are read in multiples of 32. This is
-how the same image comes out of batches of 1 and of 16: one flipped bit in a distribution of 16384 tokens can change a
-token.
+their order of summation by the number of rows: oneDNN's (:mod:`dpar.onednn`) for a single row, other libraries' for
+more, so :func:`pad_rows` gives them numbers of rows that they treat alike. Products of attention choose it by the
+number of keys and by where they lie in memory, so caches are read in multiples of 32. This is how the same image comes
+out of batches of 1 and of 16: one flipped bit in a distribution of 16384 tokens can change a token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dpar import onednn
 from dpar.attention import Attend
 
-ROWS = 4  # rows of matrix products come in multiples of this
-LEAST_ROWS = 8  # and there are at least so many: MKL's oldest kernels sum 4 in another order
-SLOTS = 32  # keys that are attended to come in multiples of this; the surplus is masked
+LEAST_ROWS = 2  # of oneDNN's products
+OTHER_LEAST_ROWS, OTHER_ROWS = 8, 4  # others have so many at least, and multiples of 4
+KEYS = 32  # keys that are attended to come in multiples of this; the surplus is masked
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -33,31 +36,59 @@ def round_up(number: int, multiple: int) -> int:
 
 def padded(rows: int) -> int:
     """How many rows :func:`pad_rows` makes of so many."""
-    return max(LEAST_ROWS, round_up(rows, ROWS))
+    if onednn.available():
+        return max(LEAST_ROWS, rows)
+    return max(OTHER_LEAST_ROWS, round_up(rows, OTHER_ROWS))
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """x (R, ...) with rows of zeros at the end, to a multiple of :data:`ROWS` and :data:`LEAST_ROWS` at least."""
+    """x (R, ...) with rows of zeros at the end, so many that a row's products have the same bits in any batch."""
     return _with_rows(x, padded(x.shape[0]))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbours in the cache that attend to equally many keys."""
+
+    begin: int  # among the rows of the step
+    end: int
+    row: int  # of the cache, the first of them
+    keys: int  # a multiple of KEYS
 
 
 @dataclass(frozen=True)
 class Places:
     """Where the next keys and values of some rows go: the same in each layer, so made once a step."""
 
-    rows: Tensor  # (R,) int64, ascending within a half
+    rows: Tensor  # (R,) int64
     positions: Tensor  # (R,) int64
-    every: bool  # whether ``rows`` are 0, 1, … to the last
-    slots: int  # how many are read, a multiple of SLOTS
-    mask: Tensor  # (rows of the cache, 1, slots) float32, added to scores
+    together: int | None  # the position, where it is every row's of the cache
+    stretches: tuple[Stretch, ...]  # CPU: what is attended to at once
+    keys: int  # the most that a row attends to
+    mask: Tensor | None  # 0 or -inf, float32, added to scores: CPU (R, 1, keys); else (rows of the cache, 1, keys)
 
     @classmethod
-    def of(cls, rows: Tensor, positions: Tensor, total: int) -> Places:
-        """Rows (R,) and their positions (R,), int64, of caches with ``total`` rows."""
-        slots = round_up(int(positions.max()) + 1, SLOTS)
-        last = positions.new_zeros(total).index_put((rows,), positions)
-        mask = _hide_later(last[:, None, None], slots, rows.device)
-        return cls(rows, positions, len(rows) == total, slots, mask)
+    def of(
+        cls, rows: NDArray[np.int64], positions: NDArray[np.int64], total: int, device: torch.device | str = "cpu"
+    ) -> Places:
+        """Rows (R,), ascending, and their positions (R,), of caches with ``total`` rows."""
+        at, last = torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)
+        farthest = int(positions.max())
+        together = farthest if len(rows) == total and int(positions.min()) == farthest else None
+        if torch.device(device).type == "cpu":
+            keys = round_up(farthest + 1, KEYS)
+            return cls(at, last, together, _stretches(rows, positions), keys, _hide_later(last[:, None, None], keys))
+        mask = None
+        if together is None:
+            mask = _hide_later(last.new_zeros(total).index_put((at,), last)[:, None, None], farthest + 1)
+        return cls(at, last, together, (), farthest + 1, mask)
+
+
+def _stretches(rows: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[Stretch, ...]:
+    keys = (positions // KEYS + 1) * KEYS
+    cuts = np.flatnonzero((np.diff(rows) != 1) | (np.diff(keys) != 0)) + 1
+    begins, ends = [0, *cuts.tolist()], [*cuts.tolist(), len(rows)]
+    return tuple(Stretch(b, e, int(rows[b]), int(keys[b])) for b, e in zip(begins, ends, strict=True))
 
 
 class KVCache:
@@ -70,62 +101,63 @@ class KVCache:
         self, rows: int, capacity: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         # a head's past is one stretch of memory, which the products of attention read without a copy
-        self.k = torch.zeros(rows, heads, round_up(capacity, SLOTS), head_dim, device=device, dtype=dtype)
+        self.k = torch.zeros(rows, heads, round_up(capacity, KEYS), head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
 
-    def at(self, position: int) -> Attend:
-        """Attention of one new token a row, all rows standing at ``position``.
+    def at(self, places: Places) -> Attend:
+        """Attention of one new token in each of some rows, (R,).
 
         The callable takes (R, 1, heads, head_dim) tensors with rows of padding at the end, and gives the like.
         """
-        rows, slots = self.k.shape[0], position + 1
-        mask = None
-        if self.k.device.type == "cpu":
-            slots = round_up(slots, SLOTS)
-            mask = _hide_later(position, slots, self.k.device)
+        count = len(places.rows)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[:, :, position], self.v[:, :, position] = k[:rows, 0].to(self.k.dtype), v[:rows, 0].to(self.v.dtype)
-            return _with_rows(self._attended(q[:rows], slots, mask), len(q))
+            for kept, new in ((self.k, k), (self.v, v)):
+                if places.together is not None:
+                    kept[:, :, places.together] = new[:count, 0].to(kept.dtype)
+                else:
+                    kept[places.rows, :, places.positions] = new[:count, 0].to(kept.dtype)
+            on_cpu = self.k.device.type == "cpu"
+            out = self._attended(q[:count], places) if on_cpu else self._fused(q[:count], places)
+            return _with_rows(out, len(q))
 
         return attend
 
-    def at_rows(self, places: Places) -> Attend:
-        """The same for some rows, each at a position of its own."""
-        rows, count = places.rows, len(places.rows)
+    def _attended(self, q: Tensor, places: Places) -> Tensor:
+        """Queries (R, 1, heads, head_dim) of rows at ``places``: the like, on CPU.
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[rows, :, places.positions] = k[:count, 0].to(self.k.dtype)
-            self.v[rows, :, places.positions] = v[:count, 0].to(self.v.dtype)
-            if places.every:
-                return _with_rows(self._attended(q[:count], places.slots, places.mask), len(q))
-            # Attending with all rows reads their pasts once; choosing rows first would copy the chosen pasts.
-            spread = q.new_zeros(self.k.shape[0], *q.shape[1:]).index_copy(0, rows, q[:count])
-            return _with_rows(self._attended(spread, places.slots, places.mask)[rows], len(q))
+        As batched products: the CPU's fused kernel rounds differently from thread to thread, and is no faster.
+        """
+        _, _, heads, head_dim = q.shape
+        query = q.to(self.k.dtype) * head_dim**-0.5
+        out = []
+        assert places.mask is not None  # on CPU
+        for part in places.stretches:
+            size, keys = part.end - part.begin, part.keys
+            past = slice(part.row, part.row + size)
+            k, v = (x[past, :, :keys].flatten(0, 1) for x in (self.k, self.v))
+            scores = torch.bmm(query[part.begin : part.end].view(-1, 1, head_dim), k.transpose(1, 2))
+            scores = scores.view(size, heads, keys).float() + places.mask[part.begin : part.end, :, :keys]
+            weights = scores.softmax(dim=-1).to(v.dtype).view(-1, 1, keys)
+            out.append(torch.bmm(weights, v).view(size, 1, heads, head_dim))
+        return torch.cat(out).to(q.dtype)
 
-        return attend
-
-    def _attended(self, q: Tensor, slots: int, mask: Tensor | None) -> Tensor:
-        """Queries (rows, 1, heads, head_dim), one a row, over the first ``slots`` keys: the like."""
-        rows, _, heads, head_dim = q.shape
-        if q.device.type != "cpu":
-            keys, values = self.k[:, :, :slots].to(q.dtype), self.v[:, :, :slots].to(q.dtype)
-            bias = None if mask is None else mask.unsqueeze(1).to(q.dtype)
-            return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=bias).transpose(1, 2)
-        # As batched products: the CPU's fused kernel rounds differently from thread to thread, and is no faster.
-        keys, values = self.k.flatten(0, 1)[:, :slots], self.v.flatten(0, 1)[:, :slots]
-        query = q.reshape(rows * heads, 1, head_dim).to(keys.dtype) * head_dim**-0.5
-        scores = torch.bmm(query, keys.transpose(1, 2)).view(rows, heads, slots).float()
-        if mask is not None:
-            scores = scores + mask
-        weights = scores.softmax(dim=-1).to(values.dtype).view(rows * heads, 1, slots)
-        return torch.bmm(weights, values).view(rows, 1, heads, head_dim).to(q.dtype)
+    def _fused(self, q: Tensor, places: Places) -> Tensor:
+        """The same on other devices. Attending with all rows reads pasts once; choosing rows first would copy them."""
+        keys, values = (x[:, :, : places.keys].to(q.dtype) for x in (self.k, self.v))
+        if places.together is not None:
+            return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)
+        assert places.mask is not None  # unless all are together
+        spread = q.new_zeros(self.k.shape[0], *q.shape[1:]).index_copy(0, places.rows, q).transpose(1, 2)
+        bias = places.mask.unsqueeze(1).to(q.dtype)
+        out = F.scaled_dot_product_attention(spread, keys, values, attn_mask=bias).transpose(1, 2)
+        return out[places.rows]
 
 
-def _hide_later(last: Tensor | int, slots: int, device: torch.device) -> Tensor:
-    """0 for slots up to ``last``, -inf for later ones: (..., slots) float32 of ``last`` (..., 1) or one for all."""
-    later = torch.arange(slots, device=device) > last
-    return torch.zeros(later.shape, device=device).masked_fill(later, float("-inf"))
+def _hide_later(last: Tensor, keys: int) -> Tensor:
+    """0 for keys up to ``last``, -inf for later ones: (..., keys) float32 of ``last`` (..., 1)."""
+    later = torch.arange(keys, device=last.device) > last
+    return torch.zeros(later.shape, device=last.device).masked_fill(later, float("-inf"))
 
 
 def _with_rows(x: Tensor, rows: int) -> Tensor:

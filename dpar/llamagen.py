@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dpar.attention import dense_causal
-from dpar.cache import KVCache
+from dpar.cache import KVCache, Places, pad_rows
 from dpar.checkpoint import Pretrained, read_weights
 from dpar.errors import ModelError
 from dpar.layers import NORM_EPS, Block, LabelEmbedder, compile_layers, init_weights, run_layer
@@ -157,12 +157,15 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
         c, device = self.config, self.table.device
         return [KVCache(rows, c.n_tokens, c.heads, c.head_dim, device, dtype) for _ in range(c.layers)]
 
-    def step(self, x: Tensor, position: int, cache: list[KVCache]) -> Tensor:
-        """Logits of token ``position`` from the embedding (rows, width) of what stands before it: (rows, V)."""
+    def step(self, x: Tensor, places: Places, cache: list[KVCache]) -> Tensor:
+        """Logits of the tokens at ``places`` from embeddings of what stands before them.
+
+        ``x`` is (R, width) with rows of padding at the end; the logits, (R, V), have as many.
+        """
         x = x.unsqueeze(1)
-        table = self.table[position : position + 1]
+        table = pad_rows(self.table[places.positions]).unsqueeze(1)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, table, layer_cache.at(position))
+            x = layer(x, table, layer_cache.at(places))
         logits: Tensor = self.output(self.norm(x[:, 0]))
         return logits
 

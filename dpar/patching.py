@@ -215,23 +215,37 @@ class OnlinePatcher:
         self.static = None if static_length is None else static_starts(n_tokens, static_length)
         self.run = torch.zeros(batch, dtype=torch.long, device=device)  # length of the open patch
 
-    def step(self, position: int, entropy: torch.Tensor | None) -> torch.Tensor:
+    def step(
+        self,
+        position: int | NDArray[np.int64],
+        entropy: torch.Tensor | None,
+        rows: NDArray[np.int64] | None = None,
+    ) -> torch.Tensor:
         """Whether token ``position`` starts a patch in each image.
 
         Args:
-            position: 0, 1, 2, … in order.
-            entropy: (B,) nats for this token, any float type; it is rounded to float16 as stored entropies are.
+            position: 0, 1, 2, … in order; or (R,), each image's own.
+            entropy: (R,) nats for this token, any float type; it is rounded to float16 as stored entropies are.
                 None at position 0, for the static scheme, and where the gate is off.
+            rows: (R,) the images that take this step; None for all of them.
+
+        Returns:
+            (R,) bool.
         """
         import torch
 
+        device = self.run.device
+        chosen = torch.arange(len(self.run), device=device) if rows is None else torch.from_numpy(rows).to(device)
+        at = np.broadcast_to(np.asarray(position), len(chosen))
+        run = self.run[chosen]
         if self.static is not None:
-            starts = torch.full_like(self.run, bool(self.static[position]), dtype=torch.bool)
-        elif position == 0 or (self.row_reset and position % self.grid_width == 0):
-            starts = torch.ones_like(self.run, dtype=torch.bool)
+            starts = torch.from_numpy(self.static[at]).to(device)
         else:
-            starts = self.run >= self.max_length
+            forced = at == 0
+            if self.row_reset:
+                forced |= at % self.grid_width == 0
+            starts = torch.from_numpy(forced).to(device) | (run >= self.max_length)
             if entropy is not None:
                 starts |= entropy.to(torch.float16).float() >= self.threshold
-        self.run = torch.where(starts, 1, self.run + 1)
+        self.run[chosen] = torch.where(starts, 1, run + 1)
         return starts

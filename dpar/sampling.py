@@ -12,9 +12,9 @@ into a token by the inverse CDF. An image depends on (seed, index), not on what 
 to the last bit (:mod:`dpar.cache` says how). On a GPU, or between two machines, logits can differ in their last bits,
 and then a token does where its uniform number lies within about 1e-6 of an edge of the cumulative distribution.
 
-All images stand at the same token; the patch transformer runs for those of them that begin a patch there.
-Having images wait for each other at patch boundaries gives it fuller steps, but was no faster (CPU, batches of 8):
-images differ too much in how many patches they have.
+Of many images, ``batch`` are sampled at a time, each at a token of its own; when one is done the next takes its slot.
+The patch transformer waits until enough of them begin a patch (:data:`GATHER`): its weights are then read less often,
+at the price of steps over tokens that not all images take part in. LlamaGen's images march in step.
 """
 
 from __future__ import annotations
@@ -26,16 +26,20 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpar.cache import KVCache, Places, pad_rows, padded
 from dpar.errors import ModelError
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
+from dpar.onednn import onednn
 from dpar.patching import OnlinePatcher, token_entropy
 
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
+Observe = Callable[[NDArray[np.int64], NDArray[np.int64], Tensor], None]  # images (R,), positions (R,), what was seen
+
+GATHER = 0.5  # share of the images in flight that begin a patch before the patch transformer runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +110,11 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     indices: Sequence[int] | None = None,
-    observe: Callable[[int, Tensor], None] | None = None,
-    observe_log_prob: Callable[[int, Tensor], None] | None = None,
+    batch: int | None = None,
+    gather: float = GATHER,
+    advance: Callable[[int], None] = lambda images: None,
+    observe: Observe | None = None,
+    observe_log_prob: Observe | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Samples one image for each label.
 
@@ -131,10 +138,14 @@ def sample(
         top_p: keeps the likeliest tokens that together reach this probability.
         seed: of all randomness.
         indices: each image's number in the run; 0, 1, … if None.
-        observe: called with (position, logits (B, V) after guidance) at each token.
-        observe_log_prob: called with (position, ln p (B,) float32) at each token: of the token that was taken, under
-            the model itself, without guidance, temperature, top-k or top-p. Their sum over an image is what teacher
-            forcing the sampled codes and starts gives.
+        batch: how many images are in flight; None for all. No image depends on it.
+        gather: the share of the images in flight that must begin a patch before the patch transformer runs, unless all
+            of them wait. 0 never waits: then all images march in step. No image depends on it.
+        advance: called with the number of images that have been finished since the last call.
+        observe: called with images (R,), their positions (R,) and logits (R, V) after guidance, for each token once.
+        observe_log_prob: called with images (R,), their positions (R,) and ln p (R,) float32, for each token once: of
+            the token that was taken, under the model itself, without guidance, temperature, top-k or top-p. Their sum
+            over an image is what teacher forcing the sampled codes and starts gives.
 
     Returns:
         codes (B, N) int64 and starts (B, N) bool; for LlamaGen every token is its own patch.
@@ -145,26 +156,29 @@ def sample(
     choice = Choice(temperature=temperature, top_k=top_k, top_p=top_p)
     guidance = Guidance(scale=cfg_scale, schedule=cfg_schedule, power=cfg_power)
     _check(model, entropy_model, labels, threshold, static_length)
-    config, batch, device = model.config, labels.shape[0], model.output.weight.device
+    config, count, device = model.config, labels.shape[0], model.output.weight.device
     n = config.n_tokens
-    if indices is not None and len(indices) != batch:
-        raise ModelError(f"there are {len(indices)} indices for {batch} labels; one an image is needed")
-    known, keep = _on_device(known, keep, batch, n, config.codebook_size, device)
+    if indices is not None and len(indices) != count:
+        raise ModelError(f"there are {len(indices)} indices for {count} labels; one an image is needed")
+    if batch is not None and batch < 1:
+        raise ModelError(f"batch is {batch}; it must be at least 1")
+    if not 0 <= gather <= 1:
+        raise ModelError(f"gather is {gather}; it must be from 0 to 1, a share of the images in flight")
+    known, keep = _on_device(known, keep, count, n, config.codebook_size, device)
     labels = labels.to(device)
-    guided = cfg_scale != 1.0
-    if guided:
-        labels = torch.cat([labels, torch.full_like(labels, config.classes)])
+    size = min(batch or count, count)
+    halves = 2 if cfg_scale != 1.0 else 1
     dtype = _compute_dtype(device, model.output.weight.dtype)
     stepper: Stepper = (
-        PatchStepper(model, labels, batch, dtype) if isinstance(model, DPAR) else TokenStepper(model, labels, dtype)
+        PatchStepper(model, size, halves, dtype)
+        if isinstance(model, DPAR)
+        else TokenStepper(model, size, halves, dtype)
     )
-    watcher = (
-        TokenStepper(entropy_model, torch.full_like(labels[:batch], entropy_model.config.classes), dtype)
-        if isinstance(model, DPAR) and entropy_model is not None and static_length is None
-        else None
-    )
+    watcher = None
+    if isinstance(model, DPAR) and entropy_model is not None and static_length is None:
+        watcher = TokenStepper(entropy_model, size, 1, dtype)
     patcher = OnlinePatcher(
-        batch,
+        size,
         n,
         threshold=math.inf if threshold is None else threshold,
         max_length=max_length if isinstance(model, DPAR) else 1,
@@ -173,28 +187,68 @@ def sample(
         static_length=static_length if isinstance(model, DPAR) else None,
         device=device,
     )
-    noise = torch.from_numpy(uniforms(seed, range(batch) if indices is None else indices, n)).to(device)
-    codes = torch.zeros(batch, n, dtype=torch.long, device=device)
-    starts = torch.zeros(batch, n, dtype=torch.bool, device=device)
-    for i in range(n):
-        entropy = None if watcher is None else token_entropy(watcher.logits(i))
-        starts[:, i] = patcher.step(i, entropy)
-        own = logits = stepper.logits(i, starts[:, i]).float()
-        if guided:
-            own, unconditional = logits.split(batch)
-            logits = unconditional + guidance.at(i, n) * (own - unconditional)
-        if observe is not None:
-            observe(i, logits)
-        codes[:, i] = draw(logits, noise[:, i], choice)
-        if known is not None and keep is not None:
-            codes[:, i] = torch.where(keep[:, i], known[:, i], codes[:, i])
-        if observe_log_prob is not None:
-            observe_log_prob(i, own.log_softmax(dim=-1).gather(1, codes[:, i : i + 1]).squeeze(1))
-        if i + 1 < n:
-            stepper.accept(i, codes[:, i])
-            if watcher is not None:
-                watcher.accept(i, codes[:, i])
+    noise = torch.from_numpy(uniforms(seed, range(count) if indices is None else indices, n)).to(device)
+    scales = torch.tensor([guidance.at(i, n) for i in range(n)], device=device)
+    codes = torch.zeros(count, n, dtype=torch.long, device=device)
+    starts = torch.zeros(count, n, dtype=torch.bool, device=device)
+
+    image = np.arange(size)  # in each slot; -1 when none is left
+    position = np.zeros(size, np.int64)  # of the token that comes next
+    begins = np.zeros(size, bool)  # whether that token begins a patch which the patch transformer has not run for
+    fresh = moved = np.arange(size)  # slots with a new image, and with a new token
+    waiting_images = size
+    with onednn(model) if watcher is None else onednn(model, watcher.model):
+        while (image >= 0).any():
+            if len(fresh):
+                stepper.restart(fresh, labels[_on(image[fresh], device)])
+                if watcher is not None:
+                    watcher.restart(fresh, labels.new_full((len(fresh),), watcher.model.config.classes))
+            if len(moved):
+                entropy = None if watcher is None else token_entropy(watcher.logits(moved, position[moved]))
+                begun = patcher.step(position[moved], entropy, moved)
+                starts[_on(image[moved], device), _on(position[moved], device)] = begun
+                begins[moved] = begun.cpu().numpy()
+
+            live, waiting = np.flatnonzero(image >= 0), np.flatnonzero(begins)
+            if len(waiting) and (len(waiting) >= gather * len(live) or len(waiting) == len(live)):
+                stepper.begin_patches(waiting, position[waiting])
+                begins[waiting] = False
+            go = live[~begins[live]]
+            at = _on(image[go], device), _on(position[go], device)
+            own = logits = stepper.logits(go, position[go]).float()
+            if halves == 2:
+                own, unconditional = logits[0::2], logits[1::2]
+                logits = unconditional + scales[at[1]].unsqueeze(1) * (own - unconditional)
+            if observe is not None:
+                observe(image[go], position[go], logits)
+            drawn = draw(logits, noise[at], choice)
+            if known is not None and keep is not None:
+                drawn = torch.where(keep[at], known[at], drawn)
+            codes[at] = drawn
+            if observe_log_prob is not None:
+                log_prob = own.log_softmax(dim=-1).gather(1, drawn.unsqueeze(1)).squeeze(1)
+                observe_log_prob(image[go], position[go], log_prob)
+
+            goes_on = position[go] + 1 < n
+            on, done = go[goes_on], go[~goes_on]
+            if len(on):
+                taken = drawn[_on(np.flatnonzero(goes_on), device)]
+                stepper.accept(on, position[on], taken)
+                if watcher is not None:
+                    watcher.accept(on, position[on], taken)
+                position[on] += 1
+            if len(done):
+                advance(len(done))
+                following = np.arange(waiting_images, waiting_images + len(done))
+                image[done], position[done] = np.where(following < count, following, -1), 0
+                waiting_images += len(done)
+            fresh = done[image[done] >= 0]
+            moved = np.sort(np.concatenate([on, fresh]))
     return codes, starts
+
+
+def _on(indices: NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.from_numpy(indices).to(device)
 
 
 def uniforms(seed: int, indices: Sequence[int], n_tokens: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
@@ -238,114 +292,168 @@ def _descending(values: Tensor) -> Tensor:
 
 
 class Stepper(Protocol):
-    """A model that is fed one token a step."""
+    """A model that is fed one token a step, for images in slots; with guidance, each has two rows.
 
-    def logits(self, position: int, starts: Tensor) -> Tensor:
-        """(rows, V) for token ``position``; ``starts`` (B,) says which images begin a patch with it."""
+    ``slots`` are (R,), ascending, ``positions`` (R,): of the tokens that the step is about.
+    """
 
-    def accept(self, position: int, codes: Tensor) -> None:
-        """Takes the tokens (B,) that were chosen for ``position``."""
+    def restart(self, slots: NDArray[np.int64], labels: Tensor) -> None:
+        """Puts new images into ``slots``, with labels (R,)."""
+
+    def begin_patches(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+        """Does what the first token of a patch needs, ahead of its logits."""
+
+    def logits(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+        """For these tokens: (R, V), or (2·R, V), of each image the conditional row and then the unconditional one."""
+
+    def accept(self, slots: NDArray[np.int64], positions: NDArray[np.int64], codes: Tensor) -> None:
+        """Takes the tokens (R,) that were chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of images in slots: one each, or with guidance two neighbours."""
+
+    halves: int
+    total: int
+    device: torch.device
+
+    def places(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> Places:
+        """Of the rows of images that stand at ``positions``."""
+        return Places.of(self.of(slots), positions.repeat(self.halves), self.total, self.device)
+
+    def of(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of images (R,): (halves · R,)."""
+        return np.add.outer(slots * self.halves, np.arange(self.halves)).ravel()
+
+    def conditions(self, labels: Tensor, without: int) -> Tensor:
+        """The label of each row from those of images, (R,): the unconditional half has label ``without``."""
+        if self.halves == 1:
+            return labels
+        return torch.stack([labels, torch.full_like(labels, without)], dim=1).flatten()
 
 
 class TokenStepper:
     """LlamaGen, one token a step; the entropy model runs through it too."""
 
-    def __init__(self, model: LlamaGen, labels: Tensor, dtype: torch.dtype) -> None:
-        self.model, self.rows = model, labels.shape[0]
-        self.cache = model.start_cache(self.rows, dtype)
-        self.input = model.cls_embedding(labels)  # (rows, d), what stands before the next token
+    def __init__(self, model: LlamaGen, slots: int, halves: int, dtype: torch.dtype) -> None:
+        self.model = model
+        weight = model.output.weight
+        self.rows = Rows(halves=halves, total=slots * halves, device=weight.device)
+        self.cache = model.start_cache(self.rows.total, dtype)
+        self.input = weight.new_zeros(self.rows.total, model.config.width)  # what stands before the next token
 
-    def logits(self, position: int, starts: Tensor | None = None) -> Tensor:
+    def restart(self, slots: NDArray[np.int64], labels: Tensor) -> None:
         """See :class:`Stepper`."""
-        return self.model.step(pad_rows(self.input), position, self.cache)[: self.rows]
+        rows = _on(self.rows.of(slots), self.rows.device)
+        self.input[rows] = self.model.cls_embedding(self.rows.conditions(labels, self.model.config.classes))
 
-    def accept(self, position: int, codes: Tensor) -> None:
+    def begin_patches(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+        """A token is its own patch."""
+
+    def logits(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
         """See :class:`Stepper`."""
-        self.input = self.model.tok_embeddings(codes).repeat(self.rows // codes.shape[0], 1)
+        places = self.rows.places(slots, positions)
+        return self.model.step(pad_rows(self.input[places.rows]), places, self.cache)[: len(places.rows)]
+
+    def accept(self, slots: NDArray[np.int64], positions: NDArray[np.int64], codes: Tensor) -> None:
+        """See :class:`Stepper`."""
+        rows = _on(self.rows.of(slots), self.rows.device)
+        self.input[rows] = self.model.tok_embeddings(codes).repeat_interleave(self.rows.halves, dim=0)
 
 
 class PatchStepper:
     """DPAR, one token a step; its patch transformer runs only for the images that begin a patch.
 
-    ``labels`` has B rows, or 2·B with guidance: the conditional half, then the unconditional one. Encoder and
-    tokens have B rows, patch transformer and decoder as many as labels.
+    Encoder and tokens have a row an image, patch transformer and decoder with guidance two.
     """
 
-    def __init__(self, model: DPAR, labels: Tensor, batch: int, dtype: torch.dtype) -> None:
-        c, device, rows = model.config, labels.device, labels.shape[0]
-        self.model, self.batch, self.rows, self.halves = model, batch, rows, rows // batch
-        n, d = c.n_tokens, c.width
-        self.condition = model.cls_embedding(labels)  # (rows, d)
-        self.stream = self.condition  # the decoder's next input
+    def __init__(self, model: DPAR, slots: int, halves: int, dtype: torch.dtype) -> None:
+        c, weight = model.config, model.output.weight
+        self.model, self.device = model, weight.device
+        self.images = Rows(halves=1, total=slots, device=weight.device)
+        self.rows = Rows(halves=halves, total=slots * halves, device=weight.device)
+        rows, n, d = self.rows.total, c.n_tokens, c.width
+        self.condition = weight.new_zeros(rows, d)
+        self.stream = weight.new_zeros(rows, d)  # the decoder's next input
 
         def caches(layers: int, size: int) -> list[KVCache]:
-            return [KVCache(size, n, c.heads, c.head_dim, device, dtype) for _ in range(layers)]
+            return [KVCache(size, n, c.heads, c.head_dim, weight.device, dtype) for _ in range(layers)]
 
-        self.encoder_cache = caches(c.encoder_layers, batch)
+        self.encoder_cache = caches(c.encoder_layers, slots)
         self.patch_cache = caches(c.patch_layers, rows)
         self.decoder_cache = caches(c.decoder_layers, rows)
-        self.tokens = [torch.zeros(batch, n, d, device=device) for _ in range(c.encoder_layers)]
-        self.received = torch.zeros(c.decoder_layers, rows, d, device=device)
-        self.first = torch.zeros(batch, dtype=torch.long, device=device)  # of the open patch
-        self.patches = torch.zeros(batch, dtype=torch.long, device=device)  # begun so far
+        self.tokens = [weight.new_zeros(slots, n, d) for _ in range(c.encoder_layers)]
+        self.received = weight.new_zeros(c.decoder_layers, rows, d)
+        self.first = np.zeros(slots, np.int64)  # token of the open patch
+        self.patches = np.zeros(slots, np.int64)  # begun so far
 
-    def logits(self, position: int, starts: Tensor) -> Tensor:
+    def restart(self, slots: NDArray[np.int64], labels: Tensor) -> None:
         """See :class:`Stepper`."""
-        images = starts.nonzero().squeeze(1)
-        if len(images):
-            self._begin_patches(position, images)
-        x = pad_rows(self.stream).unsqueeze(1)
-        table = self.model.stream_table[position : position + 1]
+        rows = _on(self.rows.of(slots), self.device)
+        self.condition[rows] = self.model.cls_embedding(self.rows.conditions(labels, self.model.config.classes))
+        self.stream[rows] = self.condition[rows]
+        self.patches[slots] = 0
+
+    def logits(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+        """See :class:`Stepper`."""
+        places = self.rows.places(slots, positions)
+        x = pad_rows(self.stream[places.rows]).unsqueeze(1)
+        table = pad_rows(self.model.stream_table[places.positions]).unsqueeze(1)
         for layer, received, cache in zip(self.model.decoder_layers(), self.received, self.decoder_cache, strict=True):
-            x = layer(x, pad_rows(received).unsqueeze(1), table, cache.at(position))
-        logits: Tensor = self.model.output(self.model.norm(x[:, 0]))[: self.rows]
+            x = layer(x, pad_rows(received[places.rows]).unsqueeze(1), table, cache.at(places))
+        logits: Tensor = self.model.output(self.model.norm(x[:, 0]))[: len(places.rows)]
         return logits
 
-    def accept(self, position: int, codes: Tensor) -> None:
+    def accept(self, slots: NDArray[np.int64], positions: NDArray[np.int64], codes: Tensor) -> None:
         """See :class:`Stepper`."""
+        places = self.images.places(slots, positions)
         x = pad_rows(self.model.tok_embeddings(codes)).unsqueeze(1)
-        table = self.model.token_table[position : position + 1]
+        table = pad_rows(self.model.token_table[places.positions]).unsqueeze(1)
         for layer, tokens, cache in zip(self.model.encoder_layers(), self.tokens, self.encoder_cache, strict=True):
-            x = layer.block(x, table, cache.at(position))
-            tokens[:, position] = x[: self.batch, 0]
-        self.stream = x[: self.batch, 0].repeat(self.halves, 1)
+            x = layer.block(x, table, cache.at(places))
+            tokens[places.rows, places.positions] = x[: len(slots), 0].to(tokens.dtype)
+        stream = x[: len(slots), 0].repeat_interleave(self.rows.halves, dim=0)
+        self.stream[_on(self.rows.of(slots), self.device)] = stream.to(self.stream.dtype)
 
-    def _begin_patches(self, position: int, images: Tensor) -> None:
-        """Closes the open patch of these images, (R,), and runs the patch transformer on it for the next one."""
-        rows = torch.cat([images + half * self.batch for half in range(self.halves)])
-        if position == 0:
-            x = self.condition
-            table = torch.zeros_like(self.model.stream_table[:1])
-        else:
-            first = self.first[images]
-            x = self._closed_patches(images, first, position).repeat(self.halves, 1)
-            last = torch.full_like(first, position - 1)
-            table = pad_rows(self.model.patch_positions(first, last).repeat(self.halves, 1, 1)).unsqueeze(1)
-        x = pad_rows(x).unsqueeze(1)
-        places = Places.of(rows, self.patches[images].repeat(self.halves), self.rows)
+    def begin_patches(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+        """Closes the open patch of these images, and runs the patch transformer on it for the next one."""
+        halves = self.rows.halves
+        places = self.rows.places(slots, self.patches[slots])
+        x = self.condition[places.rows]
+        table = self.model.stream_table[:1].new_zeros(len(x), *self.model.stream_table.shape[1:])
+        later = positions > 0
+        if later.any():
+            first, end = self.first[slots[later]], positions[later]
+            at = _on(np.flatnonzero(later.repeat(halves)), self.device)
+            closed = self._closed_patches(slots[later], first, end)
+            x[at] = closed.repeat_interleave(halves, dim=0).to(x.dtype)
+            turned = self.model.patch_positions(_on(first, self.device), _on(end - 1, self.device))
+            table[at] = turned.repeat_interleave(halves, dim=0)
+        x, table = pad_rows(x).unsqueeze(1), pad_rows(table).unsqueeze(1)
         for layer, cache in zip(self.model.layers, self.patch_cache, strict=True):
-            x = layer(x, table, cache.at_rows(places))
-        for index, layer in enumerate(self.model.decoder_layers()):
-            self.received[index, rows] = layer.project(x[:, 0])[: len(rows)].to(self.received.dtype)
-        self.first[images] = position
-        self.patches[images] += 1
+            x = layer(x, table, cache.at(places))
+        for received, layer in zip(self.received, self.model.decoder_layers(), strict=True):
+            received[places.rows] = layer.project(x[:, 0])[: len(places.rows)].to(received.dtype)
+        self.first[slots] = positions
+        self.patches[slots] += 1
 
-    def _closed_patches(self, images: Tensor, first: Tensor, end: int) -> Tensor:
+    def _closed_patches(self, slots: NDArray[np.int64], first: NDArray[np.int64], end: NDArray[np.int64]) -> Tensor:
         """The patches of tokens ``first`` to ``end - 1`` of these images: (R, d)."""
         lengths = end - first
-        patch_of_token = torch.repeat_interleave(torch.arange(len(images), device=images.device), lengths)
-        begins = lengths.cumsum(0) - lengths
-        offset = torch.arange(len(patch_of_token), device=images.device) - begins[patch_of_token]
-        at = (images[patch_of_token], first[patch_of_token] + offset)
+        patch = np.arange(len(slots)).repeat(lengths)
+        offset = np.arange(len(patch)) - (lengths.cumsum() - lengths)[patch]
+        at = _on(slots[patch], self.device), _on(first[patch] + offset, self.device)
         # rows of padding as in pad_rows: a patch more, if need be, that holds the tokens of padding
-        missing = padded(len(offset)) - len(offset)
-        count = padded(len(images) + (missing > 0))
-        patch_of_token, offset = F.pad(patch_of_token, (0, missing), value=count - 1), F.pad(offset, (0, missing))
+        missing = padded(len(patch)) - len(patch)
+        count = padded(len(slots) + (missing > 0))
+        patch_of_token = _on(np.pad(patch, (0, missing), constant_values=count - 1), self.device)
+        offset_in_patch = _on(np.pad(offset, (0, missing)), self.device)
         patches = None
         for layer, tokens in zip(self.model.encoder_layers(), self.tokens, strict=True):
-            patches = layer.cross_attention(patches, pad_rows(tokens[at]), patch_of_token, offset, count)
+            patches = layer.cross_attention(patches, pad_rows(tokens[at]), patch_of_token, offset_in_patch, count)
         assert patches is not None  # there is at least one layer
-        return patches[: len(images)]
+        return patches[: len(slots)]
 
 
 def _compute_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:

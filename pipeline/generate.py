@@ -196,32 +196,27 @@ class Generator:
             known: tokens that every image keeps.
             advance: called with the number of images that have been sampled since the last call.
         """
-        codes, starts = [], []
-        s = self.settings
-        for begin in range(0, len(labels), s.batch):
-            part = slice(begin, begin + s.batch)
-            batch = torch.from_numpy(np.asarray(labels[part], np.int64))
-            with autocast(self.device, s.precision):
-                drawn_codes, drawn_starts = sample(
-                    self.model,
-                    self.entropy_model,
-                    batch,
-                    cfg_scale=cfg_scale,
-                    cfg_schedule=s.cfg_schedule,
-                    cfg_power=s.cfg_power,
-                    known=None if known is None else torch.from_numpy(known.codes).expand(len(batch), -1),
-                    keep=None if known is None else torch.from_numpy(known.kept).expand(len(batch), -1),
-                    temperature=s.temperature,
-                    top_k=s.top_k,
-                    top_p=s.top_p,
-                    seed=s.seed,
-                    indices=[int(i) for i in indices[part]],
-                    **self.rule,
-                )
-            codes.append(drawn_codes.cpu().numpy())
-            starts.append(drawn_starts.cpu().numpy())
-            advance(len(codes[-1]))
-        return Drawn(codes=np.concatenate(codes), starts=np.concatenate(starts))
+        s, n = self.settings, len(labels)
+        with autocast(self.device, s.precision):
+            codes, starts = sample(
+                self.model,
+                self.entropy_model,
+                torch.from_numpy(np.asarray(labels, np.int64)),
+                cfg_scale=cfg_scale,
+                cfg_schedule=s.cfg_schedule,
+                cfg_power=s.cfg_power,
+                known=None if known is None else torch.from_numpy(known.codes).expand(n, -1),
+                keep=None if known is None else torch.from_numpy(known.kept).expand(n, -1),
+                temperature=s.temperature,
+                top_k=s.top_k,
+                top_p=s.top_p,
+                seed=s.seed,
+                indices=[int(i) for i in indices],
+                batch=s.batch,
+                advance=advance,
+                **self.rule,
+            )
+        return Drawn(codes=codes.cpu().numpy(), starts=starts.cpu().numpy())
 
     def decode(self, codes: NDArray[np.integer], size: int | None = None) -> NDArray[np.uint8]:
         """Pictures of codes (n, N): (n, H, W, 3), ``size`` px along a side where it is given; see :func:`decode`."""

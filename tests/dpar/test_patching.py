@@ -170,6 +170,21 @@ def test_online_boundaries_equal_those_of_stored_entropies(h: NDArray[np.float16
     assert online.tolist() == patch_starts(stored_entropy(exact), **rule).tolist()
 
 
+@QUICK
+@given(entropies(), rules(), st.randoms(use_true_random=False))
+def test_online_boundaries_are_the_same_for_images_at_tokens_of_their_own(
+    h: NDArray[np.float16], rule: dict[str, Any], random: Any
+) -> None:
+    images, n = h.shape
+    exact, at, found = torch.from_numpy(h.astype(np.float32)), np.zeros(images, np.int64), np.zeros(h.shape, bool)
+    patcher = OnlinePatcher(images, n, **rule)
+    while (at < n).any():
+        rows = np.array([row for row in np.flatnonzero(at < n) if random.random() < 0.5], np.int64)
+        found[rows, at[rows]] = patcher.step(at[rows], exact[rows, at[rows]], rows).numpy()
+        at[rows] += 1
+    assert found.tolist() == patch_starts(stored_entropy(exact), **rule).tolist()
+
+
 def test_online_boundaries_without_entropies_follow_length_and_rows() -> None:
     patcher = OnlinePatcher(2, 15, max_length=3, grid_width=5)
     online = torch.stack([patcher.step(i, None) for i in range(15)], dim=1)

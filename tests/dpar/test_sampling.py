@@ -54,17 +54,20 @@ def usual_entropy(entropy_model: LlamaGen) -> float:
 
 
 class Seen:
-    """The logits that sampling saw, (B, N, V)."""
+    """What sampling saw at each token, (B, N, ...)."""
 
     def __init__(self) -> None:
-        self.steps: list[Tensor] = []
+        self.found: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, position: int, logits: Tensor) -> None:
-        assert position == len(self.steps)
-        self.steps.append(logits)
+    def __call__(self, images: Any, positions: Any, values: Tensor) -> None:
+        for image, position, value in zip(images.tolist(), positions.tolist(), values, strict=True):
+            assert (image, position) not in self.found
+            assert position == 0 or (image, position - 1) in self.found
+            self.found[image, position] = value
 
     def logits(self) -> Tensor:
-        return torch.stack(self.steps, dim=1)
+        images = max(image for image, _ in self.found) + 1
+        return torch.stack([torch.stack([self.found[image, i] for i in range(N)]) for image in range(images)])
 
 
 @torch.no_grad()
@@ -188,19 +191,21 @@ def test_a_llamagen_image_depends_on_seed_and_index_not_on_the_batch() -> None:
     batches=st.permutations(range(17)).flatmap(
         lambda order: st.sets(st.integers(1, 16), max_size=5).map(lambda cuts: np.split(order, sorted(cuts)))
     ),
+    in_flight=st.integers(1, 17),
+    gather=st.floats(0, 1),
     family=st.sampled_from(["dpar", "llamagen"]),
     cfg_scale=st.sampled_from([1.0, 2.0]),
     top_p=st.sampled_from([1.0, 0.9]),
 )
 def test_the_same_images_come_out_of_batches_of_any_size_and_order(
-    batches: list[Any], family: str, cfg_scale: float, top_p: float
+    batches: list[Any], in_flight: int, gather: float, family: str, cfg_scale: float, top_p: float
 ) -> None:
     model: Any = dpar(encoder_layers=2) if family == "dpar" else llamagen(7)
     entropy_model = llamagen() if family == "dpar" else None
     rule: dict[str, Any] = {"threshold": usual_entropy(llamagen())} if family == "dpar" else {}
     labels = torch.arange(17) % (CLASSES + 1)
 
-    def run(indices: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def run(indices: Any, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
         seen = Seen()
         codes, starts = sample(
             model,
@@ -210,14 +215,52 @@ def test_the_same_images_come_out_of_batches_of_any_size_and_order(
             cfg_scale=cfg_scale,
             top_p=top_p,
             observe=seen,
+            **how,
             **rule,
         )
         return codes, starts, seen.logits()
 
-    together = run(np.arange(17))
+    together = run(np.arange(17), gather=0.0)  # all march in step
     for indices in batches:
-        for ours, theirs in zip(run(indices), together, strict=True):
+        for ours, theirs in zip(run(indices, batch=in_flight, gather=gather), together, strict=True):
             assert torch.equal(ours, theirs[indices])  # logits too, to the last bit
+
+
+def test_where_there_is_no_onednn_an_image_does_not_depend_on_the_batch_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpar.onednn.available", lambda: False)
+    model, entropy_model, labels = dpar(), llamagen(), torch.arange(9) % CLASSES
+    rule: dict[str, Any] = {"threshold": usual_entropy(entropy_model), "cfg_scale": 2.0}
+    together, _ = sample(model, entropy_model, labels, **rule)
+    for batch in (1, 4):
+        assert torch.equal(sample(model, entropy_model, labels, batch=batch, **rule)[0], together)
+
+
+@pytest.mark.parametrize("gather", [0.0, 0.5, 1.0])
+def test_the_patch_transformer_runs_as_often_as_gather_says(gather: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cache", "sampling"):
+        monkeypatch.setattr(f"dpar.{module}.padded", lambda rows: rows)  # so that rows are images
+    model, entropy_model, labels = dpar(), llamagen(), torch.arange(24) % CLASSES
+    patch_steps, token_steps = [], []
+    model.layers[0].register_forward_hook(lambda block, args, out: patch_steps.append(len(out)))
+    model.decoder_layers()[0].register_forward_hook(lambda layer, args, out: token_steps.append(len(out)))
+    rule: dict[str, Any] = {"threshold": usual_entropy(entropy_model), "row_reset": False, "max_length": None}
+    _, starts = sample(model, entropy_model, labels, batch=8, gather=gather, **rule)
+    if gather == 0:  # in step: three times eight images
+        assert len(token_steps) == 3 * N
+        assert set(token_steps) == {8}
+        assert len(patch_steps) == sum(int(part.any(dim=0).sum()) for part in starts.split(8))
+    else:  # fuller steps of the patch transformer, more of the tokens
+        assert min(patch_steps[: len(patch_steps) // 2]) >= gather * 8  # while all slots are taken
+        assert len(token_steps) > 3 * N
+    assert sum(token_steps) == 24 * N
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 24, 30])
+def test_finished_images_are_counted_as_they_come(batch: int) -> None:
+    finished: list[int] = []
+    sample(llamagen(), None, torch.zeros(24, dtype=torch.long), batch=batch, advance=finished.append)
+    assert sum(finished) == 24
+    assert max(finished) == min(batch, 24)
 
 
 def test_a_wide_model_gives_the_same_images_in_batches_of_any_size() -> None:
@@ -426,8 +469,8 @@ def test_keeping_nothing_changes_nothing() -> None:
 def test_a_sample_costs_the_multiply_accumulates_that_are_counted(
     guided: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("ROWS", "LEAST_ROWS"):
-        monkeypatch.setattr(f"dpar.cache.{name}", 1)  # rows of padding are no part of the method
+    for module in ("cache", "sampling"):
+        monkeypatch.setattr(f"dpar.{module}.padded", lambda rows: rows)  # rows of padding are no part of the method
     model, entropy_model, done = dpar(encoder_layers=2), llamagen(classes=0), [0]
     threshold = usual_entropy(entropy_model)
     for part in (*model.modules(), *entropy_model.modules()):
@@ -463,6 +506,8 @@ def test_sampling_leaves_no_gradients_and_no_trace_in_the_model() -> None:
         ({"top_k": -1}, "top_k is -1; it must be at least 0"),
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
         ({"top_p": 1.01}, "top_p is 1.01; it must be above 0 and at most 1"),
+        ({"batch": 0}, "batch is 0; it must be at least 1"),
+        ({"gather": 1.5}, "gather is 1.5; it must be from 0 to 1"),
         ({"top_p": math.nan}, "top_p is nan"),
         ({"cfg_scale": 0.0}, "cfg_scale is 0.0; it must be above 0"),
         ({"cfg_scale": math.nan}, "cfg_scale is nan"),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
@@ -129,17 +130,21 @@ def test_bits_per_token_of_a_sample_are_what_its_sampling_cost(home: Path, tmp_p
     model = kind.from_pretrained(home / family / "model")
     torch.manual_seed(1)
     nn.init.normal_(model.output.weight, std=0.2)
-    seen: list[torch.Tensor] = []
     labels = torch.tensor([0, 1, 1, 0, 1])
+    seen = torch.zeros(len(labels), model.config.n_tokens, model.config.codebook_size)
+
+    def see(images: NDArray[np.int64], positions: NDArray[np.int64], logits: torch.Tensor) -> None:
+        seen[images, positions] = logits
+
     codes, starts = sample(
         model,
         LlamaGen.from_pretrained(home / "entropy") if kind is DPAR else None,
         labels,
         cfg_scale=1.0,
-        observe=lambda position, logits: seen.append(logits),
+        observe=see,
         **(RULE if kind is DPAR else {}),
     )
-    chosen = torch.stack(seen, dim=1).log_softmax(dim=-1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+    chosen = seen.log_softmax(dim=-1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
     cost = -chosen.double() / np.log(2)
     artifact = open_artifact(build_patches(tmp_path / "a", codes.numpy(), labels.numpy(), starts.numpy()))
     found = bits_per_token(model, artifact, batch=2, precision="fp32")

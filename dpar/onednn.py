@@ -1,0 +1,59 @@
+"""oneDNN's matrix products for models that run on a CPU without gradients.
+
+    with onednn(model, entropy_model):
+        codes, starts = ...                     # linear layers in float32 on CPU read weights in oneDNN's own layout
+
+PyTorch gives float32 products to MKL. With few rows, as in sampling, MKL rearranges the weights in every call; here
+they are rearranged once. On AMD's processors oneDNN's kernels are also about twice as fast as MKL's, whatever the rows.
+
+From two rows on, a row's numbers do not depend, to the last bit, on how many rows there are nor on the threads: oneDNN
+splits a product over outputs, not over the sum. :mod:`dpar.cache` builds on this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def onednn(*models: nn.Module) -> Iterator[None]:
+    """Inside, float32 linear layers on CPU run on oneDNN, from a copy of their weights; elsewhere nothing changes.
+
+    The copies are as large as the weights. Weights must not change inside, and nothing inside has gradients.
+    """
+    modules = (module for model in models for module in model.modules())
+    linears = [module for module in modules if isinstance(module, nn.Linear) and _can_run(module)]
+    try:
+        for linear in linears:
+            vars(linear)["forward"] = partial(_linear, torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach()))
+        yield
+    finally:
+        for linear in linears:
+            vars(linear).pop("forward", None)
+
+
+def available() -> bool:
+    """Whether this PyTorch has oneDNN's kernels; some, for Macs say, have not."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _linear(weight: Tensor, x: Tensor) -> Tensor:
+    """x (..., fan_in) times a weight in oneDNN's layout: (..., fan_out)."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
+
+
+def _can_run(linear: nn.Linear) -> bool:
+    return (
+        len(list(linear.parameters())) == 1  # no bias
+        and linear.weight.dtype == torch.float32
+        and linear.weight.device.type == "cpu"
+        and "forward" not in vars(linear)  # an outer block has it already
+        and available()
+        and not torch.is_autocast_enabled("cpu")
+    )
