@@ -76,7 +76,7 @@ class RunFolder:
                     )
                 start["changed"] = {name: [then.get(name), now.get(name)] for name in changed}
             history = before.get("history", [])
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or any(not _first(path) for path in folder.iterdir())):
             raise StageError(f"{folder} holds something else; name a new or empty directory for the run")
         if rank() == 0:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -104,6 +104,13 @@ class RunFolder:
     def _newest_step(self) -> int:
         steps = [path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*")]
         return max((int(step) for step in steps if step.isdecimal()), default=0)
+
+
+def _first(path: Path) -> bool:
+    """Whether it is what a run makes ahead of run.json, in another process or before a kill."""
+    if path.name == "checkpoints":
+        return path.is_dir() and not any(path.iterdir())
+    return path.name.startswith("run.json.") and path.suffix == ".part"
 
 
 def _decisive(record: dict[str, Any], free: Collection[str]) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def take_folder(out: Path, record: str, identity: dict[str, Any], holds: str) ->
     """
     if out.exists() and not out.is_dir():
         raise StageError(f"{out} is a file; name a directory")
-    others = [path for path in out.iterdir() if path.name != LOCKS] if out.exists() else []
+    ours = (LOCKS, f"{record}.part")  # what another process makes first, or a kill has left
+    others = [path for path in out.iterdir() if path.name not in ours] if out.exists() else []
     if others and not (out / record).is_file():
         raise StageError(f"{out} holds something else; name a new or empty directory")
     now = json.loads(json.dumps(identity, default=str))

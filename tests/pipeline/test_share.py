@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.share import Parts, once, replacing, share
+from pipeline.errors import StageError
+from pipeline.share import Parts, once, replacing, share, take_folder
 from tests.pipeline.sampling import start
 
 
@@ -90,3 +91,15 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         (part.write_text("half"), (tmp_path / "gone").read_text())
     assert [p.name for p in tmp_path.iterdir()] == ["it.txt"]
     assert path.read_text() == "before"
+
+
+def test_a_folder_is_taken_while_another_process_writes_its_record_and_after_a_kill_in_between(tmp_path: Path) -> None:
+    (tmp_path / "eval.json.part").write_text("{")
+    take_folder(tmp_path, "eval.json", {"a": 1}, "holds other results")
+    take_folder(tmp_path, "eval.json", {"a": 1}, "holds other results")
+    with pytest.raises(StageError, match="holds other results"):
+        take_folder(tmp_path, "eval.json", {"a": 2}, "holds other results")
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "probe.json.part").touch()
+    with pytest.raises(StageError, match="holds something else"):
+        take_folder(tmp_path / "else", "eval.json", {"a": 1}, "holds other results")

@@ -138,6 +138,16 @@ def test_settings_that_do_not_decide_the_result_may_change(patches: Path, tmp_pa
     run(patches, tmp_path / "a", steps=1, log_every=3, micro_batch=2, checkpoint_every=9, eval_every=5)
 
 
+def test_a_folder_that_a_kill_left_before_the_first_record_is_taken(patches: Path, tmp_path: Path) -> None:
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "a" / "run.json.4711.part").write_text("{")
+    run(patches, tmp_path / "a", steps=1)
+    (tmp_path / "b" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "b" / "checkpoints" / "mine").touch()
+    with pytest.raises(StageError, match="holds something else"):
+        run(patches, tmp_path / "b", steps=1)
+
+
 def test_a_folder_with_something_else_is_refused_and_untouched(patches: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(StageError, match="holds something else"):
