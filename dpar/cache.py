@@ -128,19 +128,21 @@ class KVCache:
 
         As batched products: the CPU's fused kernel rounds differently from thread to thread, and is no faster.
         """
-        _, _, heads, head_dim = q.shape
-        query = q.to(self.k.dtype) * head_dim**-0.5
-        out = []
-        assert places.mask is not None  # on CPU
+        rows, _, heads, head_dim = q.shape
+        query = (q.to(self.k.dtype) * head_dim**-0.5).view(rows * heads, 1, head_dim)
+        keys, values = self.k.flatten(0, 1), self.v.flatten(0, 1)
+        scores = query.new_zeros(rows * heads, 1, places.keys)
+        parts = []
         for part in places.stretches:
-            size, keys = part.end - part.begin, part.keys
-            past = slice(part.row, part.row + size)
-            k, v = (x[past, :, :keys].flatten(0, 1) for x in (self.k, self.v))
-            scores = torch.bmm(query[part.begin : part.end].view(-1, 1, head_dim), k.transpose(1, 2))
-            scores = scores.view(size, heads, keys).float() + places.mask[part.begin : part.end, :, :keys]
-            weights = scores.softmax(dim=-1).to(v.dtype).view(-1, 1, keys)
-            out.append(torch.bmm(weights, v).view(size, 1, heads, head_dim))
-        return torch.cat(out).to(q.dtype)
+            past = slice(part.row * heads, (part.row + part.end - part.begin) * heads), slice(part.keys)
+            parts.append((slice(part.begin * heads, part.end * heads), past))
+        for own, past in parts:
+            torch.bmm(query[own], keys[past].transpose(1, 2), out=scores[own, :, past[1]])
+        assert places.mask is not None  # on CPU
+        weights = (scores.view(rows, heads, -1).float() + places.mask).softmax(dim=-1).to(values.dtype)
+        weights = weights.view(rows * heads, 1, -1)
+        out = [torch.bmm(weights[own, :, past[1]], values[past]) for own, past in parts]
+        return torch.cat(out).view(rows, 1, heads, head_dim).to(q.dtype)
 
     def _fused(self, q: Tensor, places: Places) -> Tensor:
         """The same on other devices. Attending with all rows reads pasts once; choosing rows first would copy them."""

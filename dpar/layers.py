@@ -86,8 +86,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
         """x (..., T, width), table (..., T, head_dim / 2, 2) to (..., T, width)."""
-        q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., T, heads, head_dim)
-        out = attend(rotate(q, table), rotate(k, table), v)
+        qkv = self.wqkv(x).unflatten(-1, (3 * self.heads, -1))  # (..., T, 3 * heads, head_dim)
+        qk, v = qkv.split([2 * self.heads, self.heads], dim=-2)
+        q, k = rotate(qk, table).chunk(2, dim=-2)
+        out = attend(q, k, v)
         projected: Tensor = self.resid_dropout(self.wo(out.flatten(-2)))
         return projected
 
