@@ -3,10 +3,11 @@
 Random weights: time does not depend on them, but for where patches begin. So the entropy model's head is drawn wide
 enough for its entropies to differ, and the threshold is set for the wanted mean patch length; the
 length that came out is in the table, with how much the number of patches differs between images. Guidance is on.
-A turn samples `--rounds` times as many images as are in flight (the batch). LlamaGen and DPAR with each entropy model
-and each `--gather` take turns, so that what else the machine does meets all of them, and each ratio is the median over
-turns of the ratio within a turn. `predicted` is the ratio of the multiply-accumulates of linear layers that
-`dpar flops` counts. A step is a token of every image in flight.
+DPAR samples `--rounds` times as many images as are in flight (the batch), so that images which wait for each other come
+apart as in a long run; LlamaGen, whose images march in step, one batch before and one after, and each ratio is to the
+mean of these two, so that what else the machine does meets both. Of several `--repeats` the median counts. `predicted`
+is the ratio of the multiply-accumulates of linear layers that `dpar flops` counts. A step is a token of every image in
+flight.
 
 Float32 on CPU, bfloat16 on CUDA. Memory: weights, and what sampling needs besides at its peak.
 `--cpu-time` counts this process's processor time instead of the clock's, for a machine that others use (then with
@@ -27,7 +28,7 @@ from torch import Tensor
 from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, patch_starts, preset, sample, token_entropy
 from dpar.flops import count
 from dpar.onednn import onednn
-from dpar.sampling import GATHER, uniforms
+from dpar.sampling import uniforms, usual_gather
 
 V = 16384
 SEED = 0
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--patch-length", type=float, default=1.81)
     parser.add_argument("--max-length", type=int, default=4)
-    parser.add_argument("--gather", nargs="+", type=float, default=[GATHER], help="0: all images march in step")
+    parser.add_argument("--gather", nargs="+", type=float, help="0: all images march in step; default: as usual")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true")
@@ -129,48 +130,63 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {arguments.image_size} px, guidance on\n")
     columns = "model, entropy model, batch, gather, images/s, ms a step, memory GiB, patch length, sd of patches"
-    print("| " + " | ".join([*columns.split(", "), "× LlamaGen", "predicted"]) + " |")
-    print("|" + " --- |" * 11)
+    line(*columns.split(", "), "× LlamaGen", "predicted")
+    line(*["---"] * 11)
     for size in arguments.sizes:
         baseline = llamagen(size, device, **grid)
         model = dpar(size, device, **grid)
         n = model.config.n_tokens
         for batch in arguments.batches:
             images = batch * arguments.rounds
-            guided = partial(sample, labels=torch.arange(images) % 1000, cfg_scale=2.0, seed=SEED, batch=batch)
-            calls: dict[tuple[str, float], Callable[[], tuple[Tensor, Tensor]]] = {
-                ("", 0.0): partial(guided, baseline, None)
-            }
+            own = partial(sample, cfg_scale=2.0, seed=SEED, batch=batch)
+            base = partial(own, baseline, None, torch.arange(batch) % 1000)
+            calls: dict[tuple[str, float], Callable[[], tuple[Tensor, Tensor]]] = {}
             for watched, watcher in watchers.items():
                 threshold = threshold_for(watcher, images, arguments.patch_length, arguments.max_length)
                 rule = {"threshold": threshold, "max_length": arguments.max_length}
-                for gather in arguments.gather:
-                    calls[watched, gather] = partial(guided, model, watcher, gather=gather, **rule)
+                for gather in arguments.gather or [usual_gather(model, watcher)]:
+                    labels = torch.arange(images) % 1000
+                    calls[watched, gather] = partial(own, model, watcher, labels, gather=gather, **rule)
+            bases: list[tuple[float, int, Tensor]] = []
             turns: dict[tuple[str, float], list[tuple[float, int, Tensor]]] = {key: [] for key in calls}
+            ratios: dict[tuple[str, float], list[float]] = {key: [] for key in calls}
             with half:
                 if device.type == "cuda":  # whose first calls choose and load kernels
-                    for call in calls.values():
+                    for call in (base, *calls.values()):
                         call()
                 for _ in range(arguments.repeats):
+                    bases.append(meter(base))
                     for key, call in calls.items():
                         turns[key].append(meter(call))
+                        bases.append(meter(base))
+                        beside = (bases[-2][0] + bases[-1][0]) / 2
+                        ratios[key].append(beside * arguments.rounds / turns[key][-1][0])
+
+            line(f"llamagen-{size}", "", batch, "", *figures(bases, batch, size_of(baseline)), *[""] * 4)
             for (watched, gather), found in turns.items():
-                seconds = statistics.median(turn[0] for turn in found)
-                own = model if watched else baseline
-                memory = size_of(own, watchers[watched] if watched else None) + max(turn[1] for turn in found)
-                row = [f"{'dpar' if watched else 'llamagen'}-{size}", f"llamagen-{watched}" if watched else ""]
-                row += [str(batch), f"{gather:g}" if watched else "", f"{images / seconds:.3f}"]
-                row += [f"{seconds * batch / images / n * 1e3:.1f}", f"{memory / 2**30:.2f}"]
-                if watched:
-                    patches = found[0][2].sum(dim=1).float()
-                    length = n / float(patches.mean())
-                    ratio = statistics.median(a[0] / b[0] for a, b in zip(turns["", 0.0], found, strict=True))
-                    macs = count(model.config, length).sampling(count(watchers[watched].config))
-                    predicted = count(baseline.config).sampling() / macs
-                    row += [f"{length:.2f}", f"{float(patches.std()):.0f}", f"{ratio:.2f}", f"{predicted:.2f}"]
-                else:
-                    row += [""] * 4
-                print(f"| {' | '.join(row)} |", flush=True)
+                patches = found[0][2].sum(dim=1).float()
+                length = n / float(patches.mean())
+                macs = count(model.config, length).sampling(count(watchers[watched].config))
+                line(
+                    *(f"dpar-{size}", f"llamagen-{watched}", batch, f"{gather:g}"),
+                    *figures(found, batch, size_of(model, watchers[watched])),
+                    *(f"{length:.2f}", f"{float(patches.std()):.0f}"),
+                    f"{statistics.median(ratios[watched, gather]):.2f}",
+                    f"{count(baseline.config).sampling() / macs:.2f}",
+                )
+
+
+def figures(found: list[tuple[float, int, Tensor]], batch: int, held: int) -> tuple[str, str, str]:
+    """images/s, ms a step, and GiB, of runs beside ``held`` bytes of weights."""
+    images, n = found[0][2].shape
+    seconds = statistics.median(turn[0] for turn in found) / images
+    memory = held + max(turn[1] for turn in found)
+    return f"{1 / seconds:.3f}", f"{seconds * batch / n * 1e3:.1f}", f"{memory / 2**30:.2f}"
+
+
+def line(*cells: object) -> None:
+    """A row of the table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":

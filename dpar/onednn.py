@@ -1,7 +1,7 @@
 """oneDNN's matrix products for models that run on a CPU without gradients.
 
     with onednn(model, entropy_model):
-        codes, starts = ...                     # linear layers in float32 on CPU read weights in oneDNN's own layout
+        logits = model(codes)                   # linear layers in float32 on CPU read weights in oneDNN's own layout
 
 PyTorch gives float32 products to MKL. With few rows, as in sampling, MKL rearranges the weights in every call; here
 they are rearranged once. On AMD's processors oneDNN's kernels are also about twice as fast as MKL's, whatever the rows.
@@ -51,6 +51,7 @@ def _linear(weight: Tensor, x: Tensor) -> Tensor:
 def _can_run(linear: nn.Linear) -> bool:
     return (
         len(list(linear.parameters())) == 1  # no bias
+        and type(linear.weight.data) is Tensor  # no share of it, as FSDP has
         and linear.weight.dtype == torch.float32
         and linear.weight.device.type == "cpu"
         and "forward" not in vars(linear)  # an outer block has it already

@@ -12,9 +12,10 @@ into a token by the inverse CDF. An image depends on (seed, index), not on what 
 to the last bit (:mod:`dpar.cache` says how). On a GPU, or between two machines, logits can differ in their last bits,
 and then a token does where its uniform number lies within about 1e-6 of an edge of the cumulative distribution.
 
-Of many images, ``batch`` are sampled at a time, each at a token of its own; when one is done the next takes its slot.
-The patch transformer waits until enough of them begin a patch (:data:`GATHER`): its weights are then read less often,
-at the price of steps over tokens that not all images take part in. LlamaGen's images march in step.
+Of many images, ``batch`` are in flight, each at a token of its own; when one is done the next takes its slot. The patch
+transformer can wait until a share of them, ``gather``, begin a patch: its weights are then read less often, at the
+price of steps over tokens that not all images take part in. That pays where most weights are its own
+(``docs/performance.md`` has the figures), and :func:`usual_gather` decides by that.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from dpar.patching import OnlinePatcher, token_entropy
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
 Observe = Callable[[NDArray[np.int64], NDArray[np.int64], Tensor], None]  # images (R,), positions (R,), what was seen
 
-GATHER = 0.5  # share of the images in flight that begin a patch before the patch transformer runs
+GATHER = 0.6  # where waiting pays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def sample(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch: int | None = None,
-    gather: float = GATHER,
+    gather: float | None = None,
     advance: Callable[[int], None] = lambda images: None,
     observe: Observe | None = None,
     observe_log_prob: Observe | None = None,
@@ -140,7 +141,8 @@ def sample(
         indices: each image's number in the run; 0, 1, … if None.
         batch: how many images are in flight; None for all. No image depends on it.
         gather: the share of the images in flight that must begin a patch before the patch transformer runs, unless all
-            of them wait. 0 never waits: then all images march in step. No image depends on it.
+            of them wait. 0 never waits: then all images march in step. None: :func:`usual_gather`. No image depends
+            on it.
         advance: called with the number of images that have been finished since the last call.
         observe: called with images (R,), their positions (R,) and logits (R, V) after guidance, for each token once.
         observe_log_prob: called with images (R,), their positions (R,) and ln p (R,) float32, for each token once: of
@@ -162,7 +164,7 @@ def sample(
         raise ModelError(f"there are {len(indices)} indices for {count} labels; one an image is needed")
     if batch is not None and batch < 1:
         raise ModelError(f"batch is {batch}; it must be at least 1")
-    if not 0 <= gather <= 1:
+    if gather is not None and not 0 <= gather <= 1:
         raise ModelError(f"gather is {gather}; it must be from 0 to 1, a share of the images in flight")
     known, keep = _on_device(known, keep, count, n, config.codebook_size, device)
     labels = labels.to(device)
@@ -192,62 +194,115 @@ def sample(
     codes = torch.zeros(count, n, dtype=torch.long, device=device)
     starts = torch.zeros(count, n, dtype=torch.bool, device=device)
 
-    image = np.arange(size)  # in each slot; -1 when none is left
-    position = np.zeros(size, np.int64)  # of the token that comes next
-    begins = np.zeros(size, bool)  # whether that token begins a patch which the patch transformer has not run for
+    flight = Flight(count, size)
+    share = usual_gather(model, entropy_model) if gather is None else gather
     fresh = moved = np.arange(size)  # slots with a new image, and with a new token
-    waiting_images = size
     with onednn(model) if watcher is None else onednn(model, watcher.model):
-        while (image >= 0).any():
-            if len(fresh):
-                stepper.restart(fresh, labels[_on(image[fresh], device)])
+        while flight.live().size:
+            if fresh.size:
+                stepper.restart(fresh, labels[_on(flight.image[fresh], device)])
                 if watcher is not None:
                     watcher.restart(fresh, labels.new_full((len(fresh),), watcher.model.config.classes))
-            if len(moved):
-                entropy = None if watcher is None else token_entropy(watcher.logits(moved, position[moved]))
-                begun = patcher.step(position[moved], entropy, moved)
-                starts[_on(image[moved], device), _on(position[moved], device)] = begun
-                begins[moved] = begun.cpu().numpy()
+            if moved.size:
+                image, position = flight.at(moved)
+                entropy = None if watcher is None else token_entropy(watcher.logits(moved, position))
+                begun = patcher.step(position, entropy, moved)
+                starts[_on(image, device), _on(position, device)] = begun
+                flight.begins[moved] = begun.cpu().numpy()
+            waiting = flight.gathered(share)
+            if waiting.size:
+                stepper.begin_patches(waiting, flight.position[waiting])
+                flight.begins[waiting] = False
 
-            live, waiting = np.flatnonzero(image >= 0), np.flatnonzero(begins)
-            if len(waiting) and (len(waiting) >= gather * len(live) or len(waiting) == len(live)):
-                stepper.begin_patches(waiting, position[waiting])
-                begins[waiting] = False
-            go = live[~begins[live]]
-            at = _on(image[go], device), _on(position[go], device)
-            own = logits = stepper.logits(go, position[go]).float()
+            go = flight.ready()
+            image, position = flight.at(go)
+            at = _on(image, device), _on(position, device)
+            own = logits = stepper.logits(go, position).float()
             if halves == 2:
                 own, unconditional = logits[0::2], logits[1::2]
                 logits = unconditional + scales[at[1]].unsqueeze(1) * (own - unconditional)
             if observe is not None:
-                observe(image[go], position[go], logits)
+                observe(image, position, logits)
             drawn = draw(logits, noise[at], choice)
             if known is not None and keep is not None:
                 drawn = torch.where(keep[at], known[at], drawn)
             codes[at] = drawn
             if observe_log_prob is not None:
                 log_prob = own.log_softmax(dim=-1).gather(1, drawn.unsqueeze(1)).squeeze(1)
-                observe_log_prob(image[go], position[go], log_prob)
+                observe_log_prob(image, position, log_prob)
 
-            goes_on = position[go] + 1 < n
-            on, done = go[goes_on], go[~goes_on]
-            if len(on):
-                taken = drawn[_on(np.flatnonzero(goes_on), device)]
-                stepper.accept(on, position[on], taken)
+            goes_on = position + 1 < n
+            on = go[goes_on]
+            if on.size:
+                taken = drawn[_on(goes_on, device)]
+                stepper.accept(on, position[goes_on], taken)
                 if watcher is not None:
-                    watcher.accept(on, position[on], taken)
-                position[on] += 1
-            if len(done):
-                advance(len(done))
-                following = np.arange(waiting_images, waiting_images + len(done))
-                image[done], position[done] = np.where(following < count, following, -1), 0
-                waiting_images += len(done)
-            fresh = done[image[done] >= 0]
+                    watcher.accept(on, position[goes_on], taken)
+            fresh = flight.move(on, go[~goes_on])
+            if len(on) < len(go):
+                advance(len(go) - len(on))
             moved = np.sort(np.concatenate([on, fresh]))
     return codes, starts
 
 
-def _on(indices: NDArray[np.int64], device: torch.device) -> Tensor:
+def usual_gather(model: DPAR | LlamaGen, entropy_model: LlamaGen | None) -> float:
+    """The share of images that the patch transformer waits for, where none is given."""
+    if isinstance(model, LlamaGen):
+        return 0.0
+    patches = _weights(model.layers)
+    each_token = _weights(*model.encoder_layers(), *model.decoder_layers(), model.output)
+    if entropy_model is not None:
+        each_token += _weights(entropy_model.layers, entropy_model.output)
+    return GATHER if patches > 2 * each_token else 0.0
+
+
+def _weights(*modules: torch.nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+class Flight:
+    """The images in flight: which one each slot holds, and where it stands."""
+
+    def __init__(self, count: int, slots: int) -> None:
+        """``count`` images, the first of them in slots."""
+        self.count, self.next = count, slots
+        self.image = np.arange(slots)  # in each slot; -1 when none is left
+        self.position = np.zeros(slots, np.int64)  # of the token that comes next
+        self.begins = np.zeros(
+            slots, bool
+        )  # whether that token begins a patch that the patch transformer has to run for
+
+    def at(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Images and positions of slots."""
+        return self.image[slots], self.position[slots]
+
+    def live(self) -> NDArray[np.int64]:
+        """Slots that hold an image."""
+        return np.flatnonzero(self.image >= 0)
+
+    def ready(self) -> NDArray[np.int64]:
+        """Slots whose next token can be drawn."""
+        return np.flatnonzero((self.image >= 0) & ~self.begins)
+
+    def gathered(self, share: float) -> NDArray[np.int64]:
+        """Slots that begin a patch, once there are enough of them: a ``share`` of the live ones, or all."""
+        waiting, live = np.flatnonzero(self.begins), len(self.live())
+        return waiting if len(waiting) >= share * live or len(waiting) == live else waiting[:0]
+
+    def move(self, on: NDArray[np.int64], done: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Moves slots ``on`` by a token, and gives the slots that are ``done`` their next images, if any are left.
+
+        Returns:
+            The slots that have got one.
+        """
+        self.position[on] += 1
+        following = np.arange(self.next, self.next + len(done))
+        self.next += len(done)
+        self.image[done], self.position[done] = np.where(following < self.count, following, -1), 0
+        return done[following < self.count]
+
+
+def _on(indices: NDArray[np.int64] | NDArray[np.bool_], device: torch.device) -> Tensor:
     return torch.from_numpy(indices).to(device)
 
 

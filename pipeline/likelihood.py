@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
+from dpar.onednn import onednn
 from dpar.packing import PatchLayout
 from dpar.patching import stored_entropy, token_entropy
 from pipeline.device import autocast, rank, world_size
@@ -38,7 +39,7 @@ def entropies(model: LlamaGen, codes: NDArray[np.integer], *, batch: int, precis
     found = np.empty(codes.shape, np.float16)
     for begin in range(0, len(codes), batch):
         chunk = torch.from_numpy(codes[begin : begin + batch].astype(np.int64)).to(device)
-        with autocast(device, precision):
+        with autocast(device, precision), onednn(model):
             logits = model(chunk)
         # image by image: the copies that the formula makes of a whole batch's logits are gigabytes
         entropy = torch.stack([token_entropy(one) for one in logits])
@@ -132,7 +133,7 @@ def nats_per_token(
         if unconditional:
             labels = torch.full_like(labels, model.config.classes)
         layout = layout_for(model, drawn, device)
-        with autocast(device, precision):
+        with autocast(device, precision), onednn(model):
             logits = forward(model, codes, labels, layout)
         loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")
         nats[begin : begin + batch] = loss.view(len(here), -1).mean(dim=1).double().cpu().numpy()

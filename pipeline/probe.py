@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
+from dpar.onednn import onednn
 from dpar.packing import segment_mean
 from pipeline.device import autocast, choose_device, precision_name, rank, world_size
 from pipeline.errors import StageError
@@ -141,7 +142,7 @@ def features(model: DPAR | LlamaGen, batch: Batch, layer: int, precision: Precis
     seen: list[Tensor] = []
     hook = model.layers[layer - 1].register_forward_hook(lambda module, inputs, output: seen.append(output))
     try:
-        with autocast(device, precision):
+        with autocast(device, precision), onednn(model):
             if isinstance(model, DPAR):
                 assert layout is not None  # fits() has refused artifacts without boundaries
                 nobody = torch.full((len(codes),), model.config.classes, device=device)
