@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=4)
     parser.add_argument("--gather", nargs="+", type=float, help="0: all images march in step; default: as usual")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plain", action="store_true", help="LlamaGen without oneDNN too")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -139,7 +141,7 @@ def main() -> None:
         for batch in arguments.batches:
             images = batch * arguments.rounds
             own = partial(sample, cfg_scale=2.0, seed=SEED, batch=batch)
-            base = partial(own, baseline, None, torch.arange(batch) % 1000)
+            base: Callable[[], tuple[Tensor, Tensor]] = partial(own, baseline, None, torch.arange(batch) % 1000)
             calls: dict[tuple[str, float], Callable[[], tuple[Tensor, Tensor]]] = {}
             for watched, watcher in watchers.items():
                 threshold = threshold_for(watcher, images, arguments.patch_length, arguments.max_length)
@@ -148,6 +150,7 @@ def main() -> None:
                     labels = torch.arange(images) % 1000
                     calls[watched, gather] = partial(own, model, watcher, labels, gather=gather, **rule)
             bases: list[tuple[float, int, Tensor]] = []
+            plain: list[tuple[float, int, Tensor]] = []
             turns: dict[tuple[str, float], list[tuple[float, int, Tensor]]] = {key: [] for key in calls}
             ratios: dict[tuple[str, float], list[float]] = {key: [] for key in calls}
             with half:
@@ -156,6 +159,9 @@ def main() -> None:
                         call()
                 for _ in range(arguments.repeats):
                     bases.append(meter(base))
+                    if arguments.plain:
+                        with mock.patch("dpar.onednn.available", return_value=False):
+                            plain.append(meter(base))
                     for key, call in calls.items():
                         turns[key].append(meter(call))
                         bases.append(meter(base))
@@ -163,6 +169,11 @@ def main() -> None:
                         ratios[key].append(beside * arguments.rounds / turns[key][-1][0])
 
             line(f"llamagen-{size}", "", batch, "", *figures(bases, batch, size_of(baseline)), *[""] * 4)
+            if plain:
+                turns_of_base = bases[:: len(calls) + 1]
+                slower = statistics.median(a[0] / b[0] for a, b in zip(turns_of_base, plain, strict=True))
+                cells = figures(plain, batch, size_of(baseline))
+                line(f"llamagen-{size}, plain products", "", batch, "", *cells, "", "", f"{slower:.2f}", "")
             for (watched, gather), found in turns.items():
                 patches = found[0][2].sum(dim=1).float()
                 length = n / float(patches.mean())

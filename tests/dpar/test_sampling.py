@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, ModelError, patch_starts, sample, static_starts
+from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, ModelError, patch_starts, preset, sample, static_starts
 from dpar.flops import count
 from dpar.patching import stored_entropy, token_entropy
 from dpar.rope import PatchRope
-from dpar.sampling import Choice, Guidance, draw, keep_likeliest, uniforms
+from dpar.sampling import Choice, Guidance, draw, keep_likeliest, uniforms, usual_gather
 
 V, CLASSES, HEIGHT, WIDTH = 19, 3, 3, 5
 N = HEIGHT * WIDTH
@@ -253,6 +253,20 @@ def test_the_patch_transformer_runs_as_often_as_gather_says(gather: float, monke
         assert min(patch_steps[: len(patch_steps) // 2]) >= gather * 8  # while all slots are taken
         assert len(token_steps) > 3 * N
     assert sum(token_steps) == 24 * N
+
+
+@pytest.mark.parametrize(
+    ("size", "watcher", "waits"), [("l", "xs", True), ("xl", "xs", True), ("l", "b", False), ("b", "xs", False)]
+)
+def test_images_wait_for_each_other_where_most_weights_are_the_patch_transformers(
+    size: str, watcher: str, waits: bool
+) -> None:
+    model_config, watcher_config = preset(f"dpar-{size}"), preset(f"llamagen-{watcher}", classes=0)
+    assert isinstance(model_config, DPARConfig)
+    assert isinstance(watcher_config, LlamaGenConfig)
+    with torch.device("meta"):
+        model, entropy_model = DPAR(model_config), LlamaGen(watcher_config)
+    assert (usual_gather(model, entropy_model) > 0) == waits
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 24, 30])
