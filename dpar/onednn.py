@@ -6,8 +6,8 @@
 PyTorch gives float32 products to MKL. With few rows, as in sampling, MKL rearranges the weights in every call; here
 they are rearranged once. On AMD's processors oneDNN's kernels are also about twice as fast as MKL's, whatever the rows.
 
-From two rows on, a row's numbers do not depend, to the last bit, on how many rows there are nor on the threads: oneDNN
-splits a product over outputs, not over the sum. :mod:`dpar.cache` builds on this.
+From two rows on, a row's numbers do not depend, to the last bit, on how many rows there are nor on the threads: so it
+was found for every instruction set that oneDNN knows on x86, and :mod:`dpar.cache` builds on it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def onednn(*models: nn.Module) -> Iterator[None]:
 
 def available() -> bool:
     """Whether this PyTorch has oneDNN's kernels; some, for Macs say, have not."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    kernels = ("_linear_pointwise", "_reorder_linear_weight")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in kernels)
 
 
 def _linear(weight: Tensor, x: Tensor) -> Tensor:

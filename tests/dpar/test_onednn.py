@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -61,3 +65,23 @@ def test_layers_that_it_has_no_kernels_for_are_left_alone() -> None:
     plain = torch.nn.Linear(4, 4, bias=False)
     with torch.autocast("cpu", torch.bfloat16), onednn(plain):
         assert "forward" not in vars(plain)
+
+
+ROWS_ALIKE = """
+import torch
+from dpar.onednn import onednn
+
+torch.set_num_threads(2)
+for fan_in, fan_out in ((48, 100), (128, 384), (768, 2048), (2816, 1024), (1280, 1280)):
+    linear, x = torch.nn.Linear(fan_in, fan_out, bias=False), torch.randn(70, fan_in)
+    with torch.no_grad(), onednn(linear):
+        whole = linear(x)
+        for rows in (2, 3, 5, 8, 16, 17, 31, 64):
+            assert torch.equal(linear(x[-rows:].clone()), whole[-rows:]), (fan_in, fan_out, rows)
+"""
+
+
+@pytest.mark.parametrize("instructions", ["SSE41", "AVX", "AVX2", "AVX512_CORE"])
+def test_from_two_rows_on_a_row_has_the_same_bits_on_older_processors_too(instructions: str) -> None:
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
+    subprocess.run([sys.executable, "-c", ROWS_ALIKE], env=environment, check=True)
