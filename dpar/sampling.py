@@ -195,7 +195,7 @@ def sample(
     starts = torch.zeros(count, n, dtype=torch.bool, device=device)
 
     flight = Flight(count, size)
-    share = usual_gather(model, entropy_model) if gather is None else gather
+    share = usual_gather(model, None if watcher is None else watcher.model) if gather is None else gather
     fresh = moved = np.arange(size)  # slots with a new image, and with a new token
     with onednn(model) if watcher is None else onednn(model, watcher.model):
         while flight.live().size:
@@ -246,7 +246,10 @@ def sample(
 
 
 def usual_gather(model: DPAR | LlamaGen, entropy_model: LlamaGen | None) -> float:
-    """The share of images that the patch transformer waits for, where none is given."""
+    """The share of images that the patch transformer waits for, where none is given, as found best on CPUs.
+
+    ``entropy_model`` is the one that runs with the model, if any.
+    """
     if isinstance(model, LlamaGen):
         return 0.0
     patches = _weights(model.layers)
@@ -268,9 +271,7 @@ class Flight:
         self.count, self.next = count, slots
         self.image = np.arange(slots)  # in each slot; -1 when none is left
         self.position = np.zeros(slots, np.int64)  # of the token that comes next
-        self.begins = np.zeros(
-            slots, bool
-        )  # whether that token begins a patch that the patch transformer has to run for
+        self.begins = np.zeros(slots, bool)  # whether it begins a patch that the patch transformer has not run for
 
     def at(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Images and positions of slots."""

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpar import LlamaGen, LlamaGenConfig
+from dpar import LlamaGen, LlamaGenConfig, sample
 from dpar.onednn import available, onednn
 
 pytestmark = pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
@@ -39,6 +39,13 @@ def test_a_model_computes_the_same_inside_and_is_itself_again_outside() -> None:
             torch.testing.assert_close(ours(codes), before, atol=1e-5, rtol=0)
         assert torch.equal(ours(codes), before)
     assert not any("forward" in vars(part) for part in ours.modules())
+
+
+def test_sampling_runs_on_it() -> None:
+    ours, seen = model(), []
+    sample(ours, None, torch.tensor([0]), observe=lambda *_: seen.append("forward" in vars(ours.output)))
+    assert seen == [True] * 15
+    assert "forward" not in vars(ours.output)
 
 
 def test_a_model_is_itself_again_after_an_error() -> None:
