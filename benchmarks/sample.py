@@ -3,24 +3,29 @@
 Random weights: time does not depend on them, but for where patches begin. So the entropy model's head is drawn wide
 enough for its entropies to differ, and the threshold is set for the wanted mean patch length; the
 length that came out is in the table, with how much the number of patches differs between images. Guidance is on.
-DPAR samples `--rounds` times as many images as are in flight (the batch), so that images which wait for each other come
-apart as in a long run; LlamaGen, whose images march in step, one batch before and one after, and each ratio is to the
-mean of these two, so that what else the machine does meets both. Of several `--repeats` the median counts. `predicted`
-is the ratio of the multiply-accumulates of linear layers that `dpar flops` counts. A step is a token of every image in
-flight.
+Each samples `--rounds` times as many images as are in flight (the batch), so that images which wait for each other
+come apart as in a long run. LlamaGen and DPAR, a process each, take a few steps in turn: whatever else the machine does
+meets both alike. With `--repeats` the ratio of each is given, and the median of the others. `predicted` is the ratio of
+the multiply-accumulates of linear layers that `dpar flops` counts. A step is a token of every image in flight. Weights
+are prepared for sampling once and beforehand, as in a long run.
 
-Float32 on CPU, bfloat16 on CUDA. Memory: weights, and what sampling needs besides at its peak.
+Float32 on CPU, bfloat16 on CUDA. Memory: weights, and what sampling needs besides at its peak, each alone.
 `--cpu-time` counts this process's processor time instead of the clock's, for a machine that others use (then with
 OMP_NUM_THREADS=1, since threads that wait for others count as busy).
 """
 
 import argparse
 import contextlib
+import dataclasses
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -30,6 +35,7 @@ from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, patch_starts, prese
 from dpar.flops import count
 from dpar.onednn import onednn
 from dpar.sampling import uniforms, usual_gather
+from dpar.stepping import stepping
 
 V = 16384
 SEED = 0
@@ -44,28 +50,105 @@ def rss(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-class Meter:
-    """Seconds, and bytes beyond those held before, of a call."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one process samples."""
 
-    def __init__(self, device: torch.device, cpu_time: bool) -> None:
-        self.device, self.clock = device, time.process_time if cpu_time else time.perf_counter
+    model: str  # a preset's name
+    entropy_model: str | None
+    settings: dict[str, Any]  # of sample()
+    images: int
+    batch: int
+    grid: dict[str, int]
+    device: str
+    cpu_time: bool
+    plain: bool = False  # without oneDNN
 
-    def __call__(self, call: Callable[[], tuple[Tensor, Tensor]]) -> tuple[float, int, Tensor]:
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-            before = rss("VmRSS")
-        began = self.clock()
-        _, starts = call()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = self.clock() - began
-        peak = torch.cuda.max_memory_allocated() if cuda else rss("VmHWM")
-        return seconds, peak - before, starts
+
+class Sampler:
+    """A process that samples only while it is its turn."""
+
+    STEPS = 16  # of a turn
+
+    def __init__(self, run: Run) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(run, theirs), daemon=True)
+        self.process.start()
+        self.memory: int = self.pipe.recv()  # bytes: weights, and what sampling needs besides at its peak
+        self.starts: Tensor | None = None  # of patches, when it is done
+        self.seconds = 0.0
+
+    def turn(self) -> bool:
+        """Whether there is more to do after this turn."""
+        self.pipe.send("go")
+        seconds, starts = self.pipe.recv()
+        self.seconds += seconds
+        if starts is not None:
+            self.starts = torch.from_numpy(starts)
+            self.process.join()
+        return starts is None
+
+
+def serve(run: Run, pipe: Connection) -> None:
+    """What a :class:`Sampler` runs."""
+    torch.manual_seed(SEED)
+    device, clock = torch.device(run.device), time.process_time if run.cpu_time else time.perf_counter
+    cuda = device.type == "cuda"
+    family, size = run.model.split("-")
+    model = dpar(size, device, **run.grid) if family == "dpar" else llamagen(size, device, **run.grid)
+    watcher = None if run.entropy_model is None else entropy_model_of(run.entropy_model, device, run.grid)
+    labels = torch.arange(run.images) % 1000
+    models = [model] if watcher is None else [model, watcher]
+    half = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+    kernels = mock.patch("dpar.onednn.available", return_value=False) if run.plain else contextlib.nullcontext()
+    with half, kernels:
+        # on CUDA, whose first calls choose and load kernels, this is where they do
+        held = sum(p.numel() * p.element_size() for one in models for p in one.parameters())
+        memory = held + memory_of(partial(sample, model, watcher, labels[: run.batch], **run.settings), device)
+        with stepping(*models):
+            pipe.send(memory)
+            pipe.recv()
+            steps, began = 0, clock()
+
+            def spent() -> float:
+                if cuda:
+                    torch.cuda.synchronize()
+                return clock() - began
+
+            def observe(*_: object) -> None:
+                nonlocal steps, began
+                steps += 1
+                if steps % Sampler.STEPS == 0:
+                    pipe.send((spent(), None))
+                    pipe.recv()
+                    began = clock()
+
+            _, starts = sample(model, watcher, labels, observe=observe, **run.settings)
+            pipe.send((spent(), starts.cpu().numpy()))
+
+
+def in_turn(*runs: Run) -> list[Sampler]:
+    """Samples these, a few steps of each in turn, until all are done."""
+    samplers = [Sampler(run) for run in runs]
+    going = samplers
+    while going:
+        going = [sampler for sampler in going if sampler.turn()]
+    return samplers
+
+
+def memory_of(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes of a call beyond those held before, at its peak."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = rss("VmRSS")
+    call()
+    return rss("VmHWM") - before
 
 
 def threshold_for(entropy_model: LlamaGen, images: int, length: float, max_length: int) -> float:
@@ -98,8 +181,11 @@ def dpar(size: str, device: torch.device, **sizes: int) -> DPAR:
     return DPAR(config).to(device).eval()
 
 
-def size_of(*models: torch.nn.Module | None) -> int:
-    return sum(p.numel() * p.element_size() for model in models if model for p in model.parameters())
+def entropy_model_of(size: str, device: torch.device, grid: dict[str, int]) -> LlamaGen:
+    torch.manual_seed(SEED)  # the same in every process
+    model = llamagen(size, device, classes=0, **grid)
+    torch.nn.init.normal_(model.output.weight, std=LOGIT_STD / model.config.width**0.5)
+    return model
 
 
 def main() -> None:
@@ -119,80 +205,74 @@ def main() -> None:
     arguments = parser.parse_args()
     device, side = torch.device(arguments.device), arguments.image_size // 16
     grid = {"grid_height": side, "grid_width": side}
-    meter = Meter(device, arguments.cpu_time)
-    half = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-    torch.manual_seed(0)
-
-    watchers: dict[str, LlamaGen] = {}
-    for name in arguments.entropy_models:
-        watcher = llamagen(name, device, classes=0, **grid)
-        torch.nn.init.normal_(watcher.output.weight, std=LOGIT_STD / watcher.config.width**0.5)
-        watchers[name] = watcher
-
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {arguments.image_size} px, guidance on\n")
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{gpu}, torch {torch.__version__}, {arguments.image_size} px, guidance on\n")
     columns = "model, entropy model, batch, gather, images/s, ms a step, memory GiB, patch length, sd of patches"
     line(*columns.split(", "), "× LlamaGen", "predicted")
     line(*["---"] * 11)
     for size in arguments.sizes:
-        baseline = llamagen(size, device, **grid)
-        model = dpar(size, device, **grid)
-        n = model.config.n_tokens
+        config = preset(f"dpar-{size}", **grid)
+        assert isinstance(config, DPARConfig)
         for batch in arguments.batches:
             images = batch * arguments.rounds
-            own = partial(sample, cfg_scale=2.0, seed=SEED, batch=batch)
-            base: Callable[[], tuple[Tensor, Tensor]] = partial(own, baseline, None, torch.arange(batch) % 1000)
-            calls: dict[tuple[str, float], Callable[[], tuple[Tensor, Tensor]]] = {}
-            for watched, watcher in watchers.items():
+            same: dict[str, Any] = {"images": images, "batch": batch, "grid": grid, "device": arguments.device}
+            same["cpu_time"] = arguments.cpu_time
+            guided = {"cfg_scale": 2.0, "seed": SEED, "batch": batch}
+            base = Run(model=f"llamagen-{size}", entropy_model=None, settings=guided, **same)
+            runs = []
+            for watched in arguments.entropy_models:
+                watcher = entropy_model_of(watched, device, grid)
                 threshold = threshold_for(watcher, images, arguments.patch_length, arguments.max_length)
-                rule = {"threshold": threshold, "max_length": arguments.max_length}
-                for gather in arguments.gather or [usual_gather(model, watcher)]:
-                    labels = torch.arange(images) % 1000
-                    calls[watched, gather] = partial(own, model, watcher, labels, gather=gather, **rule)
-            bases: list[tuple[float, int, Tensor]] = []
-            plain: list[tuple[float, int, Tensor]] = []
-            turns: dict[tuple[str, float], list[tuple[float, int, Tensor]]] = {key: [] for key in calls}
-            ratios: dict[tuple[str, float], list[float]] = {key: [] for key in calls}
-            with half:
-                if device.type == "cuda":  # whose first calls choose and load kernels
-                    for call in (base, *calls.values()):
-                        call()
-                for _ in range(arguments.repeats):
-                    bases.append(meter(base))
-                    if arguments.plain:
-                        with mock.patch("dpar.onednn.available", return_value=False):
-                            plain.append(meter(base))
-                    for key, call in calls.items():
-                        turns[key].append(meter(call))
-                        bases.append(meter(base))
-                        beside = (bases[-2][0] + bases[-1][0]) / 2
-                        ratios[key].append(beside * arguments.rounds / turns[key][-1][0])
+                rule = {"threshold": threshold, "max_length": arguments.max_length, **guided}
+                for gather in arguments.gather or [gather_of(config, watcher.config)]:
+                    settings = {"gather": gather, **rule}
+                    runs.append(Run(model=f"dpar-{size}", entropy_model=watched, settings=settings, **same))
+            bases: list[Sampler] = []
+            plain: list[Sampler] = []
+            found: list[list[Sampler]] = [[] for _ in runs]
+            ratios: list[list[float]] = [[] for _ in runs]
+            for _ in range(arguments.repeats):
+                for i, run in enumerate(runs):
+                    beside, sampler = in_turn(base, run)
+                    bases.append(beside)
+                    found[i].append(sampler)
+                    ratios[i].append(beside.seconds / sampler.seconds)
+                if arguments.plain:
+                    plain += in_turn(dataclasses.replace(base, plain=True))
 
-            line(f"llamagen-{size}", "", batch, "", *figures(bases, batch, size_of(baseline)), *[""] * 4)
+            line(f"llamagen-{size}", "", batch, "", *figures(bases, base), *[""] * 4)
             if plain:
-                turns_of_base = bases[:: len(calls) + 1]
-                slower = statistics.median(a[0] / b[0] for a, b in zip(turns_of_base, plain, strict=True))
-                cells = figures(plain, batch, size_of(baseline))
+                slower = statistics.median(x.seconds for x in bases) / statistics.median(x.seconds for x in plain)
+                cells = figures(plain, base)
                 line(f"llamagen-{size}, plain products", "", batch, "", *cells, "", "", f"{slower:.2f}", "")
-            for (watched, gather), found in turns.items():
-                patches = found[0][2].sum(dim=1).float()
-                length = n / float(patches.mean())
-                macs = count(model.config, length).sampling(count(watchers[watched].config))
+            for run, samplers, of_each in zip(runs, found, ratios, strict=True):
+                starts = samplers[0].starts
+                assert starts is not None  # it is done
+                assert run.entropy_model is not None
+                patches = starts.sum(dim=1).float()
+                length = config.n_tokens / float(patches.mean())
+                watched_costs = count(preset(f"llamagen-{run.entropy_model}", classes=0, **grid))
+                cost = count(preset(base.model, **grid)).sampling() / count(config, length).sampling(watched_costs)
                 line(
-                    *(f"dpar-{size}", f"llamagen-{watched}", batch, f"{gather:g}"),
-                    *figures(found, batch, size_of(model, watchers[watched])),
+                    *(run.model, f"llamagen-{run.entropy_model}", batch, f"{run.settings['gather']:g}"),
+                    *figures(samplers, run),
                     *(f"{length:.2f}", f"{float(patches.std()):.0f}"),
-                    f"{statistics.median(ratios[watched, gather]):.2f}",
-                    f"{count(baseline.config).sampling() / macs:.2f}",
+                    " ".join(f"{ratio:.2f}" for ratio in sorted(of_each)),
+                    f"{cost:.2f}",
                 )
 
 
-def figures(found: list[tuple[float, int, Tensor]], batch: int, held: int) -> tuple[str, str, str]:
-    """images/s, ms a step, and GiB, of runs beside ``held`` bytes of weights."""
-    images, n = found[0][2].shape
-    seconds = statistics.median(turn[0] for turn in found) / images
-    memory = held + max(turn[1] for turn in found)
-    return f"{1 / seconds:.3f}", f"{seconds * batch / n * 1e3:.1f}", f"{memory / 2**30:.2f}"
+def gather_of(config: DPARConfig, watched: LlamaGenConfig) -> float:
+    """What :func:`dpar.sampling.usual_gather` says of models of these sizes."""
+    with torch.device("meta"):
+        return usual_gather(DPAR(config), LlamaGen(watched))
+
+
+def figures(samplers: list[Sampler], run: Run) -> tuple[str, str, str]:
+    """images/s, ms a step, and GiB, of runs."""
+    each = statistics.median(sampler.seconds for sampler in samplers) / run.images
+    step = each * run.batch / (run.grid["grid_height"] * run.grid["grid_width"])
+    return f"{1 / each:.3f}", f"{step * 1e3:.1f}", f"{samplers[0].memory / 2**30:.2f}"
 
 
 def line(*cells: object) -> None:

@@ -43,7 +43,7 @@ def padded(rows: int) -> int:
 
 def pad_rows(x: Tensor) -> Tensor:
     """x (R, ...) with rows of zeros at the end, so many that a row's products have the same bits in any batch."""
-    return _with_rows(x, padded(x.shape[0]))
+    return with_rows(x, padded(x.shape[0]))
 
 
 @dataclass(frozen=True)
@@ -112,37 +112,50 @@ class KVCache:
         count = len(places.rows)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for kept, new in ((self.k, k), (self.v, v)):
-                if places.together is not None:
-                    kept[:, :, places.together] = new[:count, 0].to(kept.dtype)
-                else:
-                    kept[places.rows, :, places.positions] = new[:count, 0].to(kept.dtype)
-            on_cpu = self.k.device.type == "cpu"
-            out = self._attended(q[:count], places) if on_cpu else self._fused(q[:count], places)
-            return _with_rows(out, len(q))
+            self.put(k[:count, 0], v[:count, 0], places)
+            if self.k.device.type == "cpu":
+                scaled = q[:count, 0].to(self.k.dtype) * q.shape[-1] ** -0.5
+                out = self.attended(scaled, places).unsqueeze(1).to(q.dtype)
+            else:
+                out = self._fused(q[:count], places)
+            return with_rows(out, len(q))
 
         return attend
 
-    def _attended(self, q: Tensor, places: Places) -> Tensor:
-        """Queries (R, 1, heads, head_dim) of rows at ``places``: the like, on CPU.
+    def put(self, k: Tensor, v: Tensor, places: Places) -> None:
+        """Keeps the keys and values (R, heads, head_dim) of rows at ``places``."""
+        for kept, new in ((self.k, k), (self.v, v)):
+            if places.together is not None:
+                kept[:, :, places.together] = new.to(kept.dtype)
+            else:
+                kept[places.rows, :, places.positions] = new.to(kept.dtype)
+
+    def attended(self, q: Tensor, places: Places) -> Tensor:
+        """What scaled queries (R, heads, head_dim) of rows at ``places`` see: the like, on CPU.
 
         As batched products: the CPU's fused kernel rounds differently from thread to thread, and is no faster.
         """
-        rows, _, heads, head_dim = q.shape
-        query = (q.to(self.k.dtype) * head_dim**-0.5).view(rows * heads, 1, head_dim)
+        rows, heads, head_dim = q.shape
+        query = q.reshape(rows * heads, 1, head_dim)
         keys, values = self.k.flatten(0, 1), self.v.flatten(0, 1)
-        scores = query.new_zeros(rows * heads, 1, places.keys)
+        assert places.mask is not None  # on CPU
+        if len(places.stretches) == 1:
+            past = slice(places.stretches[0].row * heads, (places.stretches[0].row + rows) * heads), slice(places.keys)
+            scores = torch.bmm(query, keys[past].transpose(1, 2))
+            weights = (scores.view(rows, heads, -1).float() + places.mask).softmax(dim=-1).to(values.dtype)
+            return torch.bmm(weights.view(rows * heads, 1, -1), values[past]).view(rows, heads, head_dim)
+        scores, out = query.new_zeros(rows * heads, 1, places.keys), torch.empty_like(query)
         parts = []
         for part in places.stretches:
             past = slice(part.row * heads, (part.row + part.end - part.begin) * heads), slice(part.keys)
             parts.append((slice(part.begin * heads, part.end * heads), past))
         for own, past in parts:
             torch.bmm(query[own], keys[past].transpose(1, 2), out=scores[own, :, past[1]])
-        assert places.mask is not None  # on CPU
         weights = (scores.view(rows, heads, -1).float() + places.mask).softmax(dim=-1).to(values.dtype)
         weights = weights.view(rows * heads, 1, -1)
-        out = [torch.bmm(weights[own, :, past[1]], values[past]) for own, past in parts]
-        return torch.cat(out).view(rows, 1, heads, head_dim).to(q.dtype)
+        for own, past in parts:
+            torch.bmm(weights[own, :, past[1]], values[past], out=out[own])
+        return out.view(rows, heads, head_dim)
 
     def _fused(self, q: Tensor, places: Places) -> Tensor:
         """The same on other devices. Attending with all rows reads pasts once; choosing rows first would copy them."""
@@ -162,7 +175,7 @@ def _hide_later(last: Tensor, keys: int) -> Tensor:
     return torch.zeros(later.shape, device=last.device).masked_fill(later, float("-inf"))
 
 
-def _with_rows(x: Tensor, rows: int) -> Tensor:
+def with_rows(x: Tensor, rows: int) -> Tensor:
     """x (R, ...) with rows of zeros at the end, ``rows`` in all."""
     missing = rows - x.shape[0]
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x

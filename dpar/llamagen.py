@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from dpar.errors import ModelError
 from dpar.layers import NORM_EPS, Block, LabelEmbedder, compile_layers, init_weights, run_layer
 from dpar.loss import next_token_loss
 from dpar.rope import token_table, with_condition
+from dpar.stepping import take_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +163,10 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
 
         ``x`` is (R, width) with rows of padding at the end; the logits, (R, V), have as many.
         """
-        x = x.unsqueeze(1)
-        table = pad_rows(self.table[places.positions]).unsqueeze(1)
+        table = pad_rows(self.table[places.positions])
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, table, layer_cache.at(places))
-        logits: Tensor = self.output(self.norm(x[:, 0]))
+            x = take_step(cast("Block", layer), x, table, places, layer_cache)
+        logits: Tensor = self.output(self.norm(x))
         return logits
 
 

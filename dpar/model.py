@@ -186,6 +186,10 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         """The layers of the patch encoder, in order."""
         return cast("list[EncoderLayer]", list(self.encoder))
 
+    def patch_layers(self) -> list[Block]:
+        """The layers of the patch transformer, in order."""
+        return cast("list[Block]", list(self.layers))
+
     def decoder_layers(self) -> list[DecoderLayer]:
         """The layers of the patch decoder, in order."""
         return cast("list[DecoderLayer]", list(self.decoder))

@@ -34,8 +34,8 @@ from dpar.cache import KVCache, Places, pad_rows, padded
 from dpar.errors import ModelError
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
-from dpar.onednn import onednn
 from dpar.patching import OnlinePatcher, token_entropy
+from dpar.stepping import stepping, take_step
 
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
 Observe = Callable[[NDArray[np.int64], NDArray[np.int64], Tensor], None]  # images (R,), positions (R,), what was seen
@@ -197,7 +197,7 @@ def sample(
     flight = Flight(count, size)
     share = usual_gather(model, None if watcher is None else watcher.model) if gather is None else gather
     fresh = moved = np.arange(size)  # slots with a new image, and with a new token
-    with onednn(model) if watcher is None else onednn(model, watcher.model):
+    with stepping(model) if watcher is None else stepping(model, watcher.model):
         while flight.live().size:
             if fresh.size:
                 stepper.restart(fresh, labels[_on(flight.image[fresh], device)])
@@ -454,22 +454,22 @@ class PatchStepper:
     def logits(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
         """See :class:`Stepper`."""
         places = self.rows.places(slots, positions)
-        x = pad_rows(self.stream[places.rows]).unsqueeze(1)
-        table = pad_rows(self.model.stream_table[places.positions]).unsqueeze(1)
+        x = pad_rows(self.stream[places.rows])
+        table = pad_rows(self.model.stream_table[places.positions])
         for layer, received, cache in zip(self.model.decoder_layers(), self.received, self.decoder_cache, strict=True):
-            x = layer(x, pad_rows(received[places.rows]).unsqueeze(1), table, cache.at(places))
-        logits: Tensor = self.model.output(self.model.norm(x[:, 0]))[: len(places.rows)]
+            x = take_step(layer.block, x + pad_rows(received[places.rows]), table, places, cache)
+        logits: Tensor = self.model.output(self.model.norm(x))[: len(places.rows)]
         return logits
 
     def accept(self, slots: NDArray[np.int64], positions: NDArray[np.int64], codes: Tensor) -> None:
         """See :class:`Stepper`."""
         places = self.images.places(slots, positions)
-        x = pad_rows(self.model.tok_embeddings(codes)).unsqueeze(1)
-        table = pad_rows(self.model.token_table[places.positions]).unsqueeze(1)
+        x = pad_rows(self.model.tok_embeddings(codes))
+        table = pad_rows(self.model.token_table[places.positions])
         for layer, tokens, cache in zip(self.model.encoder_layers(), self.tokens, self.encoder_cache, strict=True):
-            x = layer.block(x, table, cache.at(places))
-            tokens[places.rows, places.positions] = x[: len(slots), 0].to(tokens.dtype)
-        stream = x[: len(slots), 0].repeat_interleave(self.rows.halves, dim=0)
+            x = take_step(layer.block, x, table, places, cache)
+            tokens[places.rows, places.positions] = x[: len(slots)].to(tokens.dtype)
+        stream = x[: len(slots)].repeat_interleave(self.rows.halves, dim=0)
         self.stream[_on(self.rows.of(slots), self.device)] = stream.to(self.stream.dtype)
 
     def begin_patches(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
@@ -486,11 +486,11 @@ class PatchStepper:
             x[at] = closed.repeat_interleave(halves, dim=0).to(x.dtype)
             turned = self.model.patch_positions(_on(first, self.device), _on(end - 1, self.device))
             table[at] = turned.repeat_interleave(halves, dim=0)
-        x, table = pad_rows(x).unsqueeze(1), pad_rows(table).unsqueeze(1)
-        for layer, cache in zip(self.model.layers, self.patch_cache, strict=True):
-            x = layer(x, table, cache.at(places))
-        for received, layer in zip(self.received, self.model.decoder_layers(), strict=True):
-            received[places.rows] = layer.project(x[:, 0])[: len(places.rows)].to(received.dtype)
+        x, table = pad_rows(x), pad_rows(table)
+        for layer, cache in zip(self.model.patch_layers(), self.patch_cache, strict=True):
+            x = take_step(layer, x, table, places, cache)
+        for received, decoder_layer in zip(self.received, self.model.decoder_layers(), strict=True):
+            received[places.rows] = decoder_layer.project(x)[: len(places.rows)].to(received.dtype)
         self.first[slots] = positions
         self.patches[slots] += 1
 

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, ModelError, patch_starts, preset, sample, static_starts
 from dpar.flops import count
+from dpar.onednn import available
 from dpar.patching import stored_entropy, token_entropy
 from dpar.rope import PatchRope
 from dpar.sampling import Choice, Guidance, draw, keep_likeliest, uniforms, usual_gather
@@ -241,8 +243,8 @@ def test_the_patch_transformer_runs_as_often_as_gather_says(gather: float, monke
         monkeypatch.setattr(f"dpar.{module}.padded", lambda rows: rows)  # so that rows are images
     model, entropy_model, labels = dpar(), llamagen(), torch.arange(24) % CLASSES
     patch_steps, token_steps = [], []
-    model.layers[0].register_forward_hook(lambda block, args, out: patch_steps.append(len(out)))
-    model.decoder_layers()[0].register_forward_hook(lambda layer, args, out: token_steps.append(len(out)))
+    model.decoder_layers()[0].patch_proj.register_forward_hook(lambda part, args, out: patch_steps.append(len(out)))
+    model.output.register_forward_hook(lambda part, args, out: token_steps.append(len(out)))
     rule: dict[str, Any] = {"threshold": usual_entropy(entropy_model), "row_reset": False, "max_length": None}
     _, starts = sample(model, entropy_model, labels, batch=8, gather=gather, **rule)
     if gather == 0:  # in step: three times eight images
@@ -479,18 +481,32 @@ def test_keeping_nothing_changes_nothing() -> None:
     assert torch.equal(codes, sample(model, None, LABELS)[0])
 
 
+class Products(TorchDispatchMode):
+    """Counts the multiply-accumulates of all products of rows with a matrix."""
+
+    done = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if str(function).startswith(("aten.mm.", "aten.addmm.", "mkldnn._linear_pointwise.")):
+            self.done += out.numel() * args[0].shape[-1]
+        return out
+
+
 @pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("on_onednn", [True, False])
 def test_a_sample_costs_the_multiply_accumulates_that_are_counted(
-    guided: bool, monkeypatch: pytest.MonkeyPatch
+    guided: bool, on_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if on_onednn and not available():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr("dpar.onednn.available", lambda: on_onednn)
     for module in ("cache", "sampling"):
         monkeypatch.setattr(f"dpar.{module}.padded", lambda rows: rows)  # rows of padding are no part of the method
-    model, entropy_model, done = dpar(encoder_layers=2), llamagen(classes=0), [0]
+    model, entropy_model = dpar(encoder_layers=2), llamagen(classes=0)
     threshold = usual_entropy(entropy_model)
-    for part in (*model.modules(), *entropy_model.modules()):
-        if isinstance(part, torch.nn.Linear):
-            part.register_forward_hook(lambda linear, args, out: done.append(out.numel() * linear.in_features))
-    _, starts = sample(model, entropy_model, LABELS, threshold=threshold, cfg_scale=2.0 if guided else 1.0)
+    with Products() as products:
+        _, starts = sample(model, entropy_model, LABELS, threshold=threshold, cfg_scale=2.0 if guided else 1.0)
     patches = int(starts.sum()) / len(LABELS)
     assert 5 < patches < N
     counted = count(model.config, N / patches).sampling(count(entropy_model.config), guidance=guided)
@@ -498,7 +514,7 @@ def test_a_sample_costs_the_multiply_accumulates_that_are_counted(
     block = sum(p.numel() for p in model.encoder_layers()[0].block.parameters() if p.ndim == 2)
     in_last_patch = sum(N - int(row.nonzero().max()) for row in starts) / len(LABELS)
     unread = model.config.encoder_layers * (block + (2 + 2 * in_last_patch) * model.config.width**2)
-    assert sum(done) / len(LABELS) == pytest.approx(counted - unread, rel=1e-9)
+    assert products.done / len(LABELS) == pytest.approx(counted - unread, rel=1e-9)
 
 
 def test_sampling_leaves_no_gradients_and_no_trace_in_the_model() -> None:
