@@ -187,8 +187,8 @@ def token_entropy(logits: torch.Tensor) -> torch.Tensor:
 class OnlinePatcher:
     """The same rule, one token at a time, for a batch of images that are being sampled.
 
-        patcher = OnlinePatcher(batch, threshold=7.8, device=device)
-        for i in range(n): starts = patcher.step(i, entropy_i)       # (B,) bool
+        patcher = OnlinePatcher(batch, n, threshold=7.8)
+        for i in range(n): starts = patcher.step(i, entropy_i)       # (B,) bool, NumPy
 
     ``static_length`` replaces the rule by :func:`static_starts` and needs no entropies.
     """
@@ -203,24 +203,21 @@ class OnlinePatcher:
         grid_width: int = 16,
         row_reset: bool = True,
         static_length: float | None = None,
-        device: torch.device | str = "cpu",
     ) -> None:
-        import torch
-
         check_rule(threshold, max_length, grid_width)
         self.threshold = np.float32(threshold).item()
         self.max_length = n_tokens if max_length is None else max_length
         self.grid_width = grid_width
         self.row_reset = row_reset
         self.static = None if static_length is None else static_starts(n_tokens, static_length)
-        self.run = torch.zeros(batch, dtype=torch.long, device=device)  # length of the open patch
+        self.run = np.zeros(batch, np.int64)  # length of the open patch
 
     def step(
         self,
         position: int | NDArray[np.int64],
         entropy: torch.Tensor | None,
         rows: NDArray[np.int64] | None = None,
-    ) -> torch.Tensor:
+    ) -> NDArray[np.bool_]:
         """Whether token ``position`` starts a patch in each image.
 
         Args:
@@ -232,20 +229,16 @@ class OnlinePatcher:
         Returns:
             (R,) bool.
         """
-        import torch
-
-        device = self.run.device
-        chosen = torch.arange(len(self.run), device=device) if rows is None else torch.from_numpy(rows).to(device)
+        chosen = np.arange(len(self.run)) if rows is None else rows
         at = np.broadcast_to(np.asarray(position), len(chosen))
         run = self.run[chosen]
         if self.static is not None:
-            starts = torch.from_numpy(self.static[at]).to(device)
+            starts = self.static[at]
         else:
-            forced = at == 0
+            starts = (at == 0) | (run >= self.max_length)
             if self.row_reset:
-                forced |= at % self.grid_width == 0
-            starts = torch.from_numpy(forced).to(device) | (run >= self.max_length)
+                starts |= at % self.grid_width == 0
             if entropy is not None:
-                starts |= entropy.to(torch.float16).float() >= self.threshold
-        self.run[chosen] = torch.where(starts, 1, run + 1)
+                starts |= entropy.half().cpu().numpy().astype(np.float32) >= self.threshold
+        self.run[chosen] = np.where(starts, 1, run + 1)
         return starts

@@ -64,6 +64,25 @@ def patch_table(first: Tensor, last: Tensor, grid_width: int, head_dim: int, kin
     return _cos_sin(torch.cat([angles(positions, pairs) for positions, pairs in groups], dim=-1))
 
 
+class PatchPositions:
+    """:func:`patch_table` of patches in a grid of ``n_tokens``, looked up: a few at a time cost little."""
+
+    def __init__(
+        self, n_tokens: int, grid_width: int, head_dim: int, kind: PatchRope, device: torch.device | str
+    ) -> None:
+        token = torch.arange(n_tokens, device=device)
+        zero = torch.zeros_like(token)
+        self.by_first = patch_table(token, zero, grid_width, head_dim, kind)
+        self.by_last = patch_table(zero, token, grid_width, head_dim, kind)
+        pairs = {"dynamic": head_dim // 4, "dynamic-compact": head_dim // 4 + head_dim // 8, "2d": head_dim // 2}
+        self.pairs_of_first = pairs[kind]  # they come first
+
+    def of(self, first: Tensor, last: Tensor) -> Tensor:
+        """Patches that span tokens ``first`` to ``last``, (M,) each: (M, head_dim / 2, 2)."""
+        pairs = self.pairs_of_first
+        return torch.cat([self.by_first[first, :pairs], self.by_last[last, pairs:]], dim=1)
+
+
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turns the interleaved pairs of x (..., T, heads, head_dim) by table (..., T, head_dim / 2, 2).
 

@@ -35,6 +35,7 @@ from dpar.errors import ModelError
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.patching import OnlinePatcher, token_entropy
+from dpar.rope import PatchPositions
 from dpar.stepping import stepping, take_step
 
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
@@ -187,12 +188,11 @@ def sample(
         grid_width=config.grid_width,
         row_reset=row_reset,
         static_length=static_length if isinstance(model, DPAR) else None,
-        device=device,
     )
     noise = torch.from_numpy(uniforms(seed, range(count) if indices is None else indices, n)).to(device)
     scales = torch.tensor([guidance.at(i, n) for i in range(n)], device=device)
     codes = torch.zeros(count, n, dtype=torch.long, device=device)
-    starts = torch.zeros(count, n, dtype=torch.bool, device=device)
+    starts = np.zeros((count, n), bool)
 
     flight = Flight(count, size)
     share = usual_gather(model, None if watcher is None else watcher.model) if gather is None else gather
@@ -207,8 +207,8 @@ def sample(
                 image, position = flight.at(moved)
                 entropy = None if watcher is None else token_entropy(watcher.logits(moved, position))
                 begun = patcher.step(position, entropy, moved)
-                starts[_on(image, device), _on(position, device)] = begun
-                flight.begins[moved] = begun.cpu().numpy()
+                starts[image, position] = begun
+                flight.begins[moved] = begun
             waiting = flight.gathered(share)
             if waiting.size:
                 stepper.begin_patches(waiting, flight.position[waiting])
@@ -242,7 +242,7 @@ def sample(
             if len(on) < len(go):
                 advance(len(go) - len(on))
             moved = np.sort(np.concatenate([on, fresh]))
-    return codes, starts
+    return codes, torch.from_numpy(starts).to(device)
 
 
 def usual_gather(model: DPAR | LlamaGen, entropy_model: LlamaGen | None) -> float:
@@ -440,7 +440,8 @@ class PatchStepper:
         self.patch_cache = caches(c.patch_layers, rows)
         self.decoder_cache = caches(c.decoder_layers, rows)
         self.tokens = [weight.new_zeros(slots, n, d) for _ in range(c.encoder_layers)]
-        self.received = weight.new_zeros(c.decoder_layers, rows, d)
+        self.received = weight.new_zeros(rows, c.decoder_layers, d)  # from their patches
+        self.positions = PatchPositions(n, c.grid_width, c.head_dim, c.rope, weight.device)
         self.first = np.zeros(slots, np.int64)  # token of the open patch
         self.patches = np.zeros(slots, np.int64)  # begun so far
 
@@ -456,8 +457,9 @@ class PatchStepper:
         places = self.rows.places(slots, positions)
         x = pad_rows(self.stream[places.rows])
         table = pad_rows(self.model.stream_table[places.positions])
-        for layer, received, cache in zip(self.model.decoder_layers(), self.received, self.decoder_cache, strict=True):
-            x = take_step(layer.block, x + pad_rows(received[places.rows]), table, places, cache)
+        received = self.received[places.rows]  # (R, layers, d)
+        for i, (layer, cache) in enumerate(zip(self.model.decoder_layers(), self.decoder_cache, strict=True)):
+            x = take_step(layer.block, x + pad_rows(received[:, i]), table, places, cache)
         logits: Tensor = self.model.output(self.model.norm(x))[: len(places.rows)]
         return logits
 
@@ -484,13 +486,13 @@ class PatchStepper:
             at = _on(np.flatnonzero(later.repeat(halves)), self.device)
             closed = self._closed_patches(slots[later], first, end)
             x[at] = closed.repeat_interleave(halves, dim=0).to(x.dtype)
-            turned = self.model.patch_positions(_on(first, self.device), _on(end - 1, self.device))
+            turned = self.positions.of(_on(first, self.device), _on(end - 1, self.device))
             table[at] = turned.repeat_interleave(halves, dim=0)
         x, table = pad_rows(x), pad_rows(table)
         for layer, cache in zip(self.model.patch_layers(), self.patch_cache, strict=True):
             x = take_step(layer, x, table, places, cache)
-        for received, decoder_layer in zip(self.received, self.model.decoder_layers(), strict=True):
-            received[places.rows] = decoder_layer.project(x)[: len(places.rows)].to(received.dtype)
+        projected = torch.stack([layer.project(x) for layer in self.model.decoder_layers()], dim=1)
+        self.received[places.rows] = projected[: len(places.rows)].to(self.received.dtype)
         self.first[slots] = positions
         self.patches[slots] += 1
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dpar.rope import PatchRope, patch_table, rotate, token_table, with_condition
+from dpar.rope import PatchPositions, PatchRope, patch_table, rotate, token_table, with_condition
 
 HEAD_DIM = 32
 FIRST, LAST = torch.tensor([0, 3, 7, 9]), torch.tensor([2, 6, 8, 14])
@@ -32,6 +32,13 @@ def test_patches_turn_with_the_coordinates_of_their_kind(kind: PatchRope) -> Non
             }[kind]
         )
     torch.testing.assert_close(patch_table(FIRST, LAST, 5, HEAD_DIM, kind), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "dynamic-compact", "2d"])
+def test_looked_up_positions_of_patches_are_those_computed(kind: PatchRope) -> None:
+    first, last = torch.tensor([(a, b) for a in range(15) for b in range(a, 15)]).T
+    found = PatchPositions(15, 5, 16, kind, "cpu").of(first, last)
+    torch.testing.assert_close(found, patch_table(first, last, 5, 16, kind), atol=1e-6, rtol=0)
 
 
 def test_the_condition_is_turned_to_zero() -> None:
