@@ -20,7 +20,7 @@ from dpar.tokenizer import VQConfig
 # name: (width, heads, LlamaGen's layers, DPAR's encoder, patch transformer and decoder layers if there is such a DPAR)
 SIZES: dict[str, tuple[int, int, int, tuple[int, int, int] | None]] = {
     "tiny": (192, 3, 6, (1, 3, 2)),
-    "xs": (128, 2, 6, None),
+    "xs": (160, 2, 3, None),
     "s": (384, 6, 7, None),
     "b": (768, 12, 12, (1, 8, 3)),
     "l": (1024, 16, 24, (1, 19, 4)),

@@ -68,7 +68,7 @@ def prepared(ours: LlamaGen) -> list[str]:
 def test_sampling_steps_through_prepared_blocks_and_leaves_no_trace() -> None:
     ours, seen = model(), []
     sample(ours, None, torch.tensor([0]), observe=lambda *_: seen.append(prepared(ours)))
-    assert seen == [["layers.0", "layers.1", "output"]] * 15
+    assert seen == [["layers.0", "layers.1", "norm", "output"]] * 15
     assert prepared(ours) == []
 
 
