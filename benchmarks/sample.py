@@ -224,7 +224,7 @@ def main() -> None:
                 watcher = entropy_model_of(watched, device, grid)
                 threshold = threshold_for(watcher, images, arguments.patch_length, arguments.max_length)
                 rule = {"threshold": threshold, "max_length": arguments.max_length, **guided}
-                for gather in arguments.gather or [gather_of(config, watcher.config)]:
+                for gather in arguments.gather or [gather_of(config, watcher.config, arguments.rounds)]:
                     settings = {"gather": gather, **rule}
                     runs.append(Run(model=f"dpar-{size}", entropy_model=watched, settings=settings, **same))
             bases: list[Sampler] = []
@@ -262,10 +262,10 @@ def main() -> None:
                 )
 
 
-def gather_of(config: DPARConfig, watched: LlamaGenConfig) -> float:
+def gather_of(config: DPARConfig, watched: LlamaGenConfig, rounds: int) -> float:
     """What :func:`dpar.sampling.usual_gather` says of models of these sizes."""
     with torch.device("meta"):
-        return usual_gather(DPAR(config), LlamaGen(watched))
+        return usual_gather(DPAR(config), LlamaGen(watched), rounds)
 
 
 def figures(samplers: list[Sampler], run: Run) -> tuple[str, str, str]:

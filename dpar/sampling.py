@@ -42,6 +42,7 @@ GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
 Observe = Callable[[NDArray[np.int64], NDArray[np.int64], Tensor], None]  # images (R,), positions (R,), what was seen
 
 GATHER = 0.6  # where waiting pays
+ROUNDS = 3  # of images a slot, from which on it does: while the last images finish, nobody takes their place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +196,8 @@ def sample(
     starts = np.zeros((count, n), bool)
 
     flight = Flight(count, size)
-    share = usual_gather(model, None if watcher is None else watcher.model) if gather is None else gather
+    rounds = count / size
+    share = usual_gather(model, None if watcher is None else watcher.model, rounds) if gather is None else gather
     fresh = moved = np.arange(size)  # slots with a new image, and with a new token
     with stepping(model) if watcher is None else stepping(model, watcher.model):
         while flight.live().size:
@@ -245,12 +247,12 @@ def sample(
     return codes, torch.from_numpy(starts).to(device)
 
 
-def usual_gather(model: DPAR | LlamaGen, entropy_model: LlamaGen | None) -> float:
+def usual_gather(model: DPAR | LlamaGen, entropy_model: LlamaGen | None, rounds: float) -> float:
     """The share of images that the patch transformer waits for, where none is given, as found best on CPUs.
 
-    ``entropy_model`` is the one that runs with the model, if any.
+    ``entropy_model`` is the one that runs with the model, if any; ``rounds`` are images a slot.
     """
-    if isinstance(model, LlamaGen):
+    if isinstance(model, LlamaGen) or rounds < ROUNDS:
         return 0.0
     patches = _weights(model.layers)
     each_token = _weights(*model.encoder_layers(), *model.decoder_layers(), model.output)
