@@ -26,6 +26,7 @@ from dpar.attention import Attend
 
 LEAST_ROWS = 2  # of oneDNN's products
 OTHER_LEAST_ROWS, OTHER_ROWS = 8, 4  # others have so many at least, and multiples of 4
+SEEN, HIDDEN = np.float32(0), np.float32("-inf")  # of masks
 KEYS = 32  # keys that are attended to come in multiples of this; the surplus is masked
 
 
@@ -77,15 +78,18 @@ class Places:
         together = farthest if len(rows) == total and int(positions.min()) == farthest else None
         if torch.device(device).type == "cpu":
             keys = round_up(farthest + 1, KEYS)
-            return cls(at, last, together, _stretches(rows, positions), keys, _hide_later(last[:, None, None], keys))
-        mask = None
+            mask = np.where(np.arange(keys) > positions[:, None, None], HIDDEN, SEEN)
+            return cls(at, last, together, _stretches(rows, positions), keys, torch.from_numpy(mask))
+        hidden = None
         if together is None:
-            mask = _hide_later(last.new_zeros(total).index_put((at,), last)[:, None, None], farthest + 1)
-        return cls(at, last, together, (), farthest + 1, mask)
+            hidden = _hide_later(last.new_zeros(total).index_put((at,), last)[:, None, None], farthest + 1)
+        return cls(at, last, together, (), farthest + 1, hidden)
 
 
 def _stretches(rows: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[Stretch, ...]:
     keys = (positions // KEYS + 1) * KEYS
+    if rows[-1] - rows[0] == len(rows) - 1 and (keys == keys[0]).all():  # as of images in step
+        return (Stretch(0, len(rows), int(rows[0]), int(keys[0])),)
     cuts = np.flatnonzero((np.diff(rows) != 1) | (np.diff(keys) != 0)) + 1
     begins, ends = [0, *cuts.tolist()], [*cuts.tolist(), len(rows)]
     return tuple(Stretch(b, e, int(rows[b]), int(keys[b])) for b, e in zip(begins, ends, strict=True))
@@ -101,8 +105,8 @@ class KVCache:
         self, rows: int, capacity: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         # a head's past is one stretch of memory, which the products of attention read without a copy
-        self.k = torch.zeros(rows, heads, round_up(capacity, KEYS), head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
+        self.kv = torch.zeros(2, rows, heads, round_up(capacity, KEYS), head_dim, device=device, dtype=dtype)
+        self.k, self.v = self.kv.unbind()
 
     def at(self, places: Places) -> Attend:
         """Attention of one new token in each of some rows, (R,).
@@ -112,7 +116,7 @@ class KVCache:
         count = len(places.rows)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.put(k[:count, 0], v[:count, 0], places)
+            self.put(torch.cat([k[:count], v[:count]], dim=1), places)
             if self.k.device.type == "cpu":
                 scaled = q[:count, 0].to(self.k.dtype) * q.shape[-1] ** -0.5
                 out = self.attended(scaled, places).unsqueeze(1).to(q.dtype)
@@ -122,13 +126,12 @@ class KVCache:
 
         return attend
 
-    def put(self, k: Tensor, v: Tensor, places: Places) -> None:
-        """Keeps the keys and values (R, heads, head_dim) of rows at ``places``."""
-        for kept, new in ((self.k, k), (self.v, v)):
-            if places.together is not None:
-                kept[:, :, places.together] = new.to(kept.dtype)
-            else:
-                kept[places.rows, :, places.positions] = new.to(kept.dtype)
+    def put(self, kv: Tensor, places: Places) -> None:
+        """Keeps keys and values of rows at ``places``: (R, 2, heads, head_dim)."""
+        if places.together is not None:
+            self.kv[:, :, :, places.together] = kv.transpose(0, 1).to(self.kv.dtype)
+        else:
+            self.kv[:, places.rows, :, places.positions] = kv.to(self.kv.dtype)
 
     def attended(self, q: Tensor, places: Places) -> Tensor:
         """What scaled queries (R, heads, head_dim) of rows at ``places`` see: the like, on CPU.

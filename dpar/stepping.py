@@ -83,9 +83,9 @@ class PreparedBlock:
         rows, count = len(x), len(places.rows)
         qkv = product(normed(x), self.wqkv).view(rows, 3 * self.heads, -1, 2)
         torch.view_as_complex(qkv[:, : 2 * self.heads]).mul_(torch.view_as_complex(table).unsqueeze(1))
-        q, k, v = qkv.view(rows, 3, self.heads, -1)[:count].unbind(1)
-        cache.put(k, v, places)
-        seen = with_rows(cache.attended(q, places).view(count, self.width), rows)
+        qkv = qkv.view(rows, 3, self.heads, -1)[:count]
+        cache.put(qkv[:, 1:], places)
+        seen = with_rows(cache.attended(qkv[:, 0], places).view(count, self.width), rows)
         x = product(seen, self.wo, add=x)
         middle = normed(x)
         gated = product(middle, self.w3, times=product(middle, self.w1, then="swish"))
