@@ -37,11 +37,11 @@ def stepping(*models: nn.Module) -> Iterator[None]:
         stack.enter_context(onednn(*(module for module in others if isinstance(module, nn.Linear))))
         for block in blocks:
             vars(block)["prepared"] = PreparedBlock(block)
-            stack.callback(vars(block).pop, "prepared")
+            stack.callback(vars(block).pop, "prepared", None)
         for norm in others:
             if isinstance(norm, nn.RMSNorm) and _can_replace(norm):
                 vars(norm)["forward"] = partial(_weighted, norm.weight.detach())
-                stack.callback(vars(norm).pop, "forward")
+                stack.callback(vars(norm).pop, "forward", None)
         yield
 
 

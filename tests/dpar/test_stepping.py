@@ -79,6 +79,13 @@ def test_a_model_is_itself_again_after_an_error() -> None:
     assert prepared(ours) == []
 
 
+def test_a_model_that_is_named_twice_is_itself_again_too() -> None:
+    ours = model()
+    with stepping(ours, ours):
+        assert prepared(ours) == ["layers.0", "layers.1", "norm", "output"]
+    assert prepared(ours) == []
+
+
 def test_what_an_outer_block_has_prepared_is_used_and_kept() -> None:
     ours = model()
     with stepping(ours):
