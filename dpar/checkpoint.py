@@ -2,7 +2,7 @@
 
 model.save_pretrained("weights/")
 model = DPAR.from_pretrained("weights/")                 # or "owner/name" on the Hugging Face Hub
-tokenizer = VQTokenizer.from_pretrained("vq_ds16_c2i.pt")  # LlamaGen's own files: see dpar/llamagen_files.py
+tokenizer = VQTokenizer.from_pretrained("vq_ds16_c2i.pt")  # LlamaGen's and the authors' files: dpar/llamagen_files.py
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-FORMAT = 1
+FORMATS = {"dpar": 2, "llamagen": 1, "vq": 1}  # of config.json, by model type
 Config = TypeVar("Config")
 Grid = tuple[int, int]  # rows and columns of tokens
 
@@ -54,16 +54,28 @@ class Pretrained(Generic[Config]):
         return write_weights(path, self.model_type, dataclasses.asdict(cast("DataclassInstance", self.config)), tensors)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Self:
-        """The model that ``save_pretrained`` wrote, in evaluation mode, on the CPU, in float32.
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        heads: int | None = None,
+        grid: Grid | None = None,
+        rope: str | None = None,
+    ) -> Self:
+        """Return the model at ``path``, in evaluation mode, on the CPU, in float32.
 
         Args:
-            path: a local directory, ``owner/name`` of a repository on the Hugging Face Hub, or LlamaGen's own file.
+            path: a local directory, ``owner/name`` of a repository on the Hugging Face Hub, or a checkpoint file of
+                LlamaGen or of the DPAR authors.
+            heads: of a file that does not say how many (:mod:`dpar.llamagen_files` says where that is looked for).
+            grid: rows and columns of tokens, likewise. Weights trained on one grid serve that grid alone.
+            rope: rotary positions of a DPAR's patches, likewise.
 
         Raises:
-            ModelError: nothing is there, it is another kind of model, or tensors are missing, left over or misshapen.
+            ModelError: nothing is there, it is another kind of model, tensors are missing, left over or misshapen, or
+                it has other heads, another grid or other rotary positions than asked for.
         """
-        return cls.from_weights(read_weights(path, cls.model_type))
+        return cls.from_weights(read_weights(path, cls.model_type, heads=heads, grid=grid, rope=rope))
 
     @classmethod
     def from_weights(cls, weights: Weights) -> Self:
@@ -91,28 +103,35 @@ class Weights:
 
 
 def read_weights(
-    path: str | os.PathLike[str], wanted: str | None = None, *, heads: int | None = None, grid: Grid | None = None
+    path: str | os.PathLike[str],
+    wanted: str | None = None,
+    *,
+    heads: int | None = None,
+    grid: Grid | None = None,
+    rope: str | None = None,
 ) -> Weights:
-    """Config values and tensors of a model: a directory, a Hub repository or LlamaGen's own file.
+    """Config values and tensors of a model: a directory, a Hub repository or a checkpoint file.
 
     Args:
         path: as :meth:`Pretrained.from_pretrained` takes it.
         wanted: the model type that is needed: ``dpar``, ``llamagen``, ``vq``; None takes any.
-        heads: of a LlamaGen, which must agree with what is there, or fills in for a file that does not say.
+        heads: what the model must have, or what fills in for a file that does not say.
         grid: rows and columns of tokens, likewise.
+        rope: rotary positions of a DPAR's patches, likewise.
 
     Raises:
         ModelError: nothing usable is there, or it is of another type, for other heads or another grid.
     """
     if Path(path).is_file():
-        return _read_file(Path(path), wanted, heads, grid)
+        return _read_file(Path(path), wanted, heads, grid, rope)
     folder = local_folder(path)
     values = read_config(folder)
     found = values.pop("model_type", None)
     if wanted is not None and found != wanted:
         raise ModelError(f"{folder} holds a {found!r} model; a {wanted!r} model is needed here")
-    if values.pop("format", None) != FORMAT:
-        raise ModelError(f"{folder / CONFIG} is of another format than this version reads ({FORMAT})")
+    _check_format(folder / CONFIG, str(found), values.pop("format", None))
+    if rope is not None and values.get("rope") != rope:
+        raise ModelError(f"{folder} has rotary positions {values.get('rope')!r}; {rope!r} were asked for")
     if heads is not None and values.get("heads") != heads:
         raise ModelError(f"{folder} has {values.get('heads')} heads; {heads} were asked for")
     if grid is not None and (values.get("grid_height"), values.get("grid_width")) != tuple(grid):
@@ -127,12 +146,23 @@ def read_weights(
     )
 
 
-def _read_file(path: Path, wanted: str | None, heads: int | None, grid: Grid | None) -> Weights:
+def _check_format(path: Path, kind: str, version: object) -> None:
+    """Raises ModelError unless config.json of a model of this ``kind`` has the format version that is read here."""
+    reads = FORMATS.get(kind)
+    if version == reads or reads is None:  # an unknown kind gets its own message from who wanted a model
+        return
+    what = f"{path} has format version {version!r}; this version reads {reads} of a {kind!r} model"
+    if kind == "dpar" and version == 1:
+        raise ModelError(f"{what}. Version 1 was another architecture: train the model again with `dpar train`")
+    raise ModelError(what)
+
+
+def _read_file(path: Path, wanted: str | None, heads: int | None, grid: Grid | None, rope: str | None) -> Weights:
     from dpar import llamagen_files
 
-    if path.name in (CONFIG, WEIGHTS, CARD) or wanted == "dpar":
-        raise ModelError(f"{path} is a file; a directory with {CONFIG} and {WEIGHTS} is needed")
-    found = llamagen_files.read(path, heads=heads, grid=grid)
+    if path.name in (CONFIG, CARD) or (path.name == WEIGHTS and (path.parent / CONFIG).is_file()):
+        raise ModelError(f"{path} is a file of a model directory; name the directory {path.parent}")
+    found = llamagen_files.read(path, heads=heads, grid=grid, rope=rope)
     if wanted is not None and found.model_type != wanted:
         what = llamagen_files.describe(found.model_type, found.sizes)
         needed = llamagen_files.TITLES[wanted]
@@ -164,7 +194,7 @@ def write_weights(
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": model_type, "format": FORMAT, **values}
+    config = {"model_type": model_type, "format": FORMATS[model_type], **values}
     part = folder / (WEIGHTS + ".part")
     # One entry: safetensors writes several in random order, and equal weights must have equal fingerprints.
     save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, part, metadata={"format": "pt"})
@@ -183,7 +213,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
     if folder.exists():
         raise ModelError(f"{folder} is a file; a directory with {CONFIG} and {WEIGHTS} is needed")
     name = str(path)
-    if folder.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+    if folder.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
         raise ModelError(f"no model at {folder}: there is no such file")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
@@ -201,7 +231,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{folder} is no model: it has no {CONFIG}") from None
+        hint = (
+            f"; if {WEIGHTS} is a checkpoint of DPAR's authors, name that file" if (folder / WEIGHTS).is_file() else ""
+        )
+        raise ModelError(f"{folder} is not a model directory: it has no {CONFIG}{hint}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{folder / CONFIG} cannot be read: {error}") from error
     if not isinstance(values, dict):

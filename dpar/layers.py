@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpar.attention import Attend, patch_cross_attention
-from dpar.packing import PatchLayout, segment_mean, spread
+from dpar.packing import PatchLayout, segment_max, segment_mean, spread
 from dpar.rope import rotate
 
+PatchQuery = Literal["max", "mean"]
 NORM_EPS = 1e-5
 INIT_STD = 0.02
 
@@ -129,13 +130,17 @@ class Block(Layer):
 
 
 class PatchCrossAttention(nn.Module):
-    """A patch gathers its tokens (paper section 3.2.2): p_j + Attn(Norm(p_j), Norm(u_i) + off(i - s_j))."""
+    """A patch gathers its tokens (paper section 3.2.2): p_j + Attn(Norm(p_j), Norm(u_i)).
+
+    With ``offset_embedding`` a learned vector for i - s_j is added to Norm(u_i).
+    """
 
     OFFSETS = 16  # later tokens of a longer patch share the last offset
 
-    def __init__(self, width: int, heads: int, dropout: float, offset_embedding: bool) -> None:
+    def __init__(self, width: int, heads: int, patch_query: PatchQuery, offset_embedding: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.first_query = {"max": segment_max, "mean": segment_mean}[patch_query]
         self.wq = nn.Linear(width, width, bias=False)
         self.wk = nn.Linear(width, width, bias=False)
         self.wv = nn.Linear(width, width, bias=False)
@@ -143,7 +148,6 @@ class PatchCrossAttention(nn.Module):
         self.patch_norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.token_norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.offsets = nn.Embedding(self.OFFSETS, width) if offset_embedding else None
-        self.resid_dropout = nn.Dropout(dropout)
 
     def forward(
         self,
@@ -153,9 +157,9 @@ class PatchCrossAttention(nn.Module):
         offset_in_patch: Tensor,
         n_patches: int,
     ) -> Tensor:
-        """Tokens (T, width) into their patches: (M, width). ``patches`` None starts from the mean of the tokens."""
+        """Tokens (T, width) into their patches: (M, width). ``patches`` None: the first query is made of the tokens."""
         if patches is None:
-            patches = segment_mean(tokens, patch_of_token, n_patches)
+            patches = self.first_query(tokens, patch_of_token, n_patches)
         normed = self.token_norm(tokens)
         if self.offsets is not None:
             normed = normed + self.offsets(offset_in_patch.clamp(max=self.OFFSETS - 1))
@@ -167,17 +171,17 @@ class PatchCrossAttention(nn.Module):
             patch_of_token,
             n_patches,
         )
-        gathered: Tensor = patches + self.resid_dropout(self.wo(out.flatten(-2)))
+        gathered: Tensor = patches + self.wo(out.flatten(-2))
         return gathered
 
 
 class EncoderLayer(Layer):
-    """One layer of the patch encoder: a causal block over tokens, then tokens into patches."""
+    """One layer of the patch encoder: a causal block over tokens, then tokens into patches. It has no dropout."""
 
-    def __init__(self, width: int, heads: int, dropout: float, offset_embedding: bool) -> None:
+    def __init__(self, width: int, heads: int, patch_query: PatchQuery, offset_embedding: bool) -> None:
         super().__init__()
-        self.block = Block(width, heads, dropout)
-        self.cross_attention = PatchCrossAttention(width, heads, dropout, offset_embedding)
+        self.block = Block(width, heads, dropout=0.0)
+        self.cross_attention = PatchCrossAttention(width, heads, patch_query, offset_embedding)
 
     def compute(
         self, patches: Tensor | None, tokens: Tensor, table: Tensor, attend: Attend, layout: PatchLayout
@@ -193,19 +197,18 @@ class EncoderLayer(Layer):
 class DecoderLayer(Layer):
     """One layer of the patch decoder (paper section 3.2.4): patches copied to their tokens, then a causal block.
 
-    Norm and projection act on patches before the copy: the same numbers for N/M times less work.
+    Norm and projection act on patches before the copy: the same numbers for N/M times less work. It has no dropout.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.patch_norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.patch_proj = nn.Linear(width, width, bias=False)
-        self.resid_dropout = nn.Dropout(dropout)
-        self.block = Block(width, heads, dropout)
+        self.block = Block(width, heads, dropout=0.0)
 
     def project(self, patches: Tensor) -> Tensor:
         """What each token of a patch receives: (..., width) to (..., width)."""
-        out: Tensor = self.resid_dropout(self.patch_proj(self.patch_norm(patches)))
+        out: Tensor = self.patch_proj(self.patch_norm(patches))
         return out
 
     def compute(
@@ -235,8 +238,8 @@ class LabelEmbedder(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """LlamaGen's start: N(0, 0.02) for matrices and embeddings, ones for norms. For ``module.apply``."""
+    """Initialise matrices and embeddings from N(0, 0.02), as LlamaGen and the authors do. For ``module.apply``."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, PatchCrossAttention) and module.offsets is not None:
-        nn.init.normal_(module.offsets.weight, std=1.0)
+        nn.init.normal_(module.offsets.weight, std=1.0)  # of the size of the normed tokens that they are added to

@@ -2,27 +2,33 @@
 
     model = LlamaGen(preset("llamagen-b"))
     logits = model(codes, labels)                            # (B, N, V); logits at i are for token i
-    loss = model(codes, labels, loss=True)                   # mean nats a token, without holding the logits
+    loss = model(codes, labels, loss=True)                   # mean nats per token, without holding the logits
 
-With ``classes=0``, or with ``labels=None``, it is unconditional: the guidance class stands in front of the tokens.
-Parameter names and shapes are LlamaGen's, so its checkpoints load as they are.
+    entropy_model = LlamaGen(preset("llamagen-b", classes=0, start_token=False))
+    logits = entropy_model(codes)                            # (B, N - 1, V); logits at i are for token i + 1
+    entropy = entropy_model.entropy(codes)                   # (B, N) float16 nats, +inf for token 0
+
+The generator has a start token in front of the image tokens, the class embedding; ``labels=None`` stands for the
+guidance class. The DPAR authors' entropy model has none: token 0 is read and never predicted. Either kind gives
+entropies. Parameter names and shapes are LlamaGen's, so its checkpoints load as they are.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import ClassVar, Self, cast
+from typing import ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpar.attention import dense_causal
 from dpar.cache import KVCache, Places, pad_rows
-from dpar.checkpoint import Pretrained, read_weights
+from dpar.checkpoint import Pretrained
 from dpar.errors import ModelError
 from dpar.layers import NORM_EPS, Block, LabelEmbedder, compile_layers, init_weights, run_layer
 from dpar.loss import next_token_loss
+from dpar.patching import stored_entropy, token_entropy
 from dpar.rope import token_table, with_condition
 from dpar.stepping import take_step
 
@@ -71,6 +77,7 @@ class LlamaGenConfig(SequenceConfig):
     """LlamaGen's sizes; the defaults are LlamaGen-B at 256 px."""
 
     layers: int = 12
+    start_token: bool = True  # False: nothing in front of the tokens, and no classes (the DPAR authors' entropy model)
 
     head_multiple: ClassVar[int] = 4  # rows and columns, in pairs; LlamaGen-3B has 100 a head
 
@@ -78,10 +85,19 @@ class LlamaGenConfig(SequenceConfig):
         super().__post_init__()
         if self.layers < 1:
             raise ModelError(f"layers is {self.layers}; it must be at least 1")
+        if not self.start_token and self.classes:
+            raise ModelError(f"classes is {self.classes}; a model without a start token has no classes")
+        if not self.start_token and self.n_tokens < 2:
+            raise ModelError("a model without a start token needs a grid of at least 2 tokens")
+
+    @property
+    def n_predicted(self) -> int:
+        """Tokens per image that the model predicts: N, or N - 1 without a start token."""
+        return self.n_tokens if self.start_token else self.n_tokens - 1
 
 
 class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
-    """Decoder-only transformer over VQ tokens in raster order, conditioned on a class."""
+    """Decoder-only transformer over VQ tokens in raster order, conditioned on a class or unconditional."""
 
     config_class = LlamaGenConfig
     model_type = "llamagen"
@@ -89,65 +105,72 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.config = config
-        self.cls_embedding = LabelEmbedder(config.classes, config.width)
+        self.cls_embedding = LabelEmbedder(config.classes, config.width) if config.start_token else None
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.width)
         self.tok_dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config.width, config.heads, config.dropout) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.output = nn.Linear(config.width, config.codebook_size, bias=False)
-        table = with_condition(token_table(config.grid_height, config.grid_width, config.head_dim))
-        self.register_buffer("table", table[: config.n_tokens], persistent=False)  # of the stream's inputs
+        table = token_table(config.grid_height, config.grid_width, config.head_dim)
+        table = with_condition(table) if config.start_token else table
+        self.register_buffer("table", table[: config.n_predicted], persistent=False)  # of the stream's inputs
         self.table: Tensor
         self.apply(init_weights)
         nn.init.zeros_(self.output.weight)
         self.checkpoint_layers = False  # True: backward runs each layer again, to hold less
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike[str], *, heads: int | None = None, grid: tuple[int, int] | None = None
-    ) -> Self:
-        """The model at ``path``, in evaluation mode, on the CPU, in float32.
-
-        Args:
-            path: a local directory, ``owner/name`` on the Hugging Face Hub, or LlamaGen's own file.
-            heads: of a file that does not say how many (:mod:`dpar.llamagen_files` says where that is looked for).
-            grid: rows and columns of tokens, likewise. Weights trained on one grid serve that grid alone.
-
-        Raises:
-            ModelError: nothing is there, it is another kind of model, tensors are missing, left over or misshapen, or
-                it is for other heads or another grid than asked for.
-        """
-        return cls.from_weights(read_weights(path, cls.model_type, heads=heads, grid=grid))
 
     def forward(self, codes: Tensor, labels: Tensor | None = None, *, loss: bool = False) -> Tensor:
         """Teacher-forced logits, or the loss.
 
         Args:
             codes: (B, N) int64. The last token is only ever predicted, never read.
-            labels: (B,) int64; ``classes`` is the guidance class, which None stands for.
+            labels: (B,) int64; ``classes`` is the guidance class, which None stands for. Without a start token unused.
             loss: whether to give the mean cross-entropy, for which the logits are never held whole.
 
         Returns:
-            (B, N, V) logits; those at i are for token i. With ``loss`` a float32 scalar, nats a token.
+            (B, N, V) logits; those at i are for token i. Without a start token (B, N - 1, V); those at i are for token
+            i + 1. With ``loss`` a float32 scalar: mean nats per predicted token.
 
         Raises:
             ModelError: codes or labels do not fit this model.
         """
         hidden = self.hidden(codes, labels)
         if loss:
-            return next_token_loss(hidden, self.output.weight, codes)
+            return next_token_loss(hidden, self.output.weight, self.targets(codes))
         logits: Tensor = self.output(hidden)
         return logits
 
     def hidden(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """What the output head reads: (B, N, d). Arguments as of :meth:`forward`."""
+        """What the output head reads: (B, N or N - 1, d). Arguments as of :meth:`forward`."""
         labels = check_inputs(self.config, codes, labels)
-        x = torch.cat([self.cls_embedding(labels).unsqueeze(1), self.tok_embeddings(codes[:, :-1])], dim=1)
+        x = self.tok_embeddings(codes[:, :-1])
+        if self.cls_embedding is not None:
+            x = torch.cat([self.cls_embedding(labels).unsqueeze(1), x], dim=1)
         x = self.tok_dropout(x)
         for layer in self.layers:
             x = run_layer(layer, x, self.table, dense_causal, recompute=self.checkpoint_layers)
         hidden: Tensor = self.norm(x)
         return hidden
+
+    def targets(self, codes: Tensor) -> Tensor:
+        """The tokens that logits are for: codes (B, N), or all but the first without a start token."""
+        return codes if self.config.start_token else codes[:, 1:]
+
+    @torch.no_grad()
+    def entropy(self, codes: Tensor) -> Tensor:
+        """Return the entropy of each token given those before it, read unconditionally, as artifacts store it.
+
+        An image's entropies depend on that image alone.
+
+        Args:
+            codes: (B, N) int64.
+
+        Returns:
+            (B, N) float16 nats; +inf for token 0.
+        """
+        # image by image: the formula's copies of the logits of a batch are gigabytes
+        entropy = torch.stack([token_entropy(logits) for logits in self(codes)])
+        return stored_entropy(entropy if self.config.start_token else F.pad(entropy, (1, 0)))
 
     def compile_layers(self) -> None:
         """Compiles the layers for training, when they first run: one graph."""

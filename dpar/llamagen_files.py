@@ -1,19 +1,21 @@
-"""LlamaGen's own checkpoint files (``vq_ds16_c2i.pt``, ``c2i_B_256.pt``, …), read without running anything in them.
+"""Checkpoint files of LlamaGen and of the DPAR authors, read without running anything in them.
 
     found = read("c2i_B_256.pt")
     found.model_type, found.sizes, found.tensors             # "llamagen", fields of LlamaGenConfig, name to tensor
 
-``VQTokenizer.from_pretrained`` and ``LlamaGen.from_pretrained`` come here with any path that is a file. The state dict
-is looked for under ``model``, ``ema``, ``module``, ``state_dict``, in that order, then taken for bare; LlamaGen's own
-sampling and code extraction read ``model`` too. Sizes are read off the tensors. What tensors do not say:
+``from_pretrained`` comes here with any path that is a file: ``.pt`` (``vq_ds16_c2i.pt``, ``c2i_B_256.pt``) or
+``.safetensors``. In a ``.pt`` the state dict is looked for under ``model``, ``ema``, ``module``, ``state_dict``, in
+that order, then taken for bare. Names may begin with ``module.`` (DDP) or ``_orig_mod.`` (torch.compile). Tensors of
+the authors' DPAR get our names (:data:`AUTHORS_NAMES`). Sizes are read off the tensors. What tensors do not say:
 
-- heads: ``freqs_cis`` where it is stored, else the training arguments, else the width, if it is one of LlamaGen's;
-- grid: ``freqs_cis``, else the training arguments, else ``_256``, ``_384`` or ``_512`` in the file's name (pixels, of
-  which a token has 16), else 16×16, LlamaGen's default.
+- heads: ``freqs_cis`` if stored, else the training arguments, else the width, if it is a published one;
+- grid: ``freqs_cis``, else the training arguments, else ``_256``, ``_384`` or ``_512`` in the file's name (pixels, 16
+  per token), else 16×16;
+- rotary positions of DPAR's patches: the training arguments if this module wrote the file, else ``dynamic``.
 
-``heads`` and ``grid`` say it for a file that does not. A file that says otherwise is refused: rotary positions count
-rows and columns of the grid that weights were trained on. Weights for 384 px would see a 256 px image as the top
-left corner of a larger one, broken off at its 16th column, which they were never trained on.
+``heads``, ``grid`` and ``rope`` say it for a file that does not. A file that says otherwise is refused: rotary
+positions count rows and columns of the grid that weights were trained on. Weights for 384 px would see a 256 px image
+as the top left corner of a larger one, cut off at its 16th column, which they were never trained on.
 """
 
 from __future__ import annotations
@@ -31,16 +33,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpar.checkpoint import read_tensors
 from dpar.errors import ModelError
 from dpar.rope import token_table, with_condition
 
 KEYS = ("model", "ema", "module", "state_dict")
 DERIVED = ("freqs_cis", "quantize.codebook_used")  # computed anew, or a statistic of training
 CODEBOOK_USED = 65536  # entries of the latter; LlamaGen's VQ does not load without it
-HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 3200: 32, 4096: 32}  # by width: B, L, XL, XXL, 1B, 3B, 7B
+# by width: B, L, XL, XXL, LlamaGen's 1B, 3B and 7B, DPAR's XXXL
+HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 3200: 32, 4096: 32, 2560: 40}
 NAMES = {"GPT-B": 12, "GPT-L": 16, "GPT-XL": 20, "GPT-XXL": 24, "GPT-1B": 32, "GPT-3B": 32, "GPT-7B": 32}
+# The authors' prefixes of tensor names and ours; {} is the number of a layer.
+AUTHORS_NAMES = {
+    "local_encoder.layers.{}.": "encoder.{}.block.",
+    "local_encoder.cross_attn_layers.{}.cross_attn_norm_q.": "encoder.{}.cross_attention.patch_norm.",
+    "local_encoder.cross_attn_layers.{}.cross_attn_norm_kv.": "encoder.{}.cross_attention.token_norm.",
+    "local_encoder.cross_attn_layers.{}.": "encoder.{}.cross_attention.",
+    "local_decoder.layers.{}.": "decoder.{}.block.",
+    "local_decoder.cross_attn_layers.{}.cross_attn_norm_kv.": "decoder.{}.patch_norm.",
+    "local_decoder.cross_attn_layers.{}.wo.": "decoder.{}.patch_proj.",
+    "decoder_start_embedding.": "decoder_start.",
+}
+PUBLISHED = {"patch_query": "max", "offset_embedding": False, "decoder_start": "learned"}  # what the format can hold
 TITLES = {"vq": "LlamaGen's VQ tokenizer", "llamagen": "LlamaGen's GPT", "dpar": "a DPAR model"}
-NEEDED = "LlamaGen's .pt checkpoint, or a directory with config.json and model.safetensors, is needed"
+NEEDED = (
+    "a checkpoint of LlamaGen or of DPAR's authors (.pt or .safetensors), or a directory with config.json and "
+    "model.safetensors, is needed"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,22 +67,27 @@ class LlamaGenFile:
     """What a checkpoint file holds."""
 
     path: Path
-    model_type: str  # "vq" or "llamagen"
-    sizes: dict[str, Any]  # fields of VQConfig or LlamaGenConfig
-    tensors: dict[str, Tensor]  # in the file's own dtypes, memory-mapped where the file allows; without DERIVED
+    model_type: str  # "vq", "llamagen" or "dpar"
+    sizes: dict[str, Any]  # fields of VQConfig, LlamaGenConfig or DPARConfig
+    tensors: dict[str, Tensor]  # by our names, in the file's own dtypes, memory-mapped if possible; without DERIVED
     key: str | None  # where the state dict lay; None: bare
     grid_from: str | None = None  # what the grid was read off; None for a VQ
 
 
 def read(
-    path: str | os.PathLike[str], *, heads: int | None = None, grid: tuple[int, int] | None = None
+    path: str | os.PathLike[str],
+    *,
+    heads: int | None = None,
+    grid: tuple[int, int] | None = None,
+    rope: str | None = None,
 ) -> LlamaGenFile:
-    """Reads one of LlamaGen's files.
+    """Read one file of LlamaGen or of the DPAR authors.
 
     Args:
         path: the file.
-        heads: of a GPT's attention, for a file that does not say.
-        grid: rows and columns of tokens that a GPT is for, likewise.
+        heads: of the attention, for a file that does not say.
+        grid: rows and columns of tokens that the weights are for, likewise.
+        rope: rotary positions of a DPAR's patches, likewise.
 
     Raises:
         ModelError: the file is something else, with what it is; or it says other heads or another grid.
@@ -74,6 +98,8 @@ def read(
     kind = _kind(tensors)
     if kind is None:
         raise ModelError(f"{file} holds {_other(tensors)}; {NEEDED}")
+    if rope is not None and kind != "dpar":
+        raise ModelError(f"{file} is {TITLES[kind]}; rope= belongs to a DPAR model")
     kept = {name: tensor for name, tensor in tensors.items() if name not in DERIVED}
     if kind == "vq":
         return LlamaGenFile(path=file, model_type=kind, sizes=_vq_sizes(kept, file), tensors=kept, key=key)
@@ -81,6 +107,9 @@ def read(
     said = dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else arguments
     said = said if isinstance(said, dict) else {}
     sizes = _gpt_sizes(kept, said, file)
+    if kind == "dpar":
+        sizes |= _dpar_depths(kept) | {"rope": _rope(said, rope, file)} | PUBLISHED
+        kept = {_renamed(name, AUTHORS_NAMES): tensor for name, tensor in kept.items()}
     rotary = _rotary(tensors.get("freqs_cis"), sizes["width"], file)
     sizes["heads"] = _heads(rotary, said, sizes["width"], heads, file)
     (sizes["grid_height"], sizes["grid_width"]), grid_from = _grid(rotary, said, grid, file)
@@ -90,28 +119,45 @@ def read(
 
 
 def write(path: Path, model_type: str, sizes: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes a file that LlamaGen's own code loads: ``{"model": state dict}``; whole or not at all.
+    """Write a file that LlamaGen's or the DPAR authors' code loads: ``{"model": state dict}``. Atomic.
 
-    Heads and grid that neither tensors nor file name can tell go into a plain ``args`` beside it, for :func:`read`.
+    Heads, grid and rotary positions that neither tensors nor file name tell go into a plain ``args`` beside it, for
+    :func:`read`.
+
+    Raises:
+        ModelError: the authors' DPAR has no such choices as this model's.
     """
-    state = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    names = {}
+    if model_type == "dpar":
+        other = [f"{name} {sizes[name]!r}" for name, value in PUBLISHED.items() if sizes[name] != value]
+        if other:
+            raise ModelError(f"{path} cannot be written: the authors' model has no {', '.join(other)}")
+        names = {ours: theirs for theirs, ours in AUTHORS_NAMES.items()}
+    state = {_renamed(name, names): tensor.contiguous() for name, tensor in tensors.items()}
     held: dict[str, Any] = {"model": state}
     if model_type == "vq":
         state["quantize.codebook_used"] = torch.zeros(CODEBOOK_USED)
     else:
         grid = (sizes["grid_height"], sizes["grid_width"])
         guessed = _grid(None, {}, None, path)[0]
+        arguments: dict[str, Any] = {}
         if HEADS.get(sizes["width"]) != sizes["heads"] or guessed != grid:
-            held["args"] = {"n_head": sizes["heads"], "grid": list(grid)}
+            arguments = {"n_head": sizes["heads"], "grid": list(grid)}
+        if sizes.get("rope", "dynamic") != "dynamic":
+            arguments["rope"] = sizes["rope"]
+        if arguments:
+            held["args"] = arguments
     part = path.with_name(path.name + ".part")
     torch.save(held, part)
     os.replace(part, path)
 
 
 def _load(path: Path) -> Any:
-    """The unpickled file: tensors, numbers, strings, and at most an ``argparse.Namespace``."""
+    """The contents of the file: tensors, numbers, strings, and at most an ``argparse.Namespace``."""
     with open(path, "rb") as file:
         head = file.read(4096)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+        return read_tensors(path)
     what = _not_a_checkpoint(path, head)
     if what is not None:
         raise ModelError(f"{path} is {what}; {NEEDED}")
@@ -142,8 +188,6 @@ def _not_a_checkpoint(path: Path, head: bytes) -> str | None:
     if head.startswith(b"PK\x03\x04"):
         whole = zipfile.is_zipfile(path)
         return None if whole else f"a broken-off download: a zip file of {path.stat().st_size:,} bytes without its end"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
-        return "a safetensors file (its directory is what from_pretrained takes)"
     if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
         return "a web page, not the file that was to be downloaded"
     if not any(byte < 9 for byte in head):
@@ -160,16 +204,32 @@ def _state_dict(held: Any, path: Path) -> tuple[dict[str, Tensor], str | None]:
     if isinstance(held, dict):
         for key in KEYS:
             if is_state(held.get(key)):
-                return dict(held[key]), key
+                return _bare_names(held[key]), key
         if is_state(held):
-            return dict(held), None
+            return _bare_names(held), None
         names = ", ".join(str(name) for name in list(held)[:5]) or "nothing"
         raise ModelError(f"{path} holds no state dict under {', '.join(KEYS)}, nor a bare one (it holds {names})")
     raise ModelError(f"{path} holds a {type(held).__name__}; {NEEDED}")
 
 
+def _bare_names(tensors: dict[Any, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name, without the prefixes that DDP and torch.compile leave."""
+    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in tensors.items()}
+
+
+def _renamed(name: str, prefixes: dict[str, str]) -> str:
+    """A tensor's name with its prefix replaced; longer prefixes come first in ``prefixes`` where two would match."""
+    for old, new in prefixes.items():
+        pattern = re.escape(old).replace(re.escape("{}"), r"(\d+)")
+        if match := re.match(pattern, name):
+            return new.format(*match.groups()) + name[match.end() :]
+    return name
+
+
 def _kind(tensors: dict[str, Tensor]) -> str | None:
-    """``vq``, ``llamagen``, or None where the tensors are neither's."""
+    """``vq``, ``llamagen``, ``dpar``, or None if the tensors belong to none of them."""
+    if any(name.startswith("local_encoder.layers.") for name in tensors):
+        return "dpar"
     if any(name.startswith(("encoder.conv_blocks.", "decoder.conv_blocks.")) for name in tensors):
         return "vq"
     if any(name.startswith("cls_embedding.cap_proj.") for name in tensors):
@@ -182,6 +242,8 @@ def _kind(tensors: dict[str, Tensor]) -> str | None:
 def _other(tensors: dict[str, Tensor]) -> str:
     if any(name.startswith("cls_embedding.cap_proj.") for name in tensors):
         return "LlamaGen's text-to-image GPT, which reads captions and not classes"
+    if any(name.startswith("encoder.0.block.") for name in tensors):
+        return "the weights of a directory written by save_pretrained; name the directory"
     return f"another model (its tensors: {', '.join(list(tensors)[:3])} …)"
 
 
@@ -204,12 +266,35 @@ def _vq_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
 
 
 def _gpt_sizes(tensors: dict[str, Tensor], said: dict[str, Any], path: Path) -> dict[str, Any]:
-    needed = ["tok_embeddings.weight", "cls_embedding.embedding_table.weight"]
-    tokens, labels = _shapes(tensors, needed, "LlamaGen", path)
-    if said.get("num_classes") == labels[0]:
-        raise ModelError(f"{path} was trained without a guidance class (class dropout 0); one with it is needed")
-    layers = _count(tensors, r"layers\.(\d+)\.")
-    return {"codebook_size": tokens[0], "classes": labels[0] - 1, "width": tokens[1], "layers": layers}
+    """Sizes of a GPT, or of a DPAR but for its depths."""
+    class_table, is_dpar = "cls_embedding.embedding_table.weight", _kind(tensors) == "dpar"
+    if not is_dpar and class_table not in tensors:  # the authors' entropy model: nothing in front of the tokens
+        (tokens,) = _shapes(tensors, ["tok_embeddings.weight"], "LlamaGen", path)
+        sizes = {"codebook_size": tokens[0], "classes": 0, "width": tokens[1], "start_token": False}
+    else:
+        needed = ["tok_embeddings.weight", class_table]
+        tokens, labels = _shapes(tensors, needed, "DPAR" if is_dpar else "LlamaGen", path)
+        if said.get("num_classes") == labels[0]:
+            raise ModelError(f"{path} was trained without a guidance class (class dropout 0); one with it is needed")
+        sizes = {"codebook_size": tokens[0], "classes": labels[0] - 1, "width": tokens[1]}
+    return sizes if is_dpar else sizes | {"layers": _count(tensors, r"layers\.(\d+)\.")}
+
+
+def _dpar_depths(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Layers of the three parts of a DPAR, by the authors' names."""
+    return {
+        "encoder_layers": _count(tensors, r"local_encoder\.layers\.(\d+)\."),
+        "patch_layers": _count(tensors, r"layers\.(\d+)\."),
+        "decoder_layers": _count(tensors, r"local_decoder\.layers\.(\d+)\."),
+    }
+
+
+def _rope(said: dict[str, Any], asked: str | None, path: Path) -> str:
+    """Rotary positions of a DPAR's patches: those that this module wrote down, or those asked for."""
+    stored = said.get("rope")
+    if stored is not None and asked not in (None, stored):
+        raise ModelError(f"{path} has rotary positions {stored!r}; {asked!r} were asked for")
+    return str(stored or asked or "dynamic")
 
 
 def _count(tensors: dict[str, Tensor], pattern: str) -> int:
@@ -250,8 +335,8 @@ def _heads(rotary: tuple[int, int] | None, said: dict[str, Any], width: int, ask
         if asked is not None:
             return asked
         raise ModelError(
-            f"{path} does not say how many heads it has, and its width of {width} is none of LlamaGen's own; "
-            "pass heads= to LlamaGen.from_pretrained"
+            f"{path} does not say how many heads it has, and its width of {width} is none of the published ones; "
+            "pass heads= to from_pretrained"
         )
     if asked not in (None, found):
         raise ModelError(f"{path} has {found} heads; {asked} were asked for")
@@ -298,9 +383,12 @@ def describe(model_type: str, sizes: dict[str, Any]) -> str:
     if model_type == "vq":
         pixels = 2 ** (len(sizes["channel_multipliers"]) - 1)
         return f"{title}: {sizes['codebook_size']} codes of dimension {sizes['codebook_dim']}, {pixels} pixels a code"
-    depth = "layers" if model_type == "llamagen" else "patch_layers"
+    depth = "{layers} layers"
+    if model_type == "dpar":
+        depth = "{encoder_layers} + {patch_layers} + {decoder_layers} layers"
     classes = f"{sizes['classes']} classes" if sizes["classes"] else "no classes"
+    classes += "" if sizes.get("start_token", True) else ", no start token"
     return (
-        f"{title}: {sizes[depth]} {depth.replace('_', ' ')} of width {sizes['width']}, {sizes['heads']} heads, "
+        f"{title}: {depth.format(**sizes)} of width {sizes['width']}, {sizes['heads']} heads, "
         f"{sizes['grid_height']}×{sizes['grid_width']} tokens of {sizes['codebook_size']} codes, {classes}"
     )

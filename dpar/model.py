@@ -11,7 +11,7 @@ transformer, z_i the decoder's ``stream``, c the class embedding. ``docs/method.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from dpar.layers import (
     DecoderLayer,
     EncoderLayer,
     LabelEmbedder,
+    PatchQuery,
     compile_layers,
     init_weights,
     mark_packed,
@@ -35,6 +36,8 @@ from dpar.loss import next_token_loss
 from dpar.packing import PatchLayout, spread
 from dpar.rope import PatchRope, patch_table, token_table, with_condition
 
+DecoderStart = Literal["learned", "class"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DPARConfig(SequenceConfig):
@@ -44,15 +47,21 @@ class DPARConfig(SequenceConfig):
     patch_layers: int = 8  # G
     decoder_layers: int = 3  # D
     rope: PatchRope = "dynamic"
-    offset_embedding: bool = True  # False: the paper to the letter
+    # Choices that are not the published model's, for comparison
+    patch_query: PatchQuery = "max"  # first query of a patch: elementwise maximum, or mean, of its tokens
+    offset_embedding: bool = False  # whether the cross-attention is told a token's place in its patch
+    decoder_start: DecoderStart = "learned"  # decoder's first input: a learned vector, or the class embedding
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("encoder_layers", "patch_layers", "decoder_layers"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.rope not in get_args(PatchRope):
-            raise ModelError(f"rope is {self.rope!r}; it must be one of {', '.join(get_args(PatchRope))}")
+        for name, kind in (("rope", PatchRope), ("patch_query", PatchQuery), ("decoder_start", DecoderStart)):
+            if getattr(self, name) not in get_args(kind):
+                raise ModelError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
+        if self.rope == "dynamic" and self.head_dim % 16:
+            raise ModelError(f"a head has {self.head_dim} entries; rope 'dynamic' needs a multiple of 16")
 
 
 class DPAR(nn.Module, Pretrained[DPARConfig]):
@@ -67,12 +76,14 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         width, heads, dropout = config.width, config.heads, config.dropout
         self.cls_embedding = LabelEmbedder(config.classes, width)
         self.tok_embeddings = nn.Embedding(config.codebook_size, width)
-        self.tok_dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(
-            EncoderLayer(width, heads, dropout, config.offset_embedding) for _ in range(config.encoder_layers)
+            EncoderLayer(width, heads, config.patch_query, config.offset_embedding)
+            for _ in range(config.encoder_layers)
         )
+        self.patch_dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(Block(width, heads, dropout) for _ in range(config.patch_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(width, heads, dropout) for _ in range(config.decoder_layers))
+        self.decoder_start = nn.Embedding(1, width) if config.decoder_start == "learned" else None
+        self.decoder = nn.ModuleList(DecoderLayer(width, heads) for _ in range(config.decoder_layers))
         self.norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.output = nn.Linear(width, config.codebook_size, bias=False)
         token_positions = token_table(config.grid_height, config.grid_width, config.head_dim)
@@ -116,7 +127,7 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         layout = starts if isinstance(starts, PatchLayout) else PatchLayout.from_starts(starts)
         if layout.patch_of_token.shape[0] != codes.numel() or layout.n_tokens != codes.shape[1]:
             raise ModelError(f"starts do not fit codes of {tuple(codes.shape)}; they must have the same shape")
-        condition = self.tok_dropout(self.cls_embedding(labels))  # (B, d)
+        condition = self.cls_embedding(labels)  # (B, d)
         patches, tokens = self.encode(codes, layout)
         outputs = self.transform(condition, patches, layout)
         return self.decode_hidden(condition, tokens, outputs, layout)
@@ -128,7 +139,7 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
 
     def encode(self, codes: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
         """Tokens into patches: patches (ΣM, d) and tokens (B, N, d)."""
-        tokens = self.tok_dropout(self.tok_embeddings(codes))
+        tokens = self.tok_embeddings(codes)
         patches: Tensor | None = None
         self._mark_packed(layout.first)  # whose length is the number of patches
         for layer in self.encoder:
@@ -147,6 +158,7 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
             spread(condition, layout.image_of_patch),
             patches.roll(1, dims=0).to(condition.dtype),
         )
+        x = self.patch_dropout(x)
         table = self.patch_positions(layout.first, layout.last).roll(1, dims=0)
         table = table.masked_fill(leads[:, None, None], 0.0)
         attend = packed_causal(layout, self._packed_backend(x))
@@ -162,12 +174,17 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
 
     def decode_hidden(self, condition: Tensor, tokens: Tensor, outputs: Tensor, layout: PatchLayout) -> Tensor:
         """:meth:`decode` up to the output head: (B, N, d)."""
-        stream = torch.cat([condition.unsqueeze(1).to(tokens.dtype), tokens[:, :-1]], dim=1)
+        start = self.stream_start(condition).unsqueeze(1).to(tokens.dtype)
+        stream = torch.cat([start, tokens[:, :-1]], dim=1)
         self._mark_packed(outputs)
         for layer in self.decoder:
             stream = self._run(layer, stream, outputs, self.stream_table, dense_causal, layout.patch_of_token)
         hidden: Tensor = self.norm(stream)
         return hidden
+
+    def stream_start(self, condition: Tensor) -> Tensor:
+        """The decoder's first input: (B, d) for the class embeddings ``condition`` (B, d)."""
+        return condition if self.decoder_start is None else self.decoder_start.weight.expand_as(condition)
 
     def _mark_packed(self, *tensors: Tensor) -> None:
         if self.compiled and self.training:

@@ -99,6 +99,12 @@ def segment_mean(rows: Tensor, index: Tensor, n_segments: int) -> Tensor:
     return segment_sum(rows.float(), index, n_segments).div(counts.unsqueeze(1)).to(rows.dtype)
 
 
+def segment_max(rows: Tensor, index: Tensor, n_segments: int) -> Tensor:
+    """Elementwise maximum of (T, d) rows by ``index`` (T,): (n_segments, d). Every segment must have a row."""
+    expanded = index.unsqueeze(1).expand_as(rows)
+    return rows.new_zeros(n_segments, rows.shape[1]).scatter_reduce(0, expanded, rows, "amax", include_self=False)
+
+
 def segment_softmax(scores: Tensor, index: Tensor, n_segments: int) -> Tensor:
     """Softmax of (T, h) float32 scores within each segment: (T, h), summing to 1 over a segment's rows."""
     expanded = index.unsqueeze(1).expand_as(scores)

@@ -1,7 +1,7 @@
 """The patch rule: which tokens of an image start a patch (paper section 3.2.1, appendix 6.1).
 
-    entropy = token_entropy(entropy_model(codes))            # (B, N), nats
-    starts = patch_starts(entropy, threshold=7.8)            # (B, N), bool
+    entropy = entropy_model.entropy(codes)                               # (B, N) float16, nats
+    starts = patch_starts(entropy, 7.8, max_length=4, grid_width=16)    # (B, N), bool
 
 Symbols of the paper: ``entropy`` is h, ``threshold`` is τ, ``max_length`` is P, ``grid_width`` is W_g. The three
 switches of the paper's Table 3 are independent: ``threshold=math.inf`` turns entropy gating off,
@@ -28,33 +28,33 @@ if TYPE_CHECKING:
 def patch_starts(
     entropy: NDArray[np.floating[Any]],
     threshold: float,
-    max_length: int | None = 4,
-    grid_width: int = 16,
+    max_length: int | None,
+    grid_width: int,
     row_reset: bool = True,
 ) -> NDArray[np.bool_]: ...
 @overload
 def patch_starts(
     entropy: torch.Tensor,
     threshold: float,
-    max_length: int | None = 4,
-    grid_width: int = 16,
+    max_length: int | None,
+    grid_width: int,
     row_reset: bool = True,
 ) -> torch.Tensor: ...
 def patch_starts(
     entropy: NDArray[np.floating[Any]] | torch.Tensor,
     threshold: float,
-    max_length: int | None = 4,
-    grid_width: int = 16,
+    max_length: int | None,
+    grid_width: int,
     row_reset: bool = True,
 ) -> NDArray[np.bool_] | torch.Tensor:
-    """Where patches start: at high entropy, after ``max_length`` tokens, and at each new row.
+    """Return where patches start: above the threshold, after ``max_length`` tokens, and at each new row.
 
-    Token 0 always starts a patch, whatever its entropy. Entropies are compared in float32, so float16 values as
-    stored in an artifact and their float32 copies give the same boundaries.
+    Tokens 0 and 1 always start a patch, as in the authors' code and in BLT. Entropies are compared in float32, so
+    float16 values as stored in an artifact and their float32 copies give the same boundaries.
 
     Args:
         entropy: (..., N) floats, nats; leading dimensions are images.
-        threshold: a token with entropy >= threshold starts a patch; ``math.inf`` switches the gate off.
+        threshold: a token with entropy > threshold starts a patch; ``math.inf`` switches the gate off.
         max_length: most tokens in a patch; None for no limit.
         grid_width: tokens in a row of the grid.
         row_reset: whether each row starts a patch.
@@ -86,6 +86,7 @@ def check_rule(threshold: float, max_length: int | None, grid_width: int) -> Non
 # Between two forced starts (entropy, row), the length limit starts a patch every max_length tokens: so a token
 # starts one exactly when its distance to the last forced start divides by max_length. No loop over images or tokens.
 
+ALWAYS = 2  # leading tokens that start a patch whatever their entropy
 BLOCK = 2**16  # tokens gone through at once: what is computed on the way stays in the processor's cache
 
 
@@ -105,8 +106,8 @@ def _starts_numpy(
     position = np.arange(n, dtype=integer)
     for first in range(0, len(flat), rows):
         block = flat[first : first + rows].astype(np.float32, copy=False)
-        forced = np.greater_equal(block, np.float32(threshold), out=starts[first : first + rows])
-        forced[:, 0] = True
+        forced = np.greater(block, np.float32(threshold), out=starts[first : first + rows])
+        forced[:, :ALWAYS] = True
         if row_reset:
             forced[:, ::grid_width] = True
         if max_length is not None:
@@ -121,8 +122,8 @@ def _starts_torch(
 ) -> torch.Tensor:
     import torch
 
-    forced = entropy.float() >= np.float32(threshold).item()
-    forced[..., 0] = True
+    forced = entropy.float() > np.float32(threshold).item()
+    forced[..., :ALWAYS] = True
     if row_reset:
         forced[..., ::grid_width] = True
     if max_length is None:
@@ -187,7 +188,7 @@ def token_entropy(logits: torch.Tensor) -> torch.Tensor:
 class OnlinePatcher:
     """The same rule, one token at a time, for a batch of images that are being sampled.
 
-        patcher = OnlinePatcher(batch, n, threshold=7.8)
+        patcher = OnlinePatcher(batch, n, threshold=7.8, max_length=4, grid_width=16)
         for i in range(n): starts = patcher.step(i, entropy_i)       # (B,) bool, NumPy
 
     ``static_length`` replaces the rule by :func:`static_starts` and needs no entropies.
@@ -199,8 +200,8 @@ class OnlinePatcher:
         n_tokens: int,
         *,
         threshold: float = math.inf,
-        max_length: int | None = 4,
-        grid_width: int = 16,
+        max_length: int | None,
+        grid_width: int,
         row_reset: bool = True,
         static_length: float | None = None,
     ) -> None:
@@ -235,10 +236,10 @@ class OnlinePatcher:
         if self.static is not None:
             starts = self.static[at]
         else:
-            starts = (at == 0) | (run >= self.max_length)
+            starts = (at < ALWAYS) | (run >= self.max_length)
             if self.row_reset:
                 starts |= at % self.grid_width == 0
             if entropy is not None:
-                starts |= entropy.half().cpu().numpy().astype(np.float32) >= self.threshold
+                starts |= entropy.half().cpu().numpy().astype(np.float32) > self.threshold
         self.run[chosen] = np.where(starts, 1, run + 1)
         return starts

@@ -1,7 +1,7 @@
 """The named sizes (paper Table 1; LlamaGen's B, L, XL, XXL), and what `tiny` means for a look on a laptop.
 
 config = preset("dpar-b", classes=1000, grid_height=24, grid_width=24)
-entropy_model = preset("llamagen-xs", classes=0)                 # s and xs: entropy models that cost little
+entropy_model = preset("llamagen-xs", classes=0, start_token=False)      # s and xs: entropy models that cost little
 
 Half of llamagen-s (25 M parameters) and most of llamagen-xs (6 M) are the embeddings and the head of 16384 codes.
 """
@@ -17,8 +17,8 @@ from dpar.llamagen import LlamaGenConfig
 from dpar.model import DPARConfig
 from dpar.tokenizer import VQConfig
 
-# name: (width, heads, LlamaGen's layers, DPAR's encoder, patch transformer and decoder layers if there is such a DPAR)
-SIZES: dict[str, tuple[int, int, int, tuple[int, int, int] | None]] = {
+# name: (width, heads, LlamaGen's layers, DPAR's encoder, patch transformer and decoder layers); None: no such model
+SIZES: dict[str, tuple[int, int, int | None, tuple[int, int, int] | None]] = {
     "tiny": (192, 3, 6, (1, 3, 2)),
     "xs": (160, 2, 3, None),
     "s": (384, 6, 7, None),
@@ -26,6 +26,7 @@ SIZES: dict[str, tuple[int, int, int, tuple[int, int, int] | None]] = {
     "l": (1024, 16, 24, (1, 19, 4)),
     "xl": (1280, 20, 36, (1, 30, 5)),
     "xxl": (1536, 24, 48, (1, 41, 6)),
+    "xxxl": (2560, 40, None, (1, 41, 6)),  # in the authors' code, not in the paper
 }
 # LlamaGen's tokenizers, and a small one of VQ-8's shape
 TOKENIZERS: dict[str, VQConfig] = {
@@ -35,7 +36,10 @@ TOKENIZERS: dict[str, VQConfig] = {
         codebook_size=1024, channels=32, channel_multipliers=(1, 1, 2, 2), residual_blocks=1, latent_channels=64
     ),
 }
-PRESETS = (*(f"dpar-{size}" for size, sizes in SIZES.items() if sizes[3]), *(f"llamagen-{size}" for size in SIZES))
+PRESETS = (
+    *(f"dpar-{size}" for size, sizes in SIZES.items() if sizes[3] is not None),
+    *(f"llamagen-{size}" for size, sizes in SIZES.items() if sizes[2] is not None),
+)
 
 
 def preset(name: str, **overrides: Any) -> DPARConfig | LlamaGenConfig:

@@ -13,6 +13,12 @@ from torch import Tensor
 
 PatchRope = Literal["dynamic", "dynamic-compact", "2d"]
 BASE = 10_000.0
+# Which end of the patch each group of column pairs is about.
+COLUMN_GROUPS: dict[PatchRope, tuple[str, ...]] = {
+    "dynamic": ("first", "last", "last", "first"),
+    "dynamic-compact": ("first", "last"),
+    "2d": ("first",),
+}
 
 
 def angles(positions: Tensor, n_pairs: int) -> Tensor:
@@ -40,11 +46,13 @@ def with_condition(table: Tensor) -> Tensor:
 
 
 def patch_table(first: Tensor, last: Tensor, grid_width: int, head_dim: int, kind: PatchRope) -> Tensor:
-    """Cosines and sines of patches that span tokens ``first`` to ``last``: (M, head_dim / 2, 2), float32.
+    """Return cosines and sines of patches that span tokens ``first`` to ``last``: (M, head_dim / 2, 2), float32.
 
-    ``dynamic``: four equal groups of pairs for row and column of the first token, row and column of the last.
-    ``dynamic-compact``: half of the pairs for the row, a quarter for the first column, a quarter for the last.
-    ``2d``: the first token's place as LlamaGen would give it.
+    Half of the pairs turn with the row of the first token, at the frequencies of 2D RoPE. The other half:
+
+    ``dynamic``: four equal groups, for the first column, the last, the last, the first (the authors' code).
+    ``dynamic-compact``: two equal groups, for the first column and the last.
+    ``2d``: the first column, so that the patch stands where LlamaGen would place its first token.
 
     Args:
         first: (M,) token index within the image.
@@ -53,15 +61,10 @@ def patch_table(first: Tensor, last: Tensor, grid_width: int, head_dim: int, kin
         head_dim: width of an attention head.
         kind: one of the above (the paper's Table 9: FID 3.31, 3.42, 3.32).
     """
-    row_first, column_first = first // grid_width, first % grid_width
-    row_last, column_last = last // grid_width, last % grid_width
-    if kind == "dynamic":
-        groups = [(x, head_dim // 8) for x in (row_first, column_first, row_last, column_last)]
-    elif kind == "dynamic-compact":
-        groups = [(row_first, head_dim // 4), (column_first, head_dim // 8), (column_last, head_dim // 8)]
-    else:
-        groups = [(row_first, head_dim // 4), (column_first, head_dim // 4)]
-    return _cos_sin(torch.cat([angles(positions, pairs) for positions, pairs in groups], dim=-1))
+    columns = {"first": first % grid_width, "last": last % grid_width}
+    ends = COLUMN_GROUPS[kind]
+    groups = [angles(columns[end], head_dim // 4 // len(ends)) for end in ends]
+    return _cos_sin(torch.cat([angles(first // grid_width, head_dim // 4), *groups], dim=-1))
 
 
 class PatchPositions:
@@ -74,13 +77,13 @@ class PatchPositions:
         zero = torch.zeros_like(token)
         self.by_first = patch_table(token, zero, grid_width, head_dim, kind)
         self.by_last = patch_table(zero, token, grid_width, head_dim, kind)
-        pairs = {"dynamic": head_dim // 4, "dynamic-compact": head_dim // 4 + head_dim // 8, "2d": head_dim // 2}
-        self.pairs_of_first = pairs[kind]  # they come first
+        ends = COLUMN_GROUPS[kind]
+        of_last = [end == "last" for end in ends for _ in range(head_dim // 4 // len(ends))]
+        self.of_last = torch.tensor([False] * (head_dim // 4) + of_last, device=device).unsqueeze(1)  # (pairs, 1)
 
     def of(self, first: Tensor, last: Tensor) -> Tensor:
         """Patches that span tokens ``first`` to ``last``, (M,) each: (M, head_dim / 2, 2)."""
-        pairs = self.pairs_of_first
-        return torch.cat([self.by_first[first, :pairs], self.by_last[last, pairs:]], dim=1)
+        return torch.where(self.of_last, self.by_last[last], self.by_first[first])
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ def sample(
                     watcher.restart(fresh, labels.new_full((len(fresh),), watcher.model.config.classes))
             if moved.size:
                 image, position = flight.at(moved)
-                entropy = None if watcher is None else token_entropy(watcher.logits(moved, position))
+                entropy = None if watcher is None else watcher.entropy(moved, position)
                 begun = patcher.step(position, entropy, moved)
                 starts[image, position] = begun
                 flight.begins[moved] = begun
@@ -399,19 +399,31 @@ class TokenStepper:
         weight = model.output.weight
         self.rows = Rows(halves=halves, total=slots * halves, device=weight.device)
         self.cache = model.start_cache(self.rows.total, dtype)
+        self.offset = 0 if model.config.start_token else 1  # from a token's place to that of what stands before it
         self.input = weight.new_zeros(self.rows.total, model.config.width)  # what stands before the next token
 
     def restart(self, slots: NDArray[np.int64], labels: Tensor) -> None:
         """See :class:`Stepper`."""
-        rows = _on(self.rows.of(slots), self.rows.device)
-        self.input[rows] = self.model.cls_embedding(self.rows.conditions(labels, self.model.config.classes))
+        if self.model.cls_embedding is not None:
+            rows = _on(self.rows.of(slots), self.rows.device)
+            self.input[rows] = self.model.cls_embedding(self.rows.conditions(labels, self.model.config.classes))
 
     def begin_patches(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
         """A token is its own patch."""
 
+    def entropy(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+        """Entropies of these tokens, (R,) float32 nats; +inf for a token that the model does not predict."""
+        predicted = positions >= self.offset
+        if predicted.all():
+            return token_entropy(self.logits(slots, positions))
+        entropy = self.input.new_full((len(slots),), math.inf, dtype=torch.float32)
+        if predicted.any():
+            entropy[_on(predicted, entropy.device)] = token_entropy(self.logits(slots[predicted], positions[predicted]))
+        return entropy
+
     def logits(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
         """See :class:`Stepper`."""
-        places = self.rows.places(slots, positions)
+        places = self.rows.places(slots, positions - self.offset)
         return self.model.step(pad_rows(self.input[places.rows]), places, self.cache)[: len(places.rows)]
 
     def accept(self, slots: NDArray[np.int64], positions: NDArray[np.int64], codes: Tensor) -> None:
@@ -451,7 +463,7 @@ class PatchStepper:
         """See :class:`Stepper`."""
         rows = _on(self.rows.of(slots), self.device)
         self.condition[rows] = self.model.cls_embedding(self.rows.conditions(labels, self.model.config.classes))
-        self.stream[rows] = self.condition[rows]
+        self.stream[rows] = self.model.stream_start(self.condition[rows])
         self.patches[slots] = 0
 
     def logits(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
@@ -536,6 +548,8 @@ def _check(
             f"labels reach from {int(labels.min())} to {int(labels.max())}; this model has classes "
             f"0 to {config.classes - 1}, and {config.classes} for none"
         )
+    if isinstance(model, LlamaGen) and not model.config.start_token:
+        raise ModelError("a LlamaGen without a start token is an entropy model; it cannot sample the first token")
     if isinstance(model, LlamaGen) or static_length is not None:
         return
     if entropy_model is None:

@@ -1,4 +1,4 @@
-"""``dpar convert SRC DST``: LlamaGen's checkpoint files to our directories and back, and weights to the Hub.
+"""``dpar convert SRC DST``: checkpoint files of LlamaGen and of DPAR's authors to directories and back, and to the Hub.
 
     converted = convert("c2i_B_256.pt", Path("c2i-b"), ConvertSettings())       # config.json, model.safetensors, card
     converted = convert("c2i-b", Path("c2i_B_256.pt"), ConvertSettings())       # a file that LlamaGen's code loads
@@ -46,10 +46,12 @@ class Converted:
 
 
 def convert(src: str, dst: Path, settings: ConvertSettings, progress: Progress | None = None) -> Converted:
-    """Writes the model ``src`` to ``dst``: LlamaGen's format where ``dst`` ends in ``.pt``, else a directory of ours.
+    """Write the model ``src`` to ``dst``: a checkpoint file if ``dst`` ends in ``.pt``, else a directory.
+
+    A file has the tensor names of LlamaGen or, for a DPAR, of its authors.
 
     Args:
-        src: LlamaGen's file, or a directory, run, Hub repository or built-in name.
+        src: a checkpoint file, or a directory, run, Hub repository or built-in name.
         dst: a new file or directory; one that holds this very model already is left as it is.
         settings: see :class:`ConvertSettings`.
         progress: where to report.
@@ -62,7 +64,7 @@ def convert(src: str, dst: Path, settings: ConvertSettings, progress: Progress |
     to_file = dst.suffix == ".pt"
     if to_file and settings.push_to is not None:
         raise StageError("--push-to takes a directory, which from_pretrained can load; DST must not end in .pt")
-    weights = read_weights(path)
+    weights = read_weights(path, heads=settings.heads, grid=settings.grid, rope=settings.rope)
     if weights.model_type not in MODELS:
         raise StageError(f"{src} holds a {weights.model_type!r} model; there are {', '.join(MODELS)}")
     with torch.device("meta"):
@@ -70,15 +72,13 @@ def convert(src: str, dst: Path, settings: ConvertSettings, progress: Progress |
         model = model_class(weights.make_config(model_class.config_class))
     check_tensors(cast("nn.Module", model), weights.tensors, weights.source)
     values = dataclasses.asdict(cast("DataclassInstance", model.config))
-    if to_file and weights.model_type == "dpar":
-        raise StageError(f"{src} holds a DPAR model; LlamaGen's format, which {dst} is to have, knows none")
     if _holds(dst, weights, values):
         progress.say(f"{dst} holds this model already")
     elif to_file:
         dst.parent.mkdir(parents=True, exist_ok=True)
         llamagen_files.write(dst, weights.model_type, values, weights.tensors)
     else:
-        note = f"Converted from LlamaGen's `{Path(src).name}`, SHA-256 `{fingerprint(path)}`."
+        note = f"Converted from `{Path(src).name}`, SHA-256 `{fingerprint(path)}`."
         from_file = Path(path).is_file()
         write_weights(dst, weights.model_type, values, weights.tensors, note if from_file else "")
     return Converted(

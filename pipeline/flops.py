@@ -59,7 +59,7 @@ def cost_table(settings: FlopsSettings) -> list[CostRow]:
     for size in settings.image_size:
         side = size // settings.downsampling
         codes = {"grid_height": side, "grid_width": side, "codebook_size": settings.codebook_size}
-        entropy_model = count(preset(settings.entropy_model, classes=0, **codes))
+        entropy_model = count(preset(settings.entropy_model, classes=0, start_token=False, **codes))
         for name in settings.model or [name for name in PRESETS if not name.endswith("tiny")]:
             config = preset(name, classes=settings.classes, **codes)
             # The paper's figures are for its own codebook, classes, patch lengths and 16-pixel tokens.

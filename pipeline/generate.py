@@ -1,6 +1,6 @@
 """A trained run, with everything that sampling from it needs: model, entropy model, tokenizer and patch rule.
 
-generator = Generator.load(Path("run"), settings)                # or the weights of a LlamaGen trained elsewhere
+generator = Generator.load(Path("run"), settings)                # or weights of a LlamaGen or DPAR trained elsewhere
 drawn = generator.sample(labels, indices, cfg_scale=2.0)         # codes, starts
 pixels = generator.decode(drawn.codes)
 """
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from dpar.checkpoint import CONFIG, model_type
+from dpar.checkpoint import CONFIG
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.patching import static_starts
@@ -31,11 +31,13 @@ from pipeline.run import read_run
 from pipeline.settings import Precision, SamplingSettings
 from pipeline.sources.source import known_class
 from pipeline.weights import fingerprint_of, load_entropy_model, load_model, load_tokenizer, same_tokens
-from shards.manifest import file_sha256
+from shards.manifest import Manifest, file_sha256
 from shards.reader import Artifact
 
 RUN = "run.json"
 CHECKPOINT = "checkpoint.json"  # in a checkpoint of a run
+# Of weights that came without their patches: the published rule, but for the threshold.
+UNKNOWN_RULE = {"strategy": "entropy", "threshold": None, "max_length": 4, "row_reset": True, "static_length": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +77,14 @@ class Generator:
     def load(
         cls, run: Path, settings: SamplingSettings, reference: Artifact | None = None, weights: str | None = None
     ) -> Generator:
-        """Loads a run of ``dpar train``, or weights of a LlamaGen that was trained elsewhere.
+        """Load a run of ``dpar train``, or weights of a LlamaGen or a DPAR that was trained elsewhere.
 
         Args:
-            run: the run's directory, or weights inside it; or LlamaGen's own file, or a model directory that belongs
-                to no run.
+            run: the run's directory, or weights inside it; or a checkpoint file of LlamaGen or of the DPAR authors, or
+                a model directory that belongs to no run.
             settings: how to sample, and where other weights than the recorded ones are to be found.
-            reference: what weights without a run take their tokenizer and their class names from.
+            reference: what weights without a run take their tokenizer and their class names from; a DPAR also its
+                entropy model and patch rule, if the artifact has them.
             weights: of the run's model, other than its newest; also a checkpoint of the run.
 
         Raises:
@@ -129,16 +132,11 @@ class Generator:
 
     @classmethod
     def _of_weights(cls, path: Path, settings: SamplingSettings, reference: Artifact | None) -> Generator:
-        """A LlamaGen that was trained elsewhere: its classes have numbers, or the names of ``reference``."""
-        if model_type(path) == DPAR.model_type:
-            raise StageError(
-                f"{path} holds a DPAR model without its run, and only run.json says which entropy model and which "
-                "patch rule it was trained with; name the run of `dpar train`"
-            )
-        model = LlamaGen.from_pretrained(path)
+        """A model that was trained elsewhere: its classes have numbers, or the names of ``reference``."""
+        model = load_model(str(path))
         classes = model.config.classes
         if classes == 0:
-            raise StageError(f"{path} is a LlamaGen without classes; it serves as an entropy model, not for sampling")
+            raise StageError(f"{path} has no classes; it serves as an entropy model, not for sampling")
         origin: dict[str, str] | None = None
         names = tuple(str(label) for label in range(classes))
         if reference is not None:
@@ -146,23 +144,36 @@ class Generator:
             origin, names = manifest.tokenizer, manifest.class_names
             same_tokens(model.config, manifest, str(path), str(reference.folder))
             if len(names) != classes:
-                raise StageError(f"{path} is a LlamaGen for {classes} classes; {reference.folder} has {len(names)}")
+                raise StageError(f"{path} is a model of {classes} classes; {reference.folder} has {len(names)}")
         elif settings.tokenizer is None:
             raise StageError(f"{path} does not say which tokenizer decodes its codes; name it with --tokenizer")
         tokenizer = _part(origin, settings.tokenizer, load_tokenizer, "--tokenizer")
         _same_codebook(tokenizer, model)
         device = choose_device(settings.device)
+        entropy_model = entropy_origin = trained = None
+        if isinstance(model, DPAR):
+            patches = None if reference is None or reference.manifest.kind != "patches" else reference.manifest
+            trained = dict(UNKNOWN_RULE) if patches is None else patch_rule(patches)
+            if trained["strategy"] == "entropy":
+                entropy_origin = None if patches is None else patches.entropy_model
+                if entropy_origin is None and settings.entropy_model is None:
+                    raise StageError(
+                        f"{path} does not say which entropy model places its patches; name it with --entropy-model"
+                    )
+                entropy_model = _part(entropy_origin, settings.entropy_model, load_entropy_model, "--entropy-model")
+                entropy_origin = _moved(entropy_origin, settings.entropy_model)
+                check_same_tokens(model, entropy_model)
         return cls(
             model=model.to(device),
-            entropy_model=None,
+            entropy_model=None if entropy_model is None else entropy_model.to(device),
             tokenizer=tokenizer.to(device),
             name=str(path),
             weights_fingerprint=fingerprint_of(str(path)),
             tokenizer_origin=_moved(origin, settings.tokenizer),
-            entropy_origin=None,
+            entropy_origin=entropy_origin,
             class_names=names,
-            trained_rule=None,
-            rule={},
+            trained_rule=trained,
+            rule={},  # see with_rule
             settings=settings,
             device=device,
         )
@@ -171,13 +182,14 @@ class Generator:
         """The same with this threshold (nats) and longest patch (0: no limit); None is the training data's.
 
         Raises:
-            StageError: the model has no such patches.
+            StageError: the model has no such patches, or no threshold is known.
         """
+        row_reset = self.settings.row_reset
         if self.trained_rule is None:
-            if threshold is not None or max_length is not None:
-                raise StageError("a LlamaGen has no patches; leave out --threshold and --max-length")
+            if threshold is not None or max_length is not None or row_reset is not None:
+                raise StageError("a LlamaGen has no patches; leave out --threshold, --max-length and --row-reset")
             return self
-        return dataclasses.replace(self, rule=sampling_rule(self.trained_rule, threshold, max_length))
+        return dataclasses.replace(self, rule=sampling_rule(self.trained_rule, threshold, max_length, row_reset))
 
     def sample(
         self,
@@ -220,7 +232,7 @@ class Generator:
 
     def decode(self, codes: NDArray[np.integer], size: int | None = None) -> NDArray[np.uint8]:
         """Pictures of codes (n, N): (n, H, W, 3), ``size`` px along a side where it is given; see :func:`decode`."""
-        return decode(self.tokenizer, codes, self.grid, precision=self.settings.precision, size=size)
+        return decode(self.tokenizer, codes, self.grid, precision=self.settings.decode_precision, size=size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -272,22 +284,39 @@ def decode(
     return np.concatenate(found)
 
 
+def patch_rule(manifest: Manifest) -> dict[str, Any]:
+    """The rule that made an artifact's patches."""
+    return {name: manifest.settings.get(name) for name in UNKNOWN_RULE}
+
+
 def sampling_rule(
-    trained: dict[str, Any] | None, threshold: float | None = None, max_length: int | None = None
+    trained: dict[str, Any] | None,
+    threshold: float | None = None,
+    max_length: int | None = None,
+    row_reset: bool | None = None,
 ) -> dict[str, Any]:
-    """Arguments of :func:`dpar.sample` for boundaries: those of the training data, where nothing else is given."""
+    """Arguments of :func:`dpar.sample` for boundaries: those of the training data, where nothing else is given.
+
+    Raises:
+        StageError: the rule is unknown, or static and to be changed.
+    """
     if trained is None:
         raise StageError("the run was trained without patches; DPAR cannot be sampled from it")
     if trained["strategy"] == "static":
-        if threshold is not None or max_length is not None:
-            raise StageError("the run was trained on static patches, which have no --threshold or --max-length")
+        if threshold is not None or max_length is not None or row_reset is not None:
+            raise StageError(
+                "the model was trained on static patches, which have no --threshold, --max-length or --row-reset"
+            )
         static_starts(1, trained["static_length"])  # refuses what it cannot mean
         return {"static_length": trained["static_length"], "threshold": None, "max_length": None, "row_reset": False}
     limit = trained["max_length"] if max_length is None else max_length
+    threshold = trained["threshold"] if threshold is None else threshold
+    if threshold is None:
+        raise StageError("weights without a run do not say above which entropy a patch starts; give --threshold (nats)")
     return {
-        "threshold": trained["threshold"] if threshold is None else threshold,
+        "threshold": threshold,
         "max_length": limit or None,
-        "row_reset": trained["row_reset"],
+        "row_reset": trained["row_reset"] if row_reset is None else row_reset,
         "static_length": None,
     }
 

@@ -20,7 +20,6 @@ from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.onednn import onednn
 from dpar.packing import PatchLayout
-from dpar.patching import stored_entropy, token_entropy
 from pipeline.device import autocast, rank, world_size
 from pipeline.errors import StageError
 from pipeline.parallel import total
@@ -33,17 +32,14 @@ from shards.reader import Artifact, Batch
 def entropies(model: LlamaGen, codes: NDArray[np.integer], *, batch: int, precision: Precision) -> NDArray[np.float16]:
     """Next-token entropies of sequences (n, N), as artifacts store them: (n, N) float16 nats, +inf at token 0.
 
-    An image's entropies depend on that image alone. The model is read at its guidance class.
+    An image's entropies depend on that image alone. A class-conditional model is read at its guidance class.
     """
     device = model.output.weight.device
     found = np.empty(codes.shape, np.float16)
     for begin in range(0, len(codes), batch):
         chunk = torch.from_numpy(codes[begin : begin + batch].astype(np.int64)).to(device)
         with autocast(device, precision), onednn(model):
-            logits = model(chunk)
-        # image by image: the copies that the formula makes of a whole batch's logits are gigabytes
-        entropy = torch.stack([token_entropy(one) for one in logits])
-        found[begin : begin + batch] = stored_entropy(entropy).cpu().numpy()
+            found[begin : begin + batch] = model.entropy(chunk).cpu().numpy()
     return found
 
 
@@ -72,7 +68,7 @@ class Likelihood:
 
 
 def forward(model: DPAR | LlamaGen, codes: Tensor, labels: Tensor, layout: PatchLayout | None) -> Tensor:
-    """Teacher-forced logits (B, N, V) of either model; only DPAR has a layout."""
+    """Teacher-forced logits of either model, (B, N, V) with a start token; only DPAR has a layout."""
     logits: Tensor = model(codes, labels) if layout is None else model(codes, labels, layout)
     return logits
 
@@ -88,7 +84,7 @@ def layout_for(model: DPAR | LlamaGen, batch: Batch, device: torch.device) -> Pa
 def bits_per_token(
     model: DPAR | LlamaGen, artifact: Artifact, *, batch: int, precision: Precision, unconditional: bool = False
 ) -> Likelihood:
-    """Exact mean negative log2-likelihood of a token, over view 0 of every image, boundaries as stored.
+    """Exact mean negative log2-likelihood of a predicted token, over view 0 of every image, boundaries as stored.
 
     Boundaries are a function of earlier tokens, so they cost no bits of their own.
     """
@@ -135,7 +131,8 @@ def nats_per_token(
         layout = layout_for(model, drawn, device)
         with autocast(device, precision), onednn(model):
             logits = forward(model, codes, labels, layout)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")
+        targets = model.targets(codes) if isinstance(model, LlamaGen) else codes
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         nats[begin : begin + batch] = loss.view(len(here), -1).mean(dim=1).double().cpu().numpy()
         labels_seen[begin : begin + batch] = drawn.labels
         patches += codes.numel() if layout is None else layout.n_patches

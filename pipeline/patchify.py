@@ -30,7 +30,7 @@ from pipeline.settings import PatchifySettings
 from pipeline.versions import made_by
 from pipeline.weights import fingerprint_of, load_entropy_model
 from shards.build import ArtifactBuild
-from shards.manifest import BUILD, MANIFEST, Manifest, ShardInfo, write_json
+from shards.manifest import BUILD, FORMAT_VERSIONS, MANIFEST, Manifest, ShardInfo, write_json
 from shards.reader import Artifact, open_artifact
 from shards.rows import Rows
 
@@ -64,6 +64,7 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
         "precision": meter.precision,
         "batch": meter.batch,
         "container": settings.container or before.container,
+        "format_version": FORMAT_VERSIONS["patches"],  # of the rule, so that versions do not share an artifact
         **_asked_rule(settings),
     }
     asked = {"target_length": settings.target_length, "sample": settings.sample} if settings.target_length else {}
@@ -253,9 +254,10 @@ def find_threshold(
     Raises:
         StageError: no threshold can reach it, with the range that can be.
     """
-    # float16 values are few and, above zero, in the order of their bits; one more above all of them opens the gate
+    # float16 values are few and, from zero up, in the order of their bits. A token at the threshold starts no patch,
+    # so the largest value closes the gate, and one below the smallest lets every token start a patch.
     bits = np.unique(np.ascontiguousarray(entropy[:, 1:]).view(np.uint16))
-    candidates = np.append(bits.view(np.float16), np.nextafter(bits[-1:].view(np.float16), np.float16(np.inf)))
+    candidates = np.append(np.maximum(bits[:1], 1) - np.uint16(1), bits).view(np.float16)
 
     def length(candidate: int) -> float:
         starts = patch_starts(entropy, float(candidates[candidate]), max_length, grid_width, row_reset)

@@ -22,6 +22,8 @@ from pipeline.versions import command_line, made_by
 from shards.build import differences
 from shards.manifest import write_json
 
+FORMAT_VERSIONS = {"tokenizer": 1, "entropy": 2, "train": 2}  # of run.json, by kind of run
+
 
 class RunFolder:
     """One run's directory."""
@@ -61,6 +63,7 @@ class RunFolder:
         self.model_ema = folder / "model-ema"
         self.sheets = folder / "sheets"
         record: dict[str, Any] = json.loads(json.dumps({"kind": kind, "settings": settings, "inputs": inputs}))
+        record = {"format_version": FORMAT_VERSIONS[kind], **record}
         start: dict[str, Any] = {"command": command_line(), "made_by": made_by(), "resolved": resolved or {}}
         history = []
         if (folder / "run.json").is_file():
@@ -131,6 +134,12 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise StageError(f"{folder} is no run: it has no run.json. `dpar train` makes one") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StageError(f"{folder / 'run.json'} is damaged: {error}") from error
+    kind, version = record.get("kind"), record.get("format_version", 1)
+    if version != FORMAT_VERSIONS.get(str(kind), version):
+        raise StageError(
+            f"{folder / 'run.json'} has format version {version}; this version reads {FORMAT_VERSIONS[str(kind)]}. "
+            f"Version 1 trained another architecture: train again with `dpar {kind}`, in a new directory"
+        )
     return record
 
 

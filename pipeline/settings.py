@@ -21,6 +21,7 @@ Strategy = Literal["entropy", "static"]
 Schedule = Literal["constant", "cosine"]
 Attention = Literal["auto", "varlen", "xformers", "flex", "sdpa"]
 Features = Literal["tokenizer", "inception"]
+PatchRope = Literal["dynamic", "dynamic-compact", "2d"]
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
 Labels = Literal["balanced", "random"]
 Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA where there is one."]
@@ -127,7 +128,7 @@ class OptimSettings:
     beta1: Annotated[float, "AdamW."] = 0.9
     beta2: Annotated[float, "AdamW."] = 0.95
     clip: Annotated[float, "Largest gradient norm; 0 is no limit."] = 1.0
-    dropout: Annotated[float, "On tokens, residual branches and feed-forward."] = 0.1
+    dropout: Annotated[float, "In LlamaGen everywhere, in DPAR in the patch transformer and on its input."] = 0.1
     ema: Annotated[float, "Decay of the weights' moving average, such as 0.9999; 0 keeps none."] = 0.0
     init: Annotated[str | None, "Weights to start from: a directory, run, Hub name or LlamaGen's .pt file."] = None
     validation: Annotated[Path | None, "Held-out artifact for bits per token. (default: none)"] = None
@@ -198,7 +199,7 @@ class PatchifySettings:
     entropy_model: Annotated[str | None, "Run or weights of the entropy model; not needed on a patches directory."] = (
         None
     )
-    threshold: Annotated[float | None, "τ, nats: a token with entropy from here on starts a patch."] = None
+    threshold: Annotated[float | None, "τ, nats: a token with entropy above it starts a patch."] = None
     target_length: Annotated[float | None, "Mean patch length wanted; finds the threshold."] = None
     max_length: Annotated[int, "P: most tokens in a patch; 0 is no limit."] = 4
     row_reset: Annotated[bool, "Each row of the grid starts a patch."] = True
@@ -247,6 +248,7 @@ class SamplingSettings:
     top_k: Annotated[int, "Only the k likeliest tokens; 0 is all."] = 0
     top_p: Annotated[float, "Only the likeliest tokens that together have this probability."] = 1.0
     labels: Annotated[Labels, "Classes of a number of images: all alike, or drawn at random (seeded)."] = "balanced"
+    row_reset: Annotated[bool | None, "Each row starts a patch. (default: as in the training data)"] = None
     seed: Seed = 0
     batch: Annotated[int, "Images sampled at once; at most a shard."] = 32
     shard_size: Annotated[int, "Images a shard of the sampled codes: what a kill can lose."] = 128
@@ -254,6 +256,7 @@ class SamplingSettings:
     entropy_model: Annotated[str | None, "Its weights. (default: those that made the patches)"] = None
     device: Device = "auto"
     precision: Compute = "auto"
+    decode_precision: Annotated[Precision, "Of decoding codes to pictures."] = "fp32"
 
     def __post_init__(self) -> None:
         at_least(self, 0, "temperature", "top_k", "seed", "cfg_power")
@@ -321,6 +324,9 @@ class EvalSettings(SamplingSettings):
     )
     threshold: Annotated[tuple[float, ...], "τ, nats; repeat for a table. (default: the training data's)"] = ()
     max_length: Annotated[tuple[int, ...], "P, 0 is no limit; repeat for a table. (default: the training data's)"] = ()
+    labels: Annotated[Labels, "Classes of the samples: drawn at random (seeded), as in the paper, or all alike."] = (
+        "random"
+    )
     samples: Annotated[int, "Images sampled for each cell of the table; 0 samples none."] = 1000
     features: Annotated[
         Features,
@@ -394,6 +400,12 @@ class FlopsSettings:
 @dataclass(frozen=True, kw_only=True)
 class ConvertSettings:
     """Converting weights."""
+
+    heads: Annotated[int | None, "Attention heads, if SRC does not say."] = None
+    grid: Annotated[tuple[int, int] | None, "Rows and columns of tokens, if SRC does not say."] = None
+    rope: Annotated[PatchRope | None, "Rotary positions of DPAR's patches, if SRC does not say. (default: dynamic)"] = (
+        None
+    )
 
     push_to: Annotated[str | None, "Upload DST to this repository of the Hugging Face Hub, owner/name."] = None
 

@@ -20,6 +20,7 @@ from dpar.model import DPAR, DPARConfig
 from dpar.presets import preset
 from pipeline.device import choose_device, precision_name, rank, world_size
 from pipeline.errors import StageError
+from pipeline.generate import patch_rule
 from pipeline.likelihood import fits, same_classes
 from pipeline.parallel import process_group, wait_for_all
 from pipeline.progress import Progress
@@ -64,13 +65,17 @@ def train(patches: Path, out: Path, settings: TrainSettings, progress: Progress 
 def train_entropy(
     codes: Path, out: Path, settings: EntropySettings, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Trains the entropy model, a LlamaGen without classes, or takes it from a LlamaGen; see :func:`train`."""
+    """Train the entropy model, or take it from a LlamaGen; see :func:`train`.
+
+    What is trained is a LlamaGen without classes and without a start token, as the DPAR authors' is: token 0 is read
+    and not predicted, so losses and bits per token are means over N - 1 tokens.
+    """
     artifact = _open(codes, settings)
     if settings.from_llamagen is not None:
         return entropy_from_llamagen(artifact, out, settings.from_llamagen, progress or Progress())
     if not settings.model.startswith("llamagen-"):
         raise StageError(f"--model is {settings.model!r}; the entropy model is of LlamaGen's family: llamagen-…")
-    config = _config(artifact.manifest, settings, classes=0)
+    config = _config(artifact.manifest, settings, classes=0, start_token=False)
     with enough_memory(settings, out):
         return _train("entropy", artifact, out, config, settings, None, progress or Progress())
 
@@ -105,9 +110,12 @@ def entropy_from_llamagen(artifact: Artifact, out: Path, name: str, progress: Pr
         data = {"data": str(artifact.folder), "artifact": artifact.manifest.fingerprint()}
         run = RunFolder(out, "entropy", {"from_llamagen": origin}, data | lineage(artifact.manifest))
         if not (run.model / CONFIG).is_file():
-            values = dataclasses.asdict(dataclasses.replace(config, classes=0))
-            tensors = weights.tensors | {GUIDANCE_CLASS: weights.tensors[GUIDANCE_CLASS][-1:]}
-            note = f"An entropy model: `{Path(name).name}` (SHA-256 `{origin['fingerprint']}`) at its guidance class."
+            values, tensors = dataclasses.asdict(dataclasses.replace(config, classes=0)), weights.tensors
+            note = f"An entropy model: `{Path(name).name}` (SHA-256 `{origin['fingerprint']}`)"
+            if config.start_token:
+                tensors = tensors | {GUIDANCE_CLASS: tensors[GUIDANCE_CLASS][-1:]}
+                note += " read at its guidance class"
+            note += "."
             write_weights(run.model, LlamaGen.model_type, values, tensors, note)
         progress.say(f"weights: {run.model}, of {name}, read without classes")
     return {}
@@ -118,14 +126,14 @@ def _open(path: Path, settings: OptimSettings) -> Artifact:
     return open_artifact(path, verify=settings.verify, share=(rank(), world_size()))
 
 
-def _config(manifest: Manifest, settings: TrainSettings | EntropySettings, classes: int) -> DPARConfig | LlamaGenConfig:
+def _config(manifest: Manifest, settings: TrainSettings | EntropySettings, **sizes: Any) -> DPARConfig | LlamaGenConfig:
     return preset(
         settings.model,
         codebook_size=manifest.codebook_size,
         grid_height=manifest.grid[0],
         grid_width=manifest.grid[1],
-        classes=classes,
         dropout=settings.dropout,
+        **sizes,
     )
 
 
@@ -232,11 +240,10 @@ def begin_from(model: DPAR | LlamaGen, name: str) -> dict[str, str]:
 
 def lineage(manifest: Manifest) -> dict[str, Any]:
     """What sampling from a run needs to know of its data: tokenizer, entropy model, patch rule, grid, classes."""
-    rule = {k: manifest.settings.get(k) for k in ("strategy", "threshold", "max_length", "row_reset", "static_length")}
     return {
         "tokenizer": manifest.tokenizer,
         "entropy_model": manifest.entropy_model,
-        "patch_rule": rule if manifest.kind == "patches" else None,
+        "patch_rule": patch_rule(manifest) if manifest.kind == "patches" else None,
         "grid": list(manifest.grid),
         "class_names": list(manifest.class_names),
         "mean_patch_length": manifest.statistics.get("mean_length"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import dpar
 from dpar.checkpoint import CONFIG, fingerprint, local_folder, model_type
-from dpar.llamagen import LlamaGen, LlamaGenConfig
+from dpar.llamagen import LlamaGen, SequenceConfig
 from dpar.model import DPAR
 from dpar.tokenizer import VQTokenizer
 from pipeline.errors import StageError
@@ -64,8 +64,8 @@ def load_model(name: str) -> DPAR | LlamaGen:
     return DPAR.from_pretrained(path) if model_type(path) == DPAR.model_type else LlamaGen.from_pretrained(path)
 
 
-def same_tokens(config: LlamaGenConfig, manifest: Manifest, name: str, codes: str) -> None:
-    """Raises StageError where the LlamaGen called ``name`` is for another grid or codebook than the artifact ``codes``.
+def same_tokens(config: SequenceConfig, manifest: Manifest, name: str, codes: str) -> None:
+    """Raises StageError where the model called ``name`` is for another grid or codebook than the artifact ``codes``.
 
     A grid has to be the same one: rotary positions count the rows and columns of the grid that was trained on.
     """
@@ -74,7 +74,7 @@ def same_tokens(config: LlamaGenConfig, manifest: Manifest, name: str, codes: st
     if ours != theirs:
         (height, width), size = ours
         raise StageError(
-            f"{name} is a LlamaGen for {height}×{width} tokens of {size} codes, and {codes} holds "
+            f"{name} is a model of {height}×{width} tokens of {size} codes, and {codes} holds "
             f"{manifest.grid[0]}×{manifest.grid[1]} tokens of {manifest.codebook_size} codes; weights serve the grid "
             "and the codebook that they were trained on alone (positions count rows and columns of that grid)"
         )

@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args
 from shards.errors import ArtifactError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
 Kind = Literal["codes", "patches"]
+FORMAT_VERSIONS: dict[Kind, int] = {"codes": 1, "patches": 2}
 Container = Literal["arrow", "webdataset"]
 
 
@@ -61,7 +61,11 @@ class Manifest:
     statistics: dict[str, Any] = field(default_factory=dict)
     left_out: int = 0
     made_by: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+
+    @property
+    def format_version(self) -> int:
+        """Of an artifact of this kind."""
+        return FORMAT_VERSIONS[self.kind]
 
     @property
     def n_tokens(self) -> int:
@@ -70,7 +74,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes ``folder/manifest.json``, whole or not at all."""
-        write_json(folder / MANIFEST, dataclasses.asdict(self))
+        write_json(folder / MANIFEST, {**dataclasses.asdict(self), "format_version": self.format_version})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -91,10 +95,7 @@ class Manifest:
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            if values["format_version"] != FORMAT_VERSION:
-                raise ArtifactError(
-                    f"{path} has format version {values['format_version']}; this version reads {FORMAT_VERSION}"
-                )
+            _check_version(values["kind"], values.pop("format_version"), path)
             manifest = _parse(values, path)
             manifest._check_shards()
             return manifest
@@ -124,6 +125,17 @@ class Manifest:
 
 
 BUILD = ".build"  # records of finished shards, while an artifact is being written
+
+
+def _check_version(kind: str, version: object, path: Path) -> None:
+    """Raises ArtifactError unless an artifact of this ``kind`` has the format version that is read here."""
+    reads = FORMAT_VERSIONS.get(kind)  # type: ignore[call-overload]  # an unknown kind is found when it is parsed
+    if reads is None or version == reads:
+        return
+    what = f"{path} has format version {version}; this version reads {reads}"
+    if kind == "patches" and version == 1:
+        what += ". Version 1 followed another patch rule: make the patches again with `dpar patchify`, from the codes"
+    raise ArtifactError(what)
 
 
 def parse_shard(values: dict[str, Any]) -> ShardInfo:
