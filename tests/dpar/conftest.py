@@ -1,8 +1,9 @@
+import functools
 import json
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +66,12 @@ def vq8(folder: Path) -> Reference:
 @pytest.fixture(scope="session")
 def gpt_b_256(folder: Path) -> Reference:
     return reference("gpt_b_256", folder)
+
+
+@pytest.fixture(scope="session")
+def authors(folder: Path) -> Callable[[str], Reference]:
+    """A checkpoint in the format of DPAR's authors, by the name of its fixture."""
+    return functools.cache(lambda name: reference(name, folder))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, PatchLayout, patch_starts
+from dpar.layers import PatchQuery
+from dpar.model import DecoderStart
 from dpar.rope import PatchRope
 
 SOME = settings(deadline=None, max_examples=25)
@@ -52,7 +54,9 @@ def dpars(draw: st.DrawFn) -> tuple[DPAR, Tensor, int]:
         patch_layers=draw(st.integers(1, 2)),
         decoder_layers=draw(st.integers(1, 2)),
         rope=draw(st.sampled_from(get_args(PatchRope))),
+        patch_query=draw(st.sampled_from(get_args(PatchQuery))),
         offset_embedding=draw(st.booleans()),
+        decoder_start=draw(st.sampled_from(get_args(DecoderStart))),
     )
     kind = draw(st.sampled_from(BOUNDARIES))
     starts = boundaries(kind, 2, height, width, np.random.default_rng(seed))
@@ -155,6 +159,26 @@ def test_changing_a_token_leaves_llamagens_earlier_logits_bit_identical(
     codes, labels = torch.randint(V, (2, height * width)), torch.tensor([0, CLASSES])
     before = model(codes, labels)
     assert_only_later_logits_move(before, model(with_another_token(codes, k), labels), k)
+
+
+@SOME
+@given(st.sampled_from(GRIDS), st.integers(0, 999), st.data())
+@torch.no_grad()
+def test_without_a_start_token_logits_for_a_token_depend_on_earlier_tokens_alone(
+    grid: tuple[int, int], seed: int, data: st.DataObject
+) -> None:
+    torch.manual_seed(seed)
+    sizes = {"codebook_size": V, "grid_height": grid[0], "grid_width": grid[1], "width": 32, "heads": 2, "layers": 2}
+    model = awake(LlamaGen(LlamaGenConfig(classes=0, start_token=False, **sizes)), seed)
+    n = model.config.n_tokens
+    k = data.draw(st.integers(0, n - 1))
+    codes = torch.randint(V, (2, n))
+    before, after = model(codes), model(with_another_token(codes, k))
+    assert before.shape == (2, n - 1, V)  # entry i is for token i + 1
+    assert torch.equal(before[0, :k], after[0, :k])
+    assert torch.equal(before[1], after[1])
+    if k < n - 1:
+        assert not torch.equal(before[0, k], after[0, k])
 
 
 @torch.no_grad()

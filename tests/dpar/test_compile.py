@@ -39,7 +39,7 @@ def test_compiled_training_equals_eager_in_three_compilations_whatever_the_numbe
 
 
 def test_a_copy_of_a_compiled_model_reads_its_own_weights() -> None:
-    model = DPAR(DPARConfig(codebook_size=8, grid_height=2, grid_width=2, classes=1, width=16, heads=2))
+    model = DPAR(DPARConfig(codebook_size=8, grid_height=2, grid_width=2, classes=1, width=32, heads=2))
     torch.nn.init.normal_(model.output.weight)
     model.compile_layers()
     copied = copy.deepcopy(model).eval()

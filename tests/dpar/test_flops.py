@@ -81,7 +81,18 @@ def test_parameters_of_dpar_b_equal_a_formula_written_by_hand() -> None:
     d, v, classes = 768, 16384, 1000
     norms = 12 * 2 * d + 2 * d + 3 * d + d  # of blocks, of the cross-attention, of the copies, before the head
     matrices = 12 * block(d) + 4 * d * d + 3 * d * d
-    assert count(preset("dpar-b"), 2.0).parameters == 2 * v * d + (classes + 1) * d + 16 * d + norms + matrices
+    assert count(preset("dpar-b"), 2.0).parameters == 2 * v * d + (classes + 1) * d + d + norms + matrices
+
+
+def test_dpar_b_has_as_many_parameters_as_the_authors_has() -> None:
+    assert count(preset("dpar-b"), 1.81).parameters == 115_021_824
+
+
+def test_an_entropy_model_without_a_start_token_costs_one_token_less() -> None:
+    with_start = count(preset("llamagen-b", classes=0))
+    without = count(preset("llamagen-b", classes=0, start_token=False))
+    assert without.linear == with_start.linear * 255 / 256
+    assert without.parameters == with_start.parameters - 768
 
 
 def test_attention_over_patches_is_counted_in_full_squares() -> None:
@@ -132,8 +143,10 @@ def test_a_patch_length_that_no_image_has_is_refused(length: float) -> None:
 
 
 def test_counting_knows_only_presets_that_there_are() -> None:
-    with pytest.raises(ModelError, match="Did you mean dpar-xxl"):
-        preset("dpar-xxxl")
+    with pytest.raises(ModelError, match="Did you mean dpar-xxxl"):
+        preset("dpar-xxxxl")
+    with pytest.raises(ModelError, match="no preset is called 'llamagen-xxxl'"):
+        preset("llamagen-xxxl")
 
 
 @pytest.mark.parametrize("length", [1.0, 1.81, 2.5, 256.0])
@@ -151,7 +164,9 @@ def rows() -> list[CostRow]:
 
 def test_each_row_has_its_cost_of_sampling_and_its_differences_from_the_paper(rows: list[CostRow]) -> None:
     for row, resolution in zip(rows, (256, 256, 384, 384), strict=True):
-        own, entropy_model = cost(row.model, resolution), cost("llamagen-b", resolution)
+        side = resolution // 16
+        unconditional = preset("llamagen-b", classes=0, start_token=False, grid_height=side, grid_width=side)
+        own, entropy_model = cost(row.model, resolution), count(unconditional)
         guided = own.sampling(entropy_model if row.model == "dpar-b" else None)
         assert row.sampling_gmacs == pytest.approx(guided / 1e9)
         assert row.gmacs_with_attention == pytest.approx((own.linear + own.attention) / 1e9)

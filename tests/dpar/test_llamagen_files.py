@@ -182,7 +182,7 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path: Path, vq: State, gp
         VQTokenizer.from_pretrained(saved(tmp_path / "vq.pt", {"model": odd}))
     for said in ("vq.pt", "missing quant_conv.bias", "missing decoder.conv_in.bias", "unexpected loss.logvar"):
         assert said in str(caught.value)
-    for name in ("norm.weight", "tok_embeddings.weight", "cls_embedding.embedding_table.weight"):
+    for name in ("norm.weight", "tok_embeddings.weight"):
         path = saved(tmp_path / "gpt.pt", without(gpt, name))
         with pytest.raises(ModelError, match=f"missing {name}"):
             LlamaGen.from_pretrained(path, heads=2, grid=(3, 3))
@@ -199,7 +199,7 @@ def test_one_kind_of_file_in_place_of_the_other_is_said(tmp_path: Path, vq: Stat
         LlamaGen.from_pretrained(vq_file)
     with pytest.raises(ModelError, match=r"gpt\.pt is LlamaGen's GPT: 2 layers.*3×3 tokens.*VQ tokenizer is needed"):
         VQTokenizer.from_pretrained(gpt_file)
-    with pytest.raises(ModelError, match=r"gpt\.pt is a file; a directory with config\.json"):
+    with pytest.raises(ModelError, match=r"gpt\.pt is LlamaGen's GPT: 2 layers.*a DPAR model is needed"):
         DPAR.from_pretrained(gpt_file)
 
 
@@ -237,7 +237,8 @@ def test_a_file_that_is_something_else_is_named_in_one_line(tmp_path: Path, cont
 def test_other_formats_and_other_models_are_named_in_one_line(tmp_path: Path, vq: State) -> None:
     whole = saved(tmp_path / "whole.pt", vq).read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    save_file(vq, tmp_path / "a.safetensors")
+    save_file({"fc.bias": torch.zeros(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-3])
     np.savez(tmp_path / "a.npz", np.zeros(3))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.writestr("thesis.tex", "do not lose me")
@@ -248,7 +249,8 @@ def test_other_formats_and_other_models_are_named_in_one_line(tmp_path: Path, vq
     saved(tmp_path / "t2i.pt", {"cls_embedding.cap_proj.fc1.weight": torch.zeros(2), "norm.weight": torch.zeros(2)})
     cases = {
         "cut.pt": "is a broken-off download",
-        "a.safetensors": "is a safetensors file",
+        "a.safetensors": r"holds another model \(its tensors: fc.bias",
+        "cut.safetensors": "is not a whole safetensors file",
         "a.npz": "is a zip file that PyTorch did not write",
         "a.zip": "is a zip file that PyTorch did not write",
         "list.pt": "holds a list",

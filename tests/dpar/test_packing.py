@@ -259,8 +259,8 @@ def test_codes_and_labels_of_other_shapes_are_refused() -> None:
 def test_patches_are_laid_out_over_the_first_and_last_tokens_by_dynamic_rope() -> None:
     made = model()
     first, last = torch.tensor([0, 2, 5]), torch.tensor([1, 4, 13])
-    table = made.patch_positions(first, last)  # head_dim 16: eight pairs, two for each of four coordinates
-    coordinates = torch.tensor([[0, 0, 0, 1], [0, 2, 0, 4], [1, 0, 2, 3]])  # first row and column, last likewise
-    frequency = torch.tensor([1.0, 10_000 ** (-1 / 2)])
-    angle = (coordinates.unsqueeze(-1) * frequency).flatten(1)
+    table = made.patch_positions(first, last)  # head_dim 16: four pairs for the row, one for each of four columns
+    rows, columns = torch.tensor([0, 0, 1]), torch.tensor([[0, 1, 1, 0], [2, 4, 4, 2], [0, 3, 3, 0]])
+    frequency = 10_000 ** (-torch.arange(4) / 4)
+    angle = torch.cat([rows.unsqueeze(1) * frequency, columns], dim=1)
     torch.testing.assert_close(table, torch.stack([angle.cos(), angle.sin()], dim=-1))

@@ -22,7 +22,7 @@ def by_the_rule(h: Any, threshold: float, max_length: int | None, grid_width: in
     starts: list[bool] = []
     run = 0
     for i in range(len(h)):
-        start = i == 0 or np.float32(h[i]) >= np.float32(threshold) or run == max_length
+        start = i <= 1 or np.float32(h[i]) > np.float32(threshold) or run == max_length
         start = bool(start or (row_reset and i % grid_width == 0))
         run = 1 if start else run + 1
         starts.append(start)
@@ -71,17 +71,30 @@ def test_float16_and_wider_copies_give_the_same_starts(h: NDArray[np.float16], r
         np.testing.assert_array_equal(patch_starts(torch.from_numpy(h.astype(dtype)), **rule).numpy(), stored)
 
 
-def test_an_entropy_equal_to_the_threshold_starts_a_patch() -> None:
-    below, at = np.nextafter(np.float32(7.8), np.float32(0)), np.float32(7.8)
-    h = np.array([0, below, at, below], dtype=np.float32)
-    assert patch_starts(h, 7.8, None, row_reset=False).tolist() == [True, False, True, False]
+def test_an_entropy_equal_to_the_threshold_starts_no_patch() -> None:
+    at, above = np.float32(7.8), np.nextafter(np.float32(7.8), np.float32(9))
+    h = np.array([0, 0, at, above, at], dtype=np.float32)
+    assert patch_starts(h, 7.8, None, 16, row_reset=False).tolist() == [True, True, False, True, False]
+
+
+def test_tokens_0_and_1_start_patches_whatever_their_entropy() -> None:
+    starts = patch_starts(np.zeros(8, np.float32), math.inf, None, 8)
+    assert np.flatnonzero(starts).tolist() == [0, 1]
+    assert patch_starts(np.zeros(1, np.float32), math.inf, None, 8).tolist() == [True]
+
+
+def test_the_width_of_the_grid_has_no_default() -> None:
+    with pytest.raises(TypeError, match="grid_width"):
+        patch_starts(np.zeros(8, np.float32), 7.8, 4)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="grid_width"):
+        OnlinePatcher(1, 8, threshold=7.8, max_length=4)  # type: ignore[call-arg]
 
 
 def test_arguments_are_left_as_they_were() -> None:
     h = np.array([[0.0, 1.0, 5.0]], dtype=np.float32)
     tensor = torch.from_numpy(h.copy())
-    patch_starts(h, 2.0)
-    patch_starts(tensor, 2.0)
+    patch_starts(h, 2.0, 4, 16)
+    patch_starts(tensor, 2.0, 4, 16)
     stored_entropy(tensor)
     assert h.tolist() == tensor.tolist() == [[0.0, 1.0, 5.0]]
 
@@ -115,14 +128,14 @@ def test_boundaries_of_an_image_do_not_depend_on_how_many_are_gone_through_at_on
 def test_table_3_row_1_static_patches_need_no_entropy() -> None:
     h = np.random.default_rng(1).uniform(0, 9.7, 64).astype(np.float32)
     starts = patch_starts(h, math.inf, 4, 16, row_reset=False)
-    assert starts.tolist() == [i % 4 == 0 for i in range(64)]
-    assert starts.tolist() == static_starts(64, 4).tolist()
+    assert starts.tolist() == [i == 0 or i % 4 == 1 for i in range(64)]
+    assert static_starts(64, 4).tolist() == [i % 4 == 0 for i in range(64)]
 
 
 def test_table_3_row_2_entropy_alone() -> None:
     h = np.random.default_rng(2).uniform(0, 9.7, 64).astype(np.float32)
-    expected = h >= 7.8
-    expected[0] = True
+    expected = h > 7.8
+    expected[:2] = True
     assert patch_starts(h, 7.8, None, 16, row_reset=False).tolist() == expected.tolist()
 
 
@@ -138,9 +151,9 @@ def test_table_3_row_4_entropy_length_and_rows() -> None:
     assert np.flatnonzero(starts).tolist() == [0, 1, 4, 6, 8]
 
 
-def test_row_reset_alone_gives_one_patch_a_row() -> None:
+def test_row_reset_alone_gives_one_patch_per_row_after_the_first_token() -> None:
     starts = patch_starts(np.zeros(15, np.float32), math.inf, None, 5, row_reset=True)
-    assert np.flatnonzero(starts).tolist() == [0, 5, 10]
+    assert np.flatnonzero(starts).tolist() == [0, 1, 5, 10]
 
 
 @QUICK
@@ -195,7 +208,7 @@ def test_online_boundaries_without_entropies_follow_length_and_rows() -> None:
 @QUICK
 @given(st.integers(1, 100), st.integers(100, 500).map(lambda x: x / 100))
 def test_online_static_boundaries_equal_static_starts(n: int, length: float) -> None:
-    patcher = OnlinePatcher(3, n, static_length=length, threshold=0.0, max_length=1)
+    patcher = OnlinePatcher(3, n, static_length=length, threshold=0.0, max_length=1, grid_width=16)
     online = np.stack([patcher.step(i, torch.ones(3)) for i in range(n)], axis=1)
     assert online.tolist() == [static_starts(n, length).tolist()] * 3
 
@@ -238,6 +251,7 @@ def test_entropy_is_that_of_the_distribution_in_nats() -> None:
 )
 def test_a_bad_rule_is_refused_by_name(settings_: dict[str, Any], fault: str) -> None:
     h = np.zeros(8, np.float32)
+    settings_ = {"max_length": 4, "grid_width": 16} | settings_
     with pytest.raises(ValueError, match=fault):
         patch_starts(h, **settings_)
     with pytest.raises(ValueError, match=fault):
@@ -249,9 +263,9 @@ def test_a_bad_rule_is_refused_by_name(settings_: dict[str, Any], fault: str) ->
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0)])
 def test_entropies_without_tokens_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"no tokens: its shape is \("):
-        patch_starts(np.zeros(shape, np.float32), 1.0)
+        patch_starts(np.zeros(shape, np.float32), 1.0, 4, 16)
     with pytest.raises(ValueError, match=r"no tokens: its shape is \("):
-        patch_starts(torch.zeros(shape), 1.0)
+        patch_starts(torch.zeros(shape), 1.0, 4, 16)
 
 
 @pytest.mark.parametrize("length", [0.99, 0.0, -2.0, math.nan, math.inf])

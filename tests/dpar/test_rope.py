@@ -26,7 +26,11 @@ def test_patches_turn_with_the_coordinates_of_their_kind(kind: PatchRope) -> Non
     for s, e in zip(FIRST.tolist(), LAST.tolist(), strict=True):
         expected.append(
             {
-                "dynamic": turned(s // 5, 4) + turned(s % 5, 4) + turned(e // 5, 4) + turned(e % 5, 4),
+                "dynamic": turned(s // 5, 8)
+                + turned(s % 5, 2)
+                + turned(e % 5, 2)
+                + turned(e % 5, 2)
+                + turned(s % 5, 2),
                 "dynamic-compact": turned(s // 5, 8) + turned(s % 5, 4) + turned(e % 5, 4),
                 "2d": turned(s // 5, 8) + turned(s % 5, 8),
             }[kind]

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, ModelError, patch_starts, preset, sample, static_starts
 from dpar.flops import count
 from dpar.onednn import available
-from dpar.patching import stored_entropy, token_entropy
 from dpar.rope import PatchRope
 from dpar.sampling import Choice, Guidance, draw, keep_likeliest, uniforms, usual_gather
 
@@ -45,14 +44,14 @@ def llamagen(seed: int = 1, **sizes: Any) -> LlamaGen:
     return model
 
 
-@torch.no_grad()
-def entropies(entropy_model: LlamaGen, codes: Tensor) -> Tensor:
-    return stored_entropy(token_entropy(entropy_model(codes)))
+def unconditional(seed: int = 1, start_token: bool = False) -> LlamaGen:
+    """An entropy model: without a start token, or a class-conditional LlamaGen that is read at its guidance class."""
+    return llamagen(seed, classes=7 if start_token else 0, start_token=start_token)
 
 
 def usual_entropy(entropy_model: LlamaGen) -> float:
     codes = torch.randint(V, (16, N), generator=torch.Generator().manual_seed(0))
-    return float(entropies(entropy_model, codes)[:, 1:].float().median())
+    return float(entropy_model.entropy(codes)[:, 1:].float().median())
 
 
 class Seen:
@@ -86,7 +85,7 @@ def forced(model: DPAR | LlamaGen, codes: Tensor, labels: Tensor, starts: Tensor
 @pytest.mark.parametrize("encoder_layers", [1, 2])
 @pytest.mark.parametrize("rope", get_args(PatchRope))
 def test_sampling_sees_the_logits_of_teacher_forcing(rope: PatchRope, encoder_layers: int, cfg_scale: float) -> None:
-    model, entropy_model, seen = dpar(rope=rope, encoder_layers=encoder_layers), llamagen(classes=0), Seen()
+    model, entropy_model, seen = dpar(rope=rope, encoder_layers=encoder_layers), unconditional(), Seen()
     codes, starts = sample(
         model,
         entropy_model,
@@ -103,7 +102,10 @@ def test_sampling_sees_the_logits_of_teacher_forcing(rope: PatchRope, encoder_la
 @settings(deadline=None, max_examples=20)
 @given(
     seed=st.integers(0, 1000),
+    start_token=st.booleans(),
+    patch_query=st.sampled_from(["max", "mean"]),
     offset_embedding=st.booleans(),
+    decoder_start=st.sampled_from(["learned", "class"]),
     patch_layers=st.integers(1, 3),
     decoder_layers=st.integers(1, 3),
     margin=st.floats(-0.3, 0.3),
@@ -113,7 +115,10 @@ def test_sampling_sees_the_logits_of_teacher_forcing(rope: PatchRope, encoder_la
 )
 def test_sampling_sees_the_logits_of_teacher_forcing_under_any_rule(
     seed: int,
+    start_token: bool,
+    patch_query: str,
     offset_embedding: bool,
+    decoder_start: str,
     patch_layers: int,
     decoder_layers: int,
     margin: float,
@@ -121,13 +126,20 @@ def test_sampling_sees_the_logits_of_teacher_forcing_under_any_rule(
     row_reset: bool,
     cfg_scale: float,
 ) -> None:
-    model = dpar(seed, offset_embedding=offset_embedding, patch_layers=patch_layers, decoder_layers=decoder_layers)
-    entropy_model, seen = llamagen(seed + 1), Seen()
+    model = dpar(
+        seed,
+        patch_query=patch_query,
+        offset_embedding=offset_embedding,
+        decoder_start=decoder_start,
+        patch_layers=patch_layers,
+        decoder_layers=decoder_layers,
+    )
+    entropy_model, seen = unconditional(seed + 1, start_token), Seen()
     threshold = usual_entropy(entropy_model) + margin
     rule: dict[str, Any] = {"threshold": threshold, "max_length": max_length, "row_reset": row_reset}
     codes, starts = sample(model, entropy_model, LABELS, cfg_scale=cfg_scale, seed=seed, observe=seen, **rule)
     torch.testing.assert_close(seen.logits(), forced(model, codes, LABELS, starts, cfg_scale), atol=1e-4, rtol=0)
-    expected = patch_starts(entropies(entropy_model, codes), grid_width=WIDTH, **rule)
+    expected = patch_starts(entropy_model.entropy(codes), grid_width=WIDTH, **rule)
     assert starts.tolist() == expected.tolist()
 
 
@@ -139,11 +151,12 @@ def test_llamagen_sampling_sees_the_logits_of_teacher_forcing(cfg_scale: float) 
     assert bool(starts.all())  # every token is its own patch
 
 
-def test_an_unconditional_entropy_model_reads_its_guidance_class() -> None:
-    model, entropy_model = dpar(), llamagen(classes=7)
+@pytest.mark.parametrize("start_token", [True, False])
+def test_both_kinds_of_entropy_model_place_patches_as_their_stored_entropies_do(start_token: bool) -> None:
+    model, entropy_model = dpar(), unconditional(start_token=start_token)
     threshold = usual_entropy(entropy_model)
     codes, starts = sample(model, entropy_model, LABELS, threshold=threshold)
-    expected = patch_starts(entropies(entropy_model, codes), threshold, 4, WIDTH)
+    expected = patch_starts(entropy_model.entropy(codes), threshold, 4, WIDTH)
     assert starts.tolist() == expected.tolist()
 
 
@@ -203,8 +216,8 @@ def test_the_same_images_come_out_of_batches_of_any_size_and_order(
     batches: list[Any], in_flight: int, gather: float, family: str, cfg_scale: float, top_p: float
 ) -> None:
     model: Any = dpar(encoder_layers=2) if family == "dpar" else llamagen(7)
-    entropy_model = llamagen() if family == "dpar" else None
-    rule: dict[str, Any] = {"threshold": usual_entropy(llamagen())} if family == "dpar" else {}
+    entropy_model = unconditional() if family == "dpar" else None
+    rule: dict[str, Any] = {"threshold": usual_entropy(unconditional())} if family == "dpar" else {}
     labels = torch.arange(17) % (CLASSES + 1)
 
     def run(indices: Any, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,7 +297,7 @@ def test_a_wide_model_gives_the_same_images_in_batches_of_any_size() -> None:
     sizes: dict[str, Any] = {"width": 768, "heads": 12, "codebook_size": 2048, "grid_height": 2, "grid_width": 8}
     model, entropy_model = dpar(patch_layers=1, decoder_layers=1, **sizes), llamagen(layers=1, **sizes)
     codes = torch.randint(2048, (4, 16), generator=torch.Generator().manual_seed(0))
-    threshold = float(entropies(entropy_model, codes)[:, 1:].float().median())
+    threshold = float(entropy_model.entropy(codes)[:, 1:].float().median())
 
     def run(begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         seen = Seen()
@@ -453,14 +466,14 @@ def test_log_probabilities_of_a_sample_are_those_of_teacher_forcing(family: str,
 @settings(deadline=None, max_examples=15)
 @given(share=st.floats(0, 1), seed=st.integers(0, 100), cfg_scale=st.sampled_from([1.0, 2.0]))
 def test_known_tokens_are_kept_and_all_others_sampled_after_them(share: float, seed: int, cfg_scale: float) -> None:
-    model, entropy_model, rng = dpar(), llamagen(), torch.Generator().manual_seed(seed)
+    model, entropy_model, rng = dpar(), unconditional(), torch.Generator().manual_seed(seed)
     known = torch.randint(V, (len(LABELS), N), generator=rng)
     keep = torch.rand(known.shape, generator=rng) < share
     seen, threshold = Seen(), usual_entropy(entropy_model)
     rule: dict[str, Any] = {"threshold": threshold, "cfg_scale": cfg_scale, "seed": seed}
     codes, starts = sample(model, entropy_model, LABELS, known=known, keep=keep, observe=seen, **rule)
     assert torch.equal(codes[keep], known[keep])
-    assert starts.tolist() == patch_starts(entropies(entropy_model, codes), threshold, 4, WIDTH).tolist()
+    assert starts.tolist() == patch_starts(entropy_model.entropy(codes), threshold, 4, WIDTH).tolist()
     logits = seen.logits()
     torch.testing.assert_close(logits, forced(model, codes, LABELS, starts, cfg_scale), atol=1e-4, rtol=0)
     noise = torch.from_numpy(uniforms(seed, range(len(LABELS)), N))
@@ -504,7 +517,7 @@ def test_a_sample_costs_the_multiply_accumulates_that_are_counted(
     monkeypatch.setattr("dpar.onednn.available", lambda: on_onednn)
     for module in ("cache", "sampling"):
         monkeypatch.setattr(f"dpar.{module}.padded", lambda rows: rows)  # rows of padding are no part of the method
-    model, entropy_model = dpar(encoder_layers=2), llamagen(classes=0)
+    model, entropy_model = dpar(encoder_layers=2), unconditional()
     threshold = usual_entropy(entropy_model)
     with Products() as products:
         _, starts = sample(model, entropy_model, LABELS, threshold=threshold, cfg_scale=2.0 if guided else 1.0)
@@ -570,6 +583,11 @@ def test_settings_out_of_range_are_refused(settings_: dict[str, Any], fault: str
 def test_labels_that_the_model_does_not_have_are_refused(labels: Tensor, fault: str) -> None:
     with pytest.raises(ModelError, match=fault):
         sample(llamagen(), None, labels)
+
+
+def test_an_entropy_model_without_a_start_token_is_not_sampled_from() -> None:
+    with pytest.raises(ModelError, match="without a start token is an entropy model; it cannot sample"):
+        sample(unconditional(), None, torch.zeros(2, dtype=torch.long))
 
 
 def test_a_threshold_without_an_entropy_model_is_refused() -> None:

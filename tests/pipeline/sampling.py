@@ -74,7 +74,10 @@ def save_run(run: Path, data: Path, model: str, seed: int = 3, std: float = 0.2)
     nn.init.normal_(made.output.weight, std=std)
     run.mkdir()
     inputs = {"data": str(data), **lineage(manifest)}
-    write_json(run / "run.json", {"kind": "train", "settings": {"model": model, "batch": 2}, "inputs": inputs})
+    write_json(
+        run / "run.json",
+        {"format_version": 2, "kind": "train", "settings": {"model": model, "batch": 2}, "inputs": inputs},
+    )
     made.save_pretrained(run / "model")
 
 

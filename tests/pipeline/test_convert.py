@@ -130,7 +130,7 @@ def test_the_command_says_what_was_converted_and_the_card_says_from_what(home: P
     assert "LlamaGen's GPT: 2 layers of width 32, 2 heads, 4×4 tokens of 32 codes, 3 classes" in said
     assert f"{parameters / 1e6:.1f} M parameters in 18 tensors" in said
     digest = hashlib.sha256((home / "gpt.pt").read_bytes()).hexdigest()
-    assert f"Converted from LlamaGen's `gpt.pt`, SHA-256 `{digest}`" in (tmp_path / "gpt" / "README.md").read_text()
+    assert f"Converted from `gpt.pt`, SHA-256 `{digest}`" in (tmp_path / "gpt" / "README.md").read_text()
 
 
 def test_what_is_there_already_is_kept(home: Path, tmp_path: Path) -> None:
@@ -150,12 +150,19 @@ def test_what_is_there_already_is_kept(home: Path, tmp_path: Path) -> None:
         run_convert(home / "gpt.pt", tmp_path / "work")
 
 
-def test_what_llamagens_format_cannot_hold_is_refused(home: Path, tmp_path: Path) -> None:
-    config = DPARConfig(codebook_size=32, grid_height=4, grid_width=4, classes=3, width=32, heads=2, patch_layers=1)
+def test_a_dpar_becomes_a_file_of_its_authors_and_a_directory_again(tmp_path: Path) -> None:
+    config = DPARConfig(
+        codebook_size=32, grid_height=4, grid_width=4, classes=3, width=32, heads=2, patch_layers=1, rope="2d"
+    )
     DPAR(config).save_pretrained(tmp_path / "dpar")
-    with pytest.raises(StageError, match=r"dpar holds a DPAR model; LlamaGen's format.*knows none"):
-        run_convert(tmp_path / "dpar", tmp_path / "dpar.pt")
-    assert run_convert(tmp_path / "dpar", tmp_path / "copy").startswith("a DPAR model: 1 patch layers")
+    assert run_convert(tmp_path / "dpar", tmp_path / "dpar.pt").startswith("a DPAR model: 1 + 1 + 3 layers")
+    run_convert(tmp_path / "dpar.pt", tmp_path / "copy")
+    assert DPAR.from_pretrained(tmp_path / "copy").config == config
+    original, copy = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("dpar", "copy"))
+    assert original == copy
+
+
+def test_a_hub_takes_directories_only(home: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"--push-to takes a directory"):
         convert(str(home / "gpt.pt"), tmp_path / "b.pt", ConvertSettings(push_to="me/gpt"), QUIET)
     assert not list(tmp_path.glob("*.pt*"))
@@ -267,9 +274,9 @@ def test_a_checkpoint_for_another_grid_or_codebook_is_refused_with_both_sides(
 ) -> None:
     LlamaGen(LlamaGenConfig(**(vars(GPT) | change))).save_pretrained(tmp_path / "gpt")
     settings = EntropySettings(from_llamagen=str(tmp_path / "gpt"))
-    with pytest.raises(StageError, match=f"gpt is a LlamaGen for {says}"):
+    with pytest.raises(StageError, match=f"gpt is a model of {says}"):
         train_entropy(home / "codes", tmp_path / "out", settings, QUIET)
-    with pytest.raises(StageError, match=f"gpt is a LlamaGen for {says}"):
+    with pytest.raises(StageError, match=f"gpt is a model of {says}"):
         evaluate(tmp_path / "gpt", tmp_path / "out", EvalSettings(reference=home / "codes", **CPU), QUIET)
     assert not (tmp_path / "out").exists()
 
@@ -316,9 +323,17 @@ def test_weights_that_do_not_fit_the_reference_are_refused_with_both_sides(home:
     settings = EvalSettings(reference=home / "codes", samples=0, **CPU)
     sizes: dict[str, Any] = {"codebook_size": 32, "grid_height": 4, "grid_width": 4, "width": 32, "heads": 2}
     for name, model, says in (
-        ("five", LlamaGen(LlamaGenConfig(classes=5, layers=1, **sizes)), "for 5 classes; .*codes has 3"),
-        ("none", LlamaGen(LlamaGenConfig(classes=0, layers=1, **sizes)), "a LlamaGen without classes"),
-        ("dpar", DPAR(DPARConfig(classes=3, patch_layers=1, **sizes)), "a DPAR model without its run"),
+        ("five", LlamaGen(LlamaGenConfig(classes=5, layers=1, **sizes)), "a model of 5 classes; .*codes has 3"),
+        (
+            "none",
+            LlamaGen(LlamaGenConfig(classes=0, layers=1, **sizes)),
+            "has no classes",
+        ),
+        (
+            "dpar",
+            DPAR(DPARConfig(classes=3, patch_layers=1, **sizes)),
+            "name it with --entropy-model",
+        ),
     ):
         model.save_pretrained(tmp_path / name)
         with pytest.raises(StageError, match=f"{name} .*{says}"):

@@ -47,10 +47,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def save_model(path: Path, seed: int = 0, **sizes: int) -> Path:
+def save_model(path: Path, seed: int = 0, **sizes: Any) -> Path:
     torch.manual_seed(seed)
-    values = {"codebook_size": V, "grid_height": GRID[0], "grid_width": GRID[1], **sizes}
-    model = LlamaGen(LlamaGenConfig(classes=0, width=32, heads=2, layers=2, **values))
+    values: dict[str, Any] = {"codebook_size": V, "grid_height": GRID[0], "grid_width": GRID[1], **sizes}
+    model = LlamaGen(LlamaGenConfig(classes=0, start_token=False, width=32, heads=2, layers=2, **values))
     torch.nn.init.normal_(model.output.weight, std=0.4)
     return model.save_pretrained(path)
 

@@ -16,13 +16,14 @@ from dpar.errors import ModelError
 from dpar.patching import static_starts
 from dpar.sampling import sample
 from dpar.tokenizer import VQTokenizer, from_uint8
+from pipeline.convert import convert
 from pipeline.errors import StageError
 from pipeline.generate import choose_classes, decode
 from pipeline.inspect import inspect
 from pipeline.patchify import patchify
 from pipeline.run import RunFolder
 from pipeline.sample import sample_pictures
-from pipeline.settings import InspectSettings, PatchifySettings, SampleSettings
+from pipeline.settings import ConvertSettings, InspectSettings, PatchifySettings, SampleSettings
 from pipeline.views import views
 from shards.errors import ArtifactError
 from shards.reader import open_artifact
@@ -164,7 +165,9 @@ def test_codes_and_boundaries_are_the_librarys_under_the_training_datas_rule(hom
 
 def test_the_rule_can_be_set_for_sampling(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "coarse", threshold=9.0, max_length=0)
-    assert (held(tmp_path / "coarse")["starts"].sum(axis=1) == SIDE).all()  # the rows alone
+    assert (held(tmp_path / "coarse")["starts"].sum(axis=1) == SIDE + 1).all()  # token 1 and the rows alone
+    run(home, tmp_path / "one", threshold=9.0, max_length=0, row_reset=False)
+    assert (held(tmp_path / "one")["starts"].sum(axis=1) == 2).all()  # tokens 0 and 1
     run(home, tmp_path / "fine", max_length=1)
     assert held(tmp_path / "fine")["starts"].all()
 
@@ -383,6 +386,38 @@ def test_settings_that_mean_nothing_are_refused(values: dict[str, Any], says: st
         SampleSettings(**values)
 
 
+@pytest.fixture(scope="module")
+def authors_file(home: Path) -> Path:
+    """The weights of the run ``dpar`` in the format of DPAR's authors."""
+    convert(str(home / "dpar"), home / "dpar.pt", ConvertSettings(), QUIET)
+    return home / "dpar.pt"
+
+
+def test_an_authors_checkpoint_samples_as_its_run_does(home: Path, authors_file: Path, tmp_path: Path) -> None:
+    parts = {"tokenizer": str(home / "vq"), "entropy_model": str(home / "entropy")}
+    run(home, tmp_path / "run", classes=("1",))
+    run(home, tmp_path / "file", authors_file.name, classes=("1",), **parts, **RULE)
+    for name in ("codes", "starts"):
+        np.testing.assert_array_equal(held(tmp_path / "run")[name], held(tmp_path / "file")[name])
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("tokenizer", "does not say which tokenizer decodes its codes; name it with --tokenizer"),
+        ("entropy_model", "does not say which entropy model places its patches; name it with --entropy-model"),
+        ("threshold", r"do not say above which entropy a patch starts; give --threshold \(nats\)"),
+    ],
+)
+def test_what_an_authors_checkpoint_does_not_say_is_asked_for(
+    home: Path, authors_file: Path, tmp_path: Path, missing: str, says: str
+) -> None:
+    given = {"tokenizer": str(home / "vq"), "entropy_model": str(home / "entropy"), "threshold": 3.1}
+    with pytest.raises(StageError, match=says):
+        run(home, tmp_path / "out", authors_file.name, **{k: v for k, v in given.items() if k != missing})
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_threshold_for_llamagen_is_refused(home: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match="a LlamaGen has no patches"):
         run(home, tmp_path / "out", "llama", threshold=2.0)
@@ -391,7 +426,8 @@ def test_a_threshold_for_llamagen_is_refused(home: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(("what", "value"), [("codebook_size", 2 * V), ("grid_height", 2 * SIDE)])
 def test_an_entropy_model_of_other_tokens_is_refused(home: Path, tmp_path: Path, what: str, value: int) -> None:
     config = LlamaGen.from_pretrained(home / "entropy").config
-    LlamaGen(dataclasses.replace(config, **{what: value})).save_pretrained(tmp_path / "entropy")
+    other: dict[str, Any] = {what: value}
+    LlamaGen(dataclasses.replace(config, **other)).save_pretrained(tmp_path / "entropy")
     shutil.copytree(home / "dpar", tmp_path / "dpar")
     record = json.loads((tmp_path / "dpar" / "run.json").read_text(encoding="utf-8"))
     record["inputs"]["entropy_model"]["fingerprint"] = dpar.fingerprint(tmp_path / "entropy")

@@ -155,7 +155,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a grid of words": (lambda path: change(path, grid=["x", 2]), "is damaged"),
     "half a grid": (lambda path: change(path, grid=[2]), "is damaged"),
     "shards of words": (lambda path: change(path, shards=["x"]), "is damaged"),
-    "another version": (lambda path: change(path, format_version=99), "format version 99; this version reads 1"),
+    "another version": (lambda path: change(path, format_version=99), "format version 99; this version reads 2"),
+    "an older rule": (lambda path: change(path, format_version=1), r"make the patches again with `dpar patchify`"),
     "another kind": (lambda path: change(path, kind="pixels"), "kind is 'pixels'; this version reads codes, patches"),
     "a row too many": (lambda path: change(path, rows=TOTAL + 1), f"hold {TOTAL} rows together, and it says"),
     "a shard elsewhere": (lambda path: change_shard(path, name="../a/00000.arrow"), "is no plain file name"),
@@ -305,7 +306,7 @@ def test_a_shard_of_another_size_is_refused_without_reading_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-@pytest.mark.parametrize("values", [{"grid": [2, 6]}, {"views": 2}, {"kind": "codes", "views": 6}])
+@pytest.mark.parametrize("values", [{"grid": [2, 6]}, {"views": 2}, {"kind": "codes", "format_version": 1, "views": 6}])
 def test_columns_that_are_not_as_the_manifest_says_are_refused(
     tmp_path: Path, container: Container, values: dict[str, Any]
 ) -> None:
