@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.errors import StageError
+
 SIDE = 128
 QUALITY = 75
 HELD_OUT = 0.1
@@ -141,10 +143,17 @@ def read_classes(datasource: Path) -> dict[str, str]:
 
 
 def class_of_image(name: str, classes: Mapping[str, str]) -> str:
-    """Return the class of an image by its file name: some lack zeros in front, some flags have underscores."""
+    """Return the class of an image by its file name: some lack zeros in front, some flags have underscores.
+
+    Raises:
+        StageError: the emoji is not in a class.
+    """
     if name.startswith(_ENGLAND):
         return "flag"
-    return classes.get(name) or classes["00" + name]
+    for code in (name, "00" + name):
+        if code in classes:
+            return classes[code]
+    raise StageError(f"{name}.webp: emoji.json has no such emoji in the subgroups of any class; add it to CLASSES")
 
 
 def read_image(path: Path) -> Image.Image:
@@ -197,15 +206,21 @@ def held_out(classes: Mapping[str, str], groups: Mapping[str, str]) -> set[str]:
         candidates.sort(key=lambda of: hashlib.sha256(of.encode()).digest())
         quota = min(round(HELD_OUT * total), total - LEAST_TRAINING)
         for of in candidates:
-            if sizes[of] <= 2 * quota:  # then the class comes nearer to a tenth with it than without
+            if sizes[of] <= 2 * quota:  # held out, it brings the class nearer to a tenth
                 chosen.add(of)
                 quota -= sizes[of]
     return chosen
 
 
 def build(package: Path, datasource: Path, out: Path) -> None:
-    """Write the tar."""
+    """Write the tar.
+
+    Raises:
+        StageError: no images in the package, or one of no class.
+    """
     images = {path.stem: read_image(path) for path in sorted((package / "assets").glob("*.webp"))}
+    if not images:
+        raise StageError(f"{package}: no assets/*.webp found. Expected the npm package @lobehub/fluent-emoji-3d.")
     by_code = read_classes(datasource)
     classes = {name: class_of_image(name, by_code) for name in images}
     groups = group(images)
