@@ -114,6 +114,7 @@ def test_an_unknown_split_or_class_of_the_emoji_lists_what_there_is() -> None:
 def test_emoji_are_tokenized_and_inspected_beside_their_originals(tmp_path: Path, emoji: dict[str, Source]) -> None:
     settings = TokenizeSettings(tokenizer="builtin:photos", image_size=128, split="validation", limit=4)
     manifest = tokenize("builtin:emoji", tmp_path / "codes", settings)
+    assert manifest is not None
     keys = [emoji["validation"].key(0), "animal mammal/1f400.webp"]
     load = emoji["validation"].find(keys)
     originals = load_originals(manifest, keys, [0, 0])
