@@ -63,7 +63,8 @@ Data = Annotated[
     typer.Argument(
         metavar="DATA",
         help="Images: a folder of class folders, a tar of them or ImageNet's own, WebDataset tars (glob, {000..146}, "
-        "folder or URL), Parquet or Arrow files, a saved dataset, owner/name on the Hub, or builtin:photos.",
+        "folder or URL), Parquet or Arrow files, a saved dataset, owner/name on the Hub, builtin:photos or "
+        "builtin:emoji.",
     ),
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; running again goes on with it.")]

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,8 @@ def test_the_demo_makes_its_report_from_the_installed_wheel_outside_the_checkout
     subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1
+    files = zipfile.ZipFile(wheel).namelist()
+    assert {f"pipeline/sources/fluent_emoji/{name}" for name in ("emoji.tar", "LICENSE", "README.md")} <= set(files)
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)

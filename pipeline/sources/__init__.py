@@ -31,7 +31,8 @@ _ACCEPTED = """accepted:
   Parquet or Arrow files                'data/*.parquet', data/
   a dataset saved with save_to_disk     saved/
   a dataset of the Hugging Face Hub     owner/name, hf://datasets/name
-  photographs that ship with dpar       builtin:photos"""
+  photographs, emoji that ship here     builtin:photos, builtin:emoji"""
+_BUILTIN = ("builtin:photos", "builtin:emoji")
 
 
 def open_source(
@@ -46,9 +47,10 @@ def open_source(
     """Opens what ``data`` names and lists its images; decodes none.
 
     Args:
-        data: a path, a glob, braces, a URL, a name on the Hub, or ``builtin:photos``; what is there decides its kind.
+        data: a path, a glob, braces, a URL, a name on the Hub, ``builtin:photos`` or ``builtin:emoji``; what is there
+            decides its kind.
         split: the subfolder, the folder in a tar or the split of a dataset to read, such as ``train``; None for all
-            there is, or for ``train`` of a dataset. Of the photographs ``train`` (the same as None) or ``validation``.
+            there is, or for ``train`` of a dataset. Of built-in data ``train`` (the same as None) or ``validation``.
         classes: names of the classes to keep; none for all. Labels are numbered from 0 in the order of all class names.
         limit: most images in total, spread evenly over the classes, or over the tars where they are at URLs.
         image_column: of a table, the column of the images; None to look for it.
@@ -63,6 +65,10 @@ def open_source(
             raise StageError(f"{data}: has no columns; {option} is for Parquet, Arrow and datasets")
     if found.kind == "photos":
         return Photos("train" if split is None else split, classes=classes, limit=limit)
+    if found.kind == "emoji":
+        from pipeline.sources.emoji import open_emoji
+
+        return open_emoji("train" if split is None else split, classes=classes, limit=limit)
     if found.kind == "folder":
         return Folder(found.location, split=found.split, classes=classes, limit=limit)
     if found.kind == "tars":
@@ -96,7 +102,7 @@ def open_source(
 class _Found:
     """What ``data`` is. ``location`` names it from any working directory; ``split`` is what of it is still to apply."""
 
-    kind: Literal["photos", "folder", "tars", "stream", "table", "saved", "hub"]
+    kind: Literal["photos", "emoji", "folder", "tars", "stream", "table", "saved", "hub"]
     location: str
     split: str | None
     files: tuple[str, ...] = ()
@@ -109,9 +115,9 @@ def _look(data: str, split: str | None) -> _Found:
         StageError: nothing of a kind that is read.
     """
     if data.startswith("builtin:"):
-        if data != "builtin:photos":
-            raise StageError(f"{data}: no such built-in data; there is: builtin:photos")
-        return _Found("photos", data, split)
+        if data not in _BUILTIN:
+            raise StageError(f"{data}: no such built-in data; there is: {', '.join(_BUILTIN)}")
+        return _Found("photos" if data == "builtin:photos" else "emoji", data, split)
     if re.fullmatch(re.escape(_HUB) + _HUB_NAME, data):
         return _Found("hub", data, split)
     if data.startswith("pipe:") or is_url(data):

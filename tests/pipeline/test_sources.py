@@ -617,7 +617,7 @@ def test_a_limit_below_one_is_an_error(tmp_path: Path, limit: int, builtin: bool
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("builtin:photo", "no such built-in data; there is: builtin:photos"),
+        ("builtin:photo", "no such built-in data; there is: builtin:photos, builtin:emoji"),
         ("no/such/folder", r"no such folder or file; accepted:\n  a folder of class folders (.|\n)*builtin:photos"),
         ("", "no path given"),
         (__file__, "is a file, not a folder, and its ending is not .tar, .parquet or .arrow; accepted:"),
