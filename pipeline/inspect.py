@@ -10,6 +10,7 @@ read shard by shard. Pictures show the first view of some images.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dpar.errors import ModelError
-from dpar.patching import patch_starts
+from dpar.patching import PatchRule
 from dpar.tokenizer import VQTokenizer, psnr
 from pipeline.device import choose_device
 from pipeline.errors import StageError
@@ -88,7 +89,7 @@ def inspect(
             f"{artifact} lacks statistics of its classes: an earlier version made it. `dpar patchify {artifact} NEW` "
             "makes one that has them, without a model"
         )
-    rule = Rule.of(opened.manifest)
+    rule = PatchRule.from_dict(opened.manifest.settings)
     survey = Survey.of(opened, settings.threshold, rule, progress)
     found = _numbers(opened, survey, settings)
     if out is not None:
@@ -107,36 +108,18 @@ def _check_output(out: Path, artifact: Path) -> None:
         raise StageError(f"{out} is part of an artifact; name another directory for the page and its pictures")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """The patch rule that an artifact's settings hold, to apply with other thresholds."""
-
-    name: str  # of the stored boundaries
-    max_length: int | None
-    row_reset: bool
-    grid_width: int
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> Rule:
-        """The rule of a manifest; that of codes, which have none, is never applied."""
-        settings = manifest.settings
-        return cls(
-            name=rule_name(settings),
-            max_length=settings.get("max_length") or None,
-            row_reset=bool(settings.get("row_reset", True)),
-            grid_width=manifest.grid[1],
-        )
-
-    def starts(self, entropy: NDArray[np.float16], threshold: float) -> NDArray[np.bool_]:
-        """Boundaries (..., N) of stored entropies (..., N) at ``threshold``."""
-        return patch_starts(entropy, threshold, self.max_length, self.grid_width, self.row_reset)
+def starts_at(rule: PatchRule, entropy: NDArray[np.float16], threshold: float, grid_width: int) -> NDArray[np.bool_]:
+    """Boundaries (..., N) of stored entropies (..., N) at another ``threshold``; of a static rule, by that alone."""
+    return dataclasses.replace(rule, strategy="entropy", static_length=None, threshold=threshold).starts(
+        entropy, grid_width
+    )
 
 
-def rule_name(settings: dict[str, Any]) -> str:
-    """The stored boundaries' rule in a word, from a patches manifest's settings."""
-    if settings.get("strategy") == "static":
-        return f"static, length {settings['static_length']:g}"
-    return "no rule" if settings.get("threshold") is None else f"τ = {settings['threshold']:.4g}"
+def rule_name(rule: PatchRule) -> str:
+    """A rule in a word."""
+    if rule.strategy == "static":
+        return f"static, length {rule.static_length:g}"
+    return "no rule" if rule.threshold is None else f"τ = {rule.threshold:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +133,7 @@ class Survey:
     thresholds: NDArray[np.int64]  # (thresholds,) patches of the whole artifact at each
 
     @classmethod
-    def of(cls, artifact: Artifact, thresholds: Sequence[float], rule: Rule, progress: Progress) -> Survey:
+    def of(cls, artifact: Artifact, thresholds: Sequence[float], rule: PatchRule, progress: Progress) -> Survey:
         """Reads every shard once, one at a time."""
         manifest = artifact.manifest
         survey = cls(
@@ -164,14 +147,16 @@ class Survey:
         with progress.task("inspect", manifest.rows, "images") as task:
             for index, info in enumerate(manifest.shards):
                 rows = artifact.shard_rows(index)
-                survey._add(rows, first, thresholds, rule, str(artifact.folder / info.name))
+                survey._add(rows, first, thresholds, rule, manifest.grid[1], str(artifact.folder / info.name))
                 first += len(rows)
                 task.advance(len(rows))
         if thresholds and not survey.finite_entropies:
             raise StageError(f"{artifact.folder} holds no entropies, so --threshold has nothing to go by")
         return survey
 
-    def _add(self, rows: Rows, first: int, thresholds: Sequence[float], rule: Rule, shard: str) -> None:
+    def _add(
+        self, rows: Rows, first: int, thresholds: Sequence[float], rule: PatchRule, grid_width: int, shard: str
+    ) -> None:
         here = slice(first, first + len(rows))
         self.labels[here] = rows.labels
         self.patches[here] = 0 if rows.starts is None else np.count_nonzero(rows.starts, axis=(1, 2))
@@ -187,7 +172,7 @@ class Survey:
             later = np.ascontiguousarray(rows.entropy[block][..., 1:])
             self.entropy[:] += np.bincount(later.view(np.uint16).reshape(-1), minlength=2**16)
             for i, threshold in enumerate(thresholds):
-                self.thresholds[i] += np.count_nonzero(rule.starts(rows.entropy[block], threshold))
+                self.thresholds[i] += np.count_nonzero(starts_at(rule, rows.entropy[block], threshold, grid_width))
 
     @property
     def finite_entropies(self) -> int:
@@ -403,7 +388,7 @@ class Gallery:
 
 
 def _draw(
-    artifact: Artifact, survey: Survey, settings: InspectSettings, rule: Rule, gallery: Gallery, notes: list[str]
+    artifact: Artifact, survey: Survey, settings: InspectSettings, rule: PatchRule, gallery: Gallery, notes: list[str]
 ) -> list[Section]:
     """One section an image drawn, and one sheet of all of them as a file."""
     manifest = artifact.manifest
@@ -421,9 +406,9 @@ def _draw(
     scale = survey.entropy_scale
     starts: dict[str, NDArray[np.bool_]] = {}
     if batch.starts is not None:
-        starts[f"{rule.name} (stored)"] = batch.starts
+        starts[f"{rule_name(rule)} (stored)"] = batch.starts
     if measured is not None:
-        starts |= {f"τ = {threshold:.4g}": rule.starts(measured, threshold) for threshold in settings.threshold}
+        starts |= {f"τ = {t:.4g}": starts_at(rule, measured, t, manifest.grid[1]) for t in settings.threshold}
 
     times, n = scale_for(images.shape[1]), manifest.n_tokens
     sections, titles = [], []
@@ -557,7 +542,7 @@ def _table_values(found: dict[str, Any]) -> Iterator[Table]:
 
 
 def _table_patches(found: dict[str, Any]) -> list[Table]:
-    stored = (f"{rule_name(found['settings'])} (stored)", found["patches"])
+    stored = (f"{rule_name(PatchRule.from_dict(found['settings']))} (stored)", found["patches"])
     others = [(f"τ = {entry['threshold']:.4g}", entry) for entry in found["thresholds"]]
     rows = [
         (

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from dpar.patching import PatchRule, Strategy
 from pipeline.errors import StageError
 
 Precision = Literal["auto", "bf16", "fp32"]
 Views = Literal["center", "flip", "ten-crop"]
 Container = Literal["arrow", "webdataset"]
-Strategy = Literal["entropy", "static"]
 Schedule = Literal["constant", "cosine"]
 Attention = Literal["auto", "varlen", "xformers", "flex", "sdpa"]
 Features = Literal["tokenizer", "inception"]
@@ -234,6 +234,13 @@ class PatchifySettings:
                 (self.threshold is None) != (self.target_length is None),
                 "give one of --threshold (nats) and --target-length (tokens a patch)",
             )
+
+    @property
+    def rule(self) -> PatchRule:
+        """The patch rule; without a threshold if that is still to be found."""
+        if self.static_length is not None:
+            return PatchRule.static(self.static_length)
+        return PatchRule(threshold=self.threshold, max_length=self.max_length or None, row_reset=self.row_reset)
 
 
 @dataclass(frozen=True, kw_only=True)

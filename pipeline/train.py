@@ -17,10 +17,10 @@ from dpar.attention import choose_backend
 from dpar.checkpoint import CONFIG, check_tensors, fingerprint, load_tensors, read_weights, write_weights
 from dpar.llamagen import LlamaGen, LlamaGenConfig
 from dpar.model import DPAR, DPARConfig
+from dpar.patching import PatchRule
 from dpar.presets import preset
 from pipeline.device import choose_device, precision_name, rank, world_size
 from pipeline.errors import StageError
-from pipeline.generate import patch_rule
 from pipeline.likelihood import fits, same_classes
 from pipeline.parallel import process_group, wait_for_all
 from pipeline.progress import Progress
@@ -243,7 +243,7 @@ def lineage(manifest: Manifest) -> dict[str, Any]:
     return {
         "tokenizer": manifest.tokenizer,
         "entropy_model": manifest.entropy_model,
-        "patch_rule": patch_rule(manifest) if manifest.kind == "patches" else None,
+        "patch_rule": PatchRule.from_dict(manifest.settings).to_dict() if manifest.kind == "patches" else None,
         "grid": list(manifest.grid),
         "class_names": list(manifest.class_names),
         "mean_patch_length": manifest.statistics.get("mean_length"),

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
 import dpar
-from dpar import DPAR, LlamaGen
+from dpar import DPAR, LlamaGen, PatchRule
 from dpar.sampling import sample
 from dpar.tokenizer import VQTokenizer, psnr
 from pipeline.errors import StageError
@@ -31,6 +30,7 @@ from pipeline.generate import decode
 from pipeline.likelihood import bits_per_token
 from pipeline.originals import load_originals
 from pipeline.reconstruction import ssim
+from pipeline.run import FORMAT_VERSIONS
 from pipeline.settings import EvalSettings, TrainSettings
 from pipeline.train import train
 from shards.build import ArtifactBuild
@@ -133,16 +133,15 @@ def test_bits_per_token_of_a_sample_are_what_its_sampling_cost(home: Path, tmp_p
     labels = torch.tensor([0, 1, 1, 0, 1])
     seen = torch.zeros(len(labels), model.config.n_tokens, model.config.codebook_size)
 
-    def see(images: NDArray[np.int64], positions: NDArray[np.int64], logits: torch.Tensor) -> None:
-        seen[images, positions] = logits
+    def see(images: slice, position: int, logits: torch.Tensor) -> None:
+        seen[images, position] = logits
 
     codes, starts = sample(
         model,
-        LlamaGen.from_pretrained(home / "entropy") if kind is DPAR else None,
         labels,
-        cfg_scale=1.0,
+        LlamaGen.from_pretrained(home / "entropy") if kind is DPAR else None,
+        PatchRule(**RULE) if kind is DPAR else None,
         observe=see,
-        **(RULE if kind is DPAR else {}),
     )
     chosen = seen.log_softmax(dim=-1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
     cost = -chosen.double() / np.log(2)
@@ -255,7 +254,7 @@ def test_thresholds_lengths_and_guidance_make_one_table(home: Path, tmp_path: Pa
         for scale in (1.0, 3.0)
     ]
     longest = next(c for c in found["cells"] if c["threshold"] == 9.0 and c["max_length"] is None)
-    assert longest["mean_length"] == SIDE  # a patch a row
+    assert longest["mean_length"] == N / (SIDE + 1)  # a patch per row, and one for token 1
     assert {path.name for path in (tmp_path / "scores").glob("*.png")} == {
         "quality-vs-guidance.png",
         "quality-vs-patch-length.png",
@@ -365,7 +364,8 @@ def test_what_is_no_run_of_train_is_refused(home: Path, tmp_path: Path, kind: st
     with pytest.raises(StageError, match=r"is no run: it has no run\.json"):
         run(home, tmp_path / "a", "codes")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"kind": kind, "settings": {}, "inputs": {}}))
+    record = {"format_version": FORMAT_VERSIONS[kind], "kind": kind, "settings": {}, "inputs": {}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     with pytest.raises(StageError, match=f"a run of `dpar {kind}`; one of `dpar train` is needed"):
         evaluate(tmp_path / "run", tmp_path / "a", EvalSettings(reference=home / "patches", **CPU), QUIET)
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import dpar
-from dpar.patching import patch_lengths, patch_starts, static_starts
+from dpar.patching import PatchRule, patch_lengths, patch_starts, static_starts
 from dpar.tokenizer import VQConfig, VQTokenizer
 from pipeline.errors import StageError
 from pipeline.generate import decode
@@ -87,7 +87,7 @@ def build(
     }
     rule = {"threshold": THRESHOLD, "max_length": MAX_LENGTH, "row_reset": True, "strategy": "entropy"}
     if strategy == "static":
-        rule = {"threshold": None, "max_length": 0, "row_reset": False, "strategy": "static", "static_length": 1.81}
+        rule = PatchRule.static(1.81).to_dict()
     settings = codes_settings if kind == "codes" else {"codes_settings": codes_settings, **rule}
     writer = ArtifactBuild(out, settings=settings, n_shards=2, container=container)
     for index, here in enumerate((slice(0, 5), slice(5, None))):
