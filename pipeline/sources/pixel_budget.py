@@ -1,0 +1,56 @@
+"""How many pixels all threads of a process may hold decoded at once: a bound on memory that no set of images breaks.
+
+budget = PixelBudget(178_000_000)
+with budget.in_use():                                    # of this thread's image, until it has been cropped
+    pixels = views(decode_image(stream), 256)            # decode_image takes from the budget, and waits if need be
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class PixelBudget:
+    """A number of pixels that threads take from and give back; an image larger than all of it is decoded alone."""
+
+    def __init__(self, pixels: int) -> None:
+        self._pixels = self._free = pixels
+        self._changed = threading.Condition()
+        self._thread = threading.local()  # taken: pixels this thread holds, to be given back when it is done with them
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Hold ``pixels`` until the block ends, or until the `in_use` around it ends; waits until they are free.
+
+        A thread holds one image at a time and none while it waits, so that threads cannot wait for each other.
+        """
+        pixels = min(pixels, self._pixels)
+        self._give_back()
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        self._thread.taken = pixels
+        try:
+            yield
+        finally:
+            if not getattr(self._thread, "keeps", False):
+                self._give_back()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold what this thread takes until the block ends."""
+        self._thread.keeps = True
+        try:
+            yield
+        finally:
+            self._thread.keeps = False
+            self._give_back()
+
+    def _give_back(self) -> None:
+        taken, self._thread.taken = getattr(self._thread, "taken", 0), 0
+        if taken:
+            with self._changed:
+                self._free += taken
+                self._changed.notify_all()
