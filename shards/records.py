@@ -64,19 +64,20 @@ def _integer(text: str) -> int:
     return number
 
 
-def parse(kind: type[T], value: Any, where: str, *, ignore_unknown: bool = False) -> T:
+def parse(kind: type[T], value: Any, where: str, *, at: str = "", ignore_unknown: bool = False) -> T:
     """Return a JSON value as an instance of a dataclass.
 
     Args:
         kind: the dataclass.
         value: what `json.loads` gave.
-        where: the file, for messages; it may end in ``": field settings"`` or the like for a part of one.
+        where: the file, for messages.
+        at: the field of the file that the value is, where it is not all of it.
         ignore_unknown: pass over fields that the dataclass does not have, at every level.
 
     Raises:
         ArtifactError: a field is missing, unknown, of another type or out of its range.
     """
-    parsed: T = _Parser(where, ignore_unknown).record(kind, value, "")
+    parsed: T = _Parser(where, ignore_unknown).record(kind, value, at)
     return parsed
 
 

@@ -192,7 +192,7 @@ class Table(Source):
             UnusableImage: it is not below the data set's own folders: a row could name any file of this machine.
         """
         for folder in self._folders:
-            resolved = os.path.realpath(os.path.join(folder, path))
+            resolved = os.path.realpath(os.path.join(folder, path.replace("\0", "")))
             if os.path.commonpath([folder, resolved]) == folder:
                 if os.path.exists(resolved) and not os.path.isfile(resolved):
                     raise UnusableImage("not a regular file")

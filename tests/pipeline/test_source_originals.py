@@ -124,10 +124,10 @@ def test_originals_are_found_by_key_from_any_working_directory(
 @pytest.mark.parametrize("named", ["location", "data"])
 def test_nothing_is_fetched_because_a_manifest_says_so(tmp_path: Path, location: str, says: str, named: str) -> None:
     made, keys = manifest(make("tar", tmp_path)[0].replace("*", f"{tmp_path}/*"))
-    changed = {"source": {"location": location, "kind": "webdataset-stream"}} if named == "location" else {"source": {}}
+    source = {"location": location, "kind": "webdataset-stream"} if named == "location" else {}
     settings = made.settings | {"data": location}
     with pytest.raises(StageError, match=says):
-        load_originals(dataclasses.replace(made, settings=settings, **changed), keys[:1], [0])
+        load_originals(dataclasses.replace(made, settings=settings, source=source), keys[:1], [0])
 
 
 def test_known_kinds_of_urls_are_fetched_where_asked_for_and_others_never(tmp_path: Path) -> None:

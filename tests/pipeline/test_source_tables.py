@@ -211,7 +211,17 @@ def test_a_row_cannot_name_a_file_outside_the_data_sets_folder(tmp_path: Path) -
     (tmp_path / "x" / "link.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "x" / "deep").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "x" / "pipe.png")
-    paths = ["/dev/zero", tmp_path / "secret.png", "../secret.png", "link.png", "deep/secret.png", "pipe.png", "", "."]
+    paths = [
+        "/dev/zero",
+        tmp_path / "secret.png",
+        "../secret.png",
+        "link.png",
+        "deep/secret.png",
+        "pipe.png",
+        "",
+        ".",
+        "../a\0b",
+    ]
     kept = pa.array([{"bytes": None, "path": str(path)} for path in paths], KEPT)
     parquet = write_parquet(tmp_path / "x" / "a.parquet", {"image": kept, "label": [0] * len(paths)})
     for source in (open_source(parquet), kept_as_paths(tmp_path / "x", *paths)):
