@@ -17,7 +17,6 @@ import json
 import math
 import mmap
 import os
-import re
 import threading
 import weakref
 from collections import OrderedDict
@@ -256,7 +255,8 @@ class TarShard(Shard):
         key, label = values["key"], values["label"]
         if not isinstance(key, str) or type(label) is not int:
             raise ValueError(f"row {row} has the key {key!r} and the label {label!r}")
-        key.encode()  # JSON can spell lone surrogates, which no file can hold
+        if not key.isascii():
+            key.encode()  # JSON can spell lone surrogates, which no file can hold
         return key, label
 
     def keys(self, rows: NDArray[np.int64]) -> list[str]:
@@ -274,7 +274,7 @@ def _members(tar: mmap.mmap) -> dict[str, list[tuple[int, int]]]:
             return found
         if header[156:157] != b"0" or header[257:262] != b"ustar":
             raise ValueError(f"byte {at} is no header of a plain file")
-        if not re.fullmatch(rb"[0-7]{11}", header[124:135]):  # int() would take signs, too
+        if not header[124:135].isdigit():  # int() would take signs, too
             raise ValueError(f"the size at byte {at + 124} is not a number in octal")
         size = int(header[124:135], 8)
         at += 512

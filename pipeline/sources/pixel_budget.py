@@ -7,9 +7,13 @@ with budget.in_use():                                    # of this thread's imag
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+LARGE = 16_000_000
+"""Pixels of an image whose memory goes back to the system at once."""
 
 
 class PixelBudget:
@@ -50,7 +54,21 @@ class PixelBudget:
 
     def _give_back(self) -> None:
         taken, self._thread.taken = getattr(self._thread, "taken", 0), 0
+        if taken >= LARGE and _trim is not None:
+            _trim(0)  # glibc keeps what a thread frees for that thread's own use: gigabytes, with several threads
         if taken:
             with self._changed:
                 self._free += taken
                 self._changed.notify_all()
+
+
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Return glibc's function that gives free memory back to the system; None with other C libraries."""
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return trim
+
+
+_trim = _malloc_trim()
