@@ -248,7 +248,7 @@ class ArtifactBuild:
         if recorded.is_file():
             settings = read_json(recorded)
             if not isinstance(settings, dict):
-                raise ArtifactError(f"{recorded} is damaged: expected an object; remove {self.folder} and start anew")
+                raise ArtifactError(f"{recorded} is damaged: it is {settings!r:.60}, expected an object")
             return settings
         # a kill between making the folder and writing the settings leaves this
         if self.records.is_dir() and {p.name for p in self.folder.iterdir()} == {BUILD}:

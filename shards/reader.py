@@ -393,17 +393,22 @@ class Artifact:
             )
         except ValueError as error:  # a read came back short
             raise ArtifactError(f"a shard of {self.folder} has been cut off since it was opened") from error
-        self._check_codes(drawn.codes, f"a shard of {self.folder}")
+        self._check_values(drawn.codes, drawn.labels, f"a shard of {self.folder}")
         return drawn
 
-    def _check_codes(self, codes: NDArray[np.uint16], where: str) -> None:
-        """Raises ArtifactError where a code is not in the codebook: it would be looked up past the end of a table."""
-        greatest = int(codes.max(initial=0))
-        if greatest >= self.manifest.codebook_size:
-            raise ArtifactError(
-                f"{where} holds code {greatest}; the codebook ends at {self.manifest.codebook_size - 1}. "
-                "Run the command that made it again, from an empty directory"
-            )
+    def _check_values(self, codes: NDArray[np.uint16], labels: NDArray[np.int32], where: str) -> None:
+        """Raises ArtifactError where a code or a label would be looked up past the end of a table."""
+        manifest = self.manifest
+        for what, values, table, end in (
+            ("code", codes, "codebook ends", manifest.codebook_size - 1),
+            ("label", labels, "classes end", len(manifest.class_names) - 1),
+        ):
+            for value in (int(values.min(initial=0)), int(values.max(initial=0))):
+                if value < 0 or (value > end and values.size):
+                    raise ArtifactError(
+                        f"{where} holds {what} {value}; the {table} at {end}. "
+                        "Run the command that made it again, from an empty directory"
+                    )
 
     def keys(self, rows: NDArray[np.int64]) -> list[str]:
         """The keys of some rows."""
@@ -422,7 +427,7 @@ class Artifact:
         shard.advise("WILLNEED")
         every = np.arange(shard.n_rows)
         rows = Rows(keys=shard.keys(every), labels=shard.labels(every), codes=shard.column("codes").reshape(shape))
-        self._check_codes(rows.codes, f"shard {self.folder / manifest.shards[index].name}")
+        self._check_values(rows.codes, rows.labels, f"shard {self.folder / manifest.shards[index].name}")
         if manifest.kind == "codes":
             return rows
         return dataclasses.replace(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
 SIZES = (5, 0, 4, 1)  # rows a shard
 GRID, VIEWS, N = (2, 5), 3, 10
 TOTAL = sum(SIZES)
+CLASSES = tuple(str(i) for i in range(100))
 PICKS = st.lists(st.tuples(st.integers(0, TOTAL - 1), st.integers(0, VIEWS - 1)), max_size=25)
 
 
@@ -29,7 +31,7 @@ def shard_rows(index: int, kind: Kind) -> Rows:
     shape = (SIZES[index], VIEWS, N)
     return Rows(
         keys=[f"{index}/ä {i}.jpg" for i in range(SIZES[index])],
-        labels=rng.integers(0, 2**31, SIZES[index]).astype(np.int32),
+        labels=rng.integers(0, len(CLASSES), SIZES[index]).astype(np.int32),
         codes=rng.integers(0, 2**16, shape).astype(np.uint16),
         entropy=rng.random(shape).astype(np.float16) if kind == "patches" else None,
         starts=rng.random(shape) < 0.5 if kind == "patches" else None,
@@ -52,7 +54,7 @@ def write_artifact(
             grid=grid,
             codebook_size=2**16,
             views=rows[0].codes.shape[1],
-            class_names=("a",),
+            class_names=CLASSES,
             rows=sum(len(part) for part in rows),
             shards=shards,
             settings={},
@@ -520,6 +522,19 @@ def test_codes_above_the_codebook_are_one_message_wherever_they_are_read(tmp_pat
         lambda: artifact.stream(zero, np.zeros(5, np.int64)),
     ):
         with pytest.raises(ArtifactError, match=r"shard .*a.* holds code \d+; the codebook ends at 6"):
+            read()
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("label", [-1, 100, 2**31 - 1])
+def test_labels_past_the_classes_are_one_message_wherever_they_are_read(
+    tmp_path: Path, container: Container, label: int
+) -> None:
+    rows = dataclasses.replace(shard_rows(0, "codes"), labels=np.array([0, 1, label, 3, 4], np.int32))
+    write_artifact(tmp_path / "a", container, [rows], kind="codes")
+    artifact, every = open_artifact(tmp_path / "a"), np.arange(5)
+    for read in (lambda: artifact.gather(every, every * 0), lambda: artifact.shard_rows(0)):
+        with pytest.raises(ArtifactError, match=rf"holds label {label}; the classes end at 99"):
             read()
 
 
