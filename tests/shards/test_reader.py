@@ -418,7 +418,7 @@ def tampered(home: Path, container: Container, kind: Kind = "codes") -> Path:
     return path
 
 
-def arrow_shard(path: Path, **columns: Any) -> None:
+def arrow_shard(path: Path, compression: str | None = None, **columns: Any) -> None:
     rows = SIZES[0]
     values = pa.array(np.zeros(rows * VIEWS * N, np.uint16))
     held = {
@@ -427,7 +427,7 @@ def arrow_shard(path: Path, **columns: Any) -> None:
         "codes": pa.FixedSizeListArray.from_arrays(values, VIEWS * N),
     }
     batch = pa.record_batch({name: column for name, column in {**held, **columns}.items() if column is not None})
-    with pa.ipc.new_file(path, batch.schema, options=pa.ipc.IpcWriteOptions()) as writer:
+    with pa.ipc.new_file(path, batch.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_batch(batch)
 
 
@@ -451,6 +451,23 @@ def test_an_arrow_shard_that_lies_about_itself_is_one_message(tmp_path: Path, da
         with pytest.raises(ArtifactError, match=f"{re.escape(str(path))} is damaged") as refusal:
             read()
         assert re.search(says, str(refusal.value))
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_a_compressed_arrow_shard_is_one_message_whole_or_damaged(tmp_path: Path, compression: str) -> None:
+    path = tampered(tmp_path / "a", "arrow")
+    noise = np.random.default_rng(0).integers(0, 2**16, SIZES[0] * VIEWS * N).astype(np.uint16)
+    arrow_shard(path, compression, codes=pa.FixedSizeListArray.from_arrays(pa.array(np.sort(noise)), VIEWS * N))
+    whole = path.read_bytes()
+    for at in (None, *range(0, len(whole), 7)):
+        data = bytearray(whole)
+        if at is not None:
+            data[at] ^= 255
+        path.write_bytes(data)
+        with pytest.raises(ArtifactError, match=r"00000\.arrow (is damaged: |\(its size is )") as refusal:
+            open_artifact(tmp_path / "a").shard_rows(0)
+        if at is None:
+            assert "are compressed" in str(refusal.value)
 
 
 @pytest.mark.parametrize("ends", [[0, 1, 2, 3, 4, 2**31 - 1], [0, 4, 1, 3, 2, 5], [-(2**20), 1, 2, 3, 4, 5], None])
