@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -42,7 +41,9 @@ from pipeline.settings import (
     TokenizeSettings,
     TrainSettings,
 )
+from pipeline.terminal import Terminal
 from shards.errors import ArtifactError
+from shards.files import open_regular
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -55,8 +56,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-console = Console()
-errors = Console(stderr=True)
+console = Terminal()
+errors = Terminal(stderr=True)
 
 Data = Annotated[
     str,
@@ -122,8 +123,9 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        with open_regular(path) as file:
+            values = tomllib.load(file)
+    except (OSError, ValueError, RecursionError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
     known = [p.name for p in context.command.params if p.name not in (None, "config", "help")]
     named = {key.replace("-", "_"): value for key, value in values.items()}
@@ -336,7 +338,7 @@ def inspect_artifact(
         console.print_json(data=found)
         return
     for part in tables(found):
-        table = Table(title=part.caption, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=escape(part.caption), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in part.header:
             table.add_column(escape(name))
         for row in part.rows:

@@ -67,6 +67,7 @@ PREFIX = {"inception": "", "tokenizer": "tokenizer_"}  # of precision and recall
 # Settings that do not decide a number, or that name a cell of the table.
 FREE = {"cfg_scale", "threshold", "max_length", "checkpoint", "batch", "shard_size", "device", "sheet_per_class"}
 FREE |= {"tokenizer", "entropy_model", "reference", "held_out", "inception_weights", "save_reference"}
+FREE |= {"fetch_originals"}
 
 
 def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | None = None) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class _Evaluation:
             if settings.features == "inception"
             else TokenizerFeatures(generator.tokenizer, generator.tokenizer_origin["fingerprint"], settings.batch)
         )
-        self.source = open_reference(settings.reference, self.extract)
+        self.source = open_reference(settings.reference, self.extract, settings.fetch_originals)
         self.identity = self._identity()
         take_folder(out, "eval.json", self.identity, "holds results of other weights or settings")
         self._warn()
@@ -218,7 +219,14 @@ class _Evaluation:
         try:
             with self.progress.task("compare reconstructions", len(artifact), "images") as task:
                 parts = reconstruct(
-                    generator, artifact, self.extract, folder, chunk=CHUNK, done=path.is_file, advance=task.advance
+                    generator,
+                    artifact,
+                    self.extract,
+                    folder,
+                    chunk=CHUNK,
+                    done=path.is_file,
+                    advance=task.advance,
+                    fetch=self.settings.fetch_originals,
                 )
         except StageError as error:
             self.progress.say(f"no originals: {error}")

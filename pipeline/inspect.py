@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pipeline.device import choose_device
 from pipeline.errors import StageError
 from pipeline.generate import decode
 from pipeline.originals import load_originals
-from pipeline.patch_statistics import by_compressibility, class_name
+from pipeline.patch_statistics import by_compressibility, check_statistics, class_name
 from pipeline.pictures import (
     data_uri,
     draw_patches,
@@ -48,8 +48,10 @@ from pipeline.settings import InspectSettings
 from pipeline.sources.source import nearest
 from pipeline.versions import made_by
 from pipeline.weights import load_tokenizer
+from shards.errors import ArtifactError
 from shards.manifest import MANIFEST, Manifest, write_json
 from shards.reader import Artifact, open_artifact
+from shards.records import parse
 from shards.rows import Rows
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -89,7 +91,9 @@ def inspect(
             f"{artifact} lacks statistics of its classes: an earlier version made it. `dpar patchify {artifact} NEW` "
             "makes one that has them, without a model"
         )
-    rule = PatchRule.from_dict(opened.manifest.settings)
+    if opened.manifest.kind == "patches":
+        check_statistics(opened.manifest, str(artifact / MANIFEST))
+    rule = stored_rule(opened.manifest, str(artifact / MANIFEST))
     survey = Survey.of(opened, settings.threshold, rule, progress)
     found = _numbers(opened, survey, settings)
     if out is not None:
@@ -106,6 +110,34 @@ def _check_output(out: Path, artifact: Path) -> None:
         raise StageError(f"{out} is a file; name a directory for the page and its pictures")
     if (out / MANIFEST).exists() or artifact.resolve() in (out.resolve(), *out.resolve().parents):
         raise StageError(f"{out} is part of an artifact; name another directory for the page and its pictures")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesRecord:
+    """What a patches manifest's settings hold of the codes."""
+
+    codes_settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsRecord:
+    """What a manifest holds of a model's weights."""
+
+    path: str
+    fingerprint: str
+
+
+def stored_rule(manifest: Manifest, where: str) -> PatchRule:
+    """The patch rule of a manifest, which is the file ``where``; that of codes, which have none, is never applied.
+
+    Raises:
+        ArtifactError: the settings hold values of other types, or that make no rule.
+    """
+    parse(CodesRecord, manifest.settings, where, at="settings", ignore_unknown=True)
+    try:
+        return parse(PatchRule, manifest.settings, where, at="settings", ignore_unknown=True)
+    except ModelError as error:
+        raise ArtifactError(f"{where}: field settings makes no patch rule: {error}") from error
 
 
 def starts_at(rule: PatchRule, entropy: NDArray[np.float16], threshold: float, grid_width: int) -> NDArray[np.bool_]:
@@ -145,28 +177,23 @@ class Survey:
         )
         first = 0
         with progress.task("inspect", manifest.rows, "images") as task:
-            for index, info in enumerate(manifest.shards):
+            for index in range(len(manifest.shards)):
                 rows = artifact.shard_rows(index)
-                survey._add(rows, first, thresholds, rule, manifest.grid[1], str(artifact.folder / info.name))
+                survey._add(rows, first, thresholds, rule, manifest.grid[1])
                 first += len(rows)
                 task.advance(len(rows))
         if thresholds and not survey.finite_entropies:
             raise StageError(f"{artifact.folder} holds no entropies, so --threshold has nothing to go by")
         return survey
 
-    def _add(
-        self, rows: Rows, first: int, thresholds: Sequence[float], rule: PatchRule, grid_width: int, shard: str
-    ) -> None:
+    def _add(self, rows: Rows, first: int, thresholds: Sequence[float], rule: PatchRule, grid_width: int) -> None:
         here = slice(first, first + len(rows))
         self.labels[here] = rows.labels
         self.patches[here] = 0 if rows.starts is None else np.count_nonzero(rows.starts, axis=(1, 2))
         step = max(1, BLOCK // int(np.prod(rows.codes.shape[1:])))
         for first in range(0, len(rows), step):
             block = slice(first, first + step)
-            counts = np.bincount(rows.codes[block].reshape(-1), minlength=len(self.codes))
-            if len(counts) > len(self.codes):
-                raise StageError(f"{shard} holds code {len(counts) - 1}; the codebook ends at {len(self.codes) - 1}")
-            self.codes[:] += counts
+            self.codes[:] += np.bincount(rows.codes[block].reshape(-1), minlength=len(self.codes))
             if rows.entropy is None:
                 continue
             later = np.ascontiguousarray(rows.entropy[block][..., 1:])
@@ -354,10 +381,11 @@ def _rows_of_keys(artifact: Artifact, keys: Sequence[str]) -> NDArray[np.int64]:
     return np.array([found[key] for key in keys], np.int64)
 
 
-def _tokenizer(manifest: Manifest, settings: InspectSettings) -> VQTokenizer:
-    name = settings.tokenizer or str(manifest.tokenizer["path"])
+def _tokenizer(manifest: Manifest, settings: InspectSettings, where: str) -> VQTokenizer:
+    recorded = parse(WeightsRecord, manifest.tokenizer, where, at="tokenizer", ignore_unknown=True)
+    name = settings.tokenizer or recorded.path
     try:
-        tokenizer = load_tokenizer(name, manifest.tokenizer["fingerprint"])
+        tokenizer = load_tokenizer(name, recorded.fingerprint)
     except ModelError as error:
         hint = "" if settings.tokenizer else "; say with --tokenizer where it is now, or draw nothing with --images 0"
         raise StageError(f"the tokenizer cannot be loaded: {error}{hint}") from error
@@ -399,8 +427,9 @@ def _draw(
     batch = artifact.gather(rows, view)
     keys = artifact.keys(rows)
     names = [class_name(manifest.class_names, int(label)) for label in batch.labels]
-    images = decode(_tokenizer(manifest, settings), batch.codes, manifest.grid, batch=settings.batch)
-    originals = _originals(manifest, keys, view, images.shape, notes)
+    tokenizer = _tokenizer(manifest, settings, str(artifact.folder / MANIFEST))
+    images = decode(tokenizer, batch.codes, manifest.grid, batch=settings.batch)
+    originals = _originals(manifest, keys, view, images.shape, notes, settings.fetch_originals)
     quality = None if originals is None else psnr(torch.from_numpy(images), torch.from_numpy(originals)).tolist()
     measured = batch.entropy if survey.finite_entropies else None
     scale = survey.entropy_scale
@@ -446,11 +475,16 @@ def _draw(
 
 
 def _originals(
-    manifest: Manifest, keys: Sequence[str], view: NDArray[np.int64], shape: tuple[int, ...], notes: list[str]
+    manifest: Manifest,
+    keys: Sequence[str],
+    view: NDArray[np.int64],
+    shape: tuple[int, ...],
+    notes: list[str],
+    fetch: bool,
 ) -> NDArray[np.uint8] | None:
     """The originals as large as the decoded images; None, with a note, where they cannot be had."""
     try:
-        originals = load_originals(manifest, keys, view)
+        originals = load_originals(manifest, keys, view, fetch=fetch)
     except StageError as error:
         notes.append(f"Originals are not shown: {error}")
         return None

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from pipeline.terminal import Terminal
+
 LINE_EVERY = 5.0  # seconds between lines where there is no terminal
 CTRL_C, WARNED = 130, 75  # exit statuses after a signal; 75 is EX_TEMPFAIL: to be gone on with
 STATUSES = {signal.SIGINT: CTRL_C, signal.SIGTERM: WARNED, signal.SIGUSR1: WARNED}
@@ -105,7 +107,8 @@ class Task:
             if self._total is not None:
                 left = (self._total - self._done) / rate if rate > 0 else 0.0
                 text = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:,.1f}/s, {left:,.0f} s left"
-            self._console.print(text + (f", {self._note}" if self._note else ""), soft_wrap=True, highlight=False)
+            text += f", {self._note}" if self._note else ""
+            self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 class Progress:
@@ -113,22 +116,22 @@ class Progress:
 
     def __init__(self, console: Console | None = None, quiet: bool | None = None) -> None:
         """Reports on ``console``; ``quiet`` says nothing, None all but the first of ``torchrun``'s processes."""
-        self.console = console or Console(stderr=True)
+        self.console = console or Terminal(stderr=True)
         self.quiet = os.environ.get("RANK", "0") != "0" if quiet is None else quiet
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
         """A bar (or lines) for one piece of work."""
         if self.quiet:
-            yield Task(None, Console(quiet=True), title, total, unit)
+            yield Task(None, Terminal(quiet=True), title, total, unit)
         elif self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}  {task.fields[rate]}"),
+                TextColumn("{task.fields[unit]}  {task.fields[rate]}", markup=False),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             with Bars(*columns, console=self.console) as bars:
                 yield Task(bars, self.console, title, total, unit)

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.plots import plot_cells
 from pipeline.progress import Progress
 from pipeline.share import replacing, share
+from pipeline.terminal import ESCAPES
 from shards.manifest import write_json
 
 # Columns of a cell's numbers, in order: key, heading, format. Those that no cell has are left out.
@@ -62,8 +63,16 @@ def _csv(cells: list[dict[str, Any]]) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(cells)
+    writer.writerows({name: _plain(value) for name, value in cell.items()} for cell in cells)
     return stream.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """A value that a spreadsheet takes for nothing but text or a number, on one line."""
+    if not isinstance(value, str):
+        return value
+    line = value.translate(ESCAPES).replace("\n", "\\u000a")
+    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
 
 
 def markdown(results: dict[str, Any]) -> str:

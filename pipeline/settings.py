@@ -28,6 +28,9 @@ Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA where there is o
 Compute = Annotated[Precision, "Of the arithmetic; auto is bf16 where the device is faster with it."]
 Seed = Annotated[int, "All randomness comes from it."]
 Split = Annotated[str | None, "Part of the data: a subfolder such as train or val; train or validation of the photos."]
+FetchOriginals = Annotated[
+    bool, "Fetch originals over the network, where the artifact's manifest says that they are: trust who made it."
+]
 Classes = Annotated[tuple[str, ...], "Only this class; repeat for several. (default: all)"]
 
 
@@ -344,6 +347,7 @@ class EvalSettings(SamplingSettings):
     )
     save_reference: Annotated[Path | None, "Write the reference's statistics to this .npz, to be a --reference."] = None
     sheet_per_class: Annotated[int, "Samples of each class on the sheets."] = 4
+    fetch_originals: FetchOriginals = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -426,6 +430,7 @@ class InspectSettings:
     keys: Annotated[tuple[str, ...], "Draw the image of this key; repeat for several."] = ()
     threshold: Annotated[tuple[float, ...], "τ, nats: patches at this threshold too; repeat for several."] = ()
     tokenizer: Annotated[str | None, "Weights to decode with. (default: those that made the codes)"] = None
+    fetch_originals: FetchOriginals = False
     verify: Annotated[bool, "Check the SHA-256 of every shard."] = False
     batch: Annotated[int, "Images decoded at once."] = 32
     device: Device = "auto"

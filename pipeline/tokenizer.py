@@ -28,6 +28,7 @@ from pipeline.run import RunFolder
 from pipeline.schedule import learning_rate
 from pipeline.settings import TokenizerSettings
 from pipeline.sources import Source, UnusableImage, open_source
+from pipeline.sources.decode import budget
 from shards.order import TrainingOrder
 
 LARGEST_ZOOM = 1.2  # short side before the random crop, as a multiple of the crop
@@ -184,7 +185,8 @@ class RandomCrops:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, step * 65_536 + place]))
         for i in range(len(self.source)):
             try:
-                return random_crop(self.source.load((row + i) % len(self.source)), self.size, rng)
+                with budget.in_use():
+                    return random_crop(self.source.load((row + i) % len(self.source)), self.size, rng)
             except UnusableImage:
                 continue  # the next one that can be used stands in
         raise StageError("none of the images can be used; `dpar tokenize` lists the reasons")

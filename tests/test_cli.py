@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from cli import app
 from dpar import VQConfig, VQTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +130,15 @@ def test_a_config_file_that_cannot_be_meant_is_wrong_usage(tmp_path: Path, conte
     config = tmp_path / "c.toml"
     config.write_text(content)
     assert says in dpar("flops", "--config", config, status=2)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_config_file_that_is_a_pipe_or_a_device_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "c.toml")
+    for config in (tmp_path / "c.toml", "/dev/zero"):
+        found = CliRunner().invoke(app, ["flops", "--config", str(config)], env={"COLUMNS": "200"})
+        assert found.exit_code == 2
+        assert "not a regular file" in found.output
 
 
 def test_wrong_input_gets_one_message_and_a_status(tmp_path: Path, pictures: Path, tokenizer: Path) -> None:
