@@ -37,7 +37,7 @@ def require(condition: bool, message: str) -> None:
 
 
 LARGEST = 2**31 - 1  # of whole numbers: seeds times steps, and indices, stay below 64 bits
-LARGEST_BATCH = 2**20  # of what is held in memory at the same time
+LARGEST_BATCH = 2**16  # of what is held in memory at the same time
 BATCHES = ("batch", "micro_batch", "sheet", "workers", "image_size")
 
 
@@ -47,7 +47,7 @@ def at_least(settings: object, low: float, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None:
             option = "--" + name.replace("_", "-")
-            shown = value if abs(value) < 1e15 else "a number of too many digits"
+            shown = value if isinstance(value, float) or abs(value) < 10**15 else "a number of too many digits"
             require(value >= low and value < math.inf, f"{option} is {shown}; it must be at least {low:g}")
             high = LARGEST_BATCH if name in BATCHES else LARGEST
             require(value <= high or isinstance(value, float), f"{option} is {shown}; it must be at most {high}")
