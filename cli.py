@@ -158,7 +158,7 @@ def build_settings(settings_class: type[Any], chosen: dict[str, Any]) -> Any:
     try:
         return settings_class(**given)
     except StageError as error:
-        if not claim_error_report():
+        if not claim_error_report(error):
             raise typer.Exit(2) from None
         fail(str(error), 2)
 
@@ -178,7 +178,7 @@ class readable_errors:
             if not first_process():  # all of them stopped at the same step; one says so
                 raise typer.Exit(error.status)
             fail(str(error), error.status, lead="")
-        if isinstance(error, (Exception, KeyboardInterrupt)) and not claim_error_report():
+        if isinstance(error, (Exception, KeyboardInterrupt)) and not claim_error_report(error):
             raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 1)
         if isinstance(error, (StageError, ArtifactError, ModelError)):
             fail(str(error), 1)

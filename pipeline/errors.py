@@ -20,15 +20,17 @@ class PeerEnded(StageError):
     """A process of this run lost another one, which has said why it ended."""
 
 
-def claim_error_report() -> bool:
-    """Return whether this process is the first on this machine to report an error, of those ``torchrun`` started.
+def claim_error_report(error: BaseException) -> bool:
+    """Return whether this process is to report ``error``: of those that ``torchrun`` started, one on each machine does.
 
-    True for a process of its own. A process that loses its peers fails after the one that caused it, so the first
-    report is the cause.
+    A process that only lost its peers leaves it to them, and to torchrun where they were killed. True for a process
+    of its own.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # ATTEMPT/RANK/error.json, removed by torchrun at its end
     if not error_file:
         return True
+    if isinstance(error, PeerEnded):
+        return False
     try:
         os.close(os.open(Path(error_file).parent.parent / "dpar-error-reported", os.O_CREAT | os.O_EXCL))
     except FileExistsError:

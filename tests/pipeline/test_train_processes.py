@@ -112,19 +112,67 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(patches: Path, tmp_p
     assert metrics(out)[-1]["step"] == step
 
 
-@pytest.mark.slow
-def test_ctrl_c_under_torchrun_saves_one_step_in_all_processes(patches: Path, tmp_path: Path) -> None:
-    out = tmp_path / "stopped"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    settings = options(chosen(steps=500, checkpoint_every=1000))
-    process = subprocess.Popen(
-        [*launcher, "-m", "cli", "train", str(patches), str(out), *settings],
+def torchrun(patches: Path, out: Path, module: str = "torch.distributed.run", **values: Any) -> Any:
+    """``dpar train`` in two processes that torchrun, or ours, starts."""
+    launcher = [sys.executable, "-m", module, "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*launcher, "-m", "cli", "train", str(patches), str(out), *options(chosen(**values))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500"},
-        cwd=tmp_path,
+        cwd=patches.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_or_of_the_first_is_printed_once(patches: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    run(patches, out, steps=1)
+    for values in ({"steps": 1, "lr": 5e-4}, {"steps": 1, "batch": 3}):  # found by the first one; by all
+        process = torchrun(patches, out, **values)
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 1
+        assert [line[:7] for line in errors.splitlines()].count("Error: ") == 1, errors
+        assert "another process of this run has ended" not in errors
+
+
+@pytest.mark.slow
+def test_dpar_torchrun_ends_with_the_status_of_the_signal_or_the_error_and_no_traceback(
+    patches: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a"
+    process = torchrun(patches, out, "pipeline.torchrun", steps=500, checkpoint_every=1000)
+    while process.poll() is None and lines_of(out) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 75, errors
+    assert errors.count("Stopped. Step ") == 1
+    assert "Traceback" not in errors
+    (name,) = saved(out)
+    assert metrics(out)[-1]["step"] == int(name.removeprefix("step-"))
+    process = torchrun(patches, out, "pipeline.torchrun", steps=500, batch=3)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_one_process_prints_the_summary_and_only_one_holds_the_run(patches: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    process = torchrun(patches, out, steps=2)
+    printed, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert printed.count("step 2, bits/token") == 1
+    assert errors.count("weights: ") == 1
+    assert "Warning: `broadcast_buffers`" not in errors
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_saves_one_step_in_all_processes(patches: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    process = torchrun(patches, out, steps=500, checkpoint_every=1000)
     while process.poll() is None and lines_of(out) < 3:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
