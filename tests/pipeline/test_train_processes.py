@@ -18,6 +18,7 @@ from tests.pipeline.training import (
     EXACT,
     build,
     chosen,
+    command,
     digests,
     ends,
     largest_difference,
@@ -135,6 +136,21 @@ def test_an_error_of_all_processes_or_of_the_first_is_printed_once(patches: Path
         assert process.returncode == 1
         assert [line[:7] for line in errors.splitlines()].count("Error: ") == 1, errors
         assert "another process of this run has ended" not in errors
+
+
+@pytest.mark.slow
+def test_a_second_command_on_a_run_is_refused_and_a_killed_one_blocks_nothing(patches: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    first = command(patches, out, steps=500, checkpoint_every=1000)
+    while first.poll() is None and lines_of(out) < 1:
+        time.sleep(0.01)
+    (refusal,) = ends([command(patches, out, steps=500, checkpoint_every=1000)], 1)
+    assert f"Error: {out} is in use by process {first.pid} on " in refusal
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    ends([command(patches, out, steps=2, override=True)])
+    assert [line["step"] for line in metrics(out)] == [1, 2]
 
 
 @pytest.mark.slow
