@@ -139,6 +139,23 @@ def test_an_error_of_all_processes_or_of_the_first_is_printed_once(patches: Path
 
 
 @pytest.mark.slow
+def test_a_share_that_one_process_finds_changed_makes_all_resume_from_the_checkpoint_before(
+    patches: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a"
+    settings: dict[str, Any] = {"steps": 2, "checkpoint_every": 1, "fsdp": True}
+    ends(together(patches, out, **settings))
+    before = digests(out)
+    share = out / "checkpoints" / "step-00000002" / "shard-00002-model-00001-of-00001.safetensors"
+    content = bytearray(share.read_bytes())
+    content[-100] ^= 1
+    share.write_bytes(content)
+    messages, _ = ends(together(patches, out, **settings))
+    assert f"step-00000002 is damaged: {share.name} has changed since it was written" in messages
+    assert digests(out) == before
+
+
+@pytest.mark.slow
 def test_a_second_command_on_a_run_is_refused_and_a_killed_one_blocks_nothing(patches: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     first = command(patches, out, steps=500, checkpoint_every=1000)
