@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpar.errors import ModelError
-from pipeline.errors import StageError
+from pipeline.errors import StageError, claim_error_report
 from pipeline.settings import (
     ConvertSettings,
     EntropySettings,
@@ -124,8 +124,10 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         return None
     try:
         with open_regular(path) as file:
-            values = tomllib.load(file)
-    except (OSError, ValueError, RecursionError) as error:
+            values = tomllib.loads(file.read().decode("utf-8"))
+    except RecursionError:
+        raise typer.BadParameter(f"{path} cannot be read: it is nested too deeply") from None
+    except (OSError, ValueError) as error:  # not UTF-8, not TOML, or a number of thousands of digits
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
     known = [p.name for p in context.command.params if p.name not in (None, "config", "help")]
     named = {key.replace("-", "_"): value for key, value in values.items()}
@@ -159,6 +161,8 @@ def build_settings(settings_class: type[Any], chosen: dict[str, Any]) -> Any:
     try:
         return settings_class(**given)
     except StageError as error:
+        if not claim_error_report(error):
+            raise typer.Exit(2) from None
         fail(str(error), 2)
 
 
@@ -173,12 +177,14 @@ class readable_errors:
 
         if error is None or isinstance(error, (typer.Exit, typer.Abort, SystemExit)) or os.environ.get("DPAR_DEBUG"):
             return
-        if isinstance(error, (StageError, ArtifactError, ModelError)):
-            fail(str(error), 1)
         if isinstance(error, Stopped):
             if not first_process():  # all of them stopped at the same step; one says so
                 raise typer.Exit(error.status)
             fail(str(error), error.status, lead="")
+        if isinstance(error, (Exception, KeyboardInterrupt)) and not claim_error_report(error):
+            raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        if isinstance(error, (StageError, ArtifactError, ModelError)):
+            fail(str(error), 1)
         if isinstance(error, KeyboardInterrupt):
             fail("Stopped. What was finished is kept; run the same command again to go on.", 130, lead="")
         if isinstance(error, OSError):

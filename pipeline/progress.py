@@ -1,4 +1,4 @@
-"""What a stage shows while it works: bars on a terminal, one line every few seconds elsewhere.
+"""What a stage shows while it works: bars on a terminal; elsewhere a line at every tenth and every 30 seconds.
 
 progress = Progress()
 with progress.task("tokenize", total=2048, unit="images") as task:
@@ -20,7 +20,8 @@ from rich.progress import Progress as Bars
 
 from pipeline.terminal import Terminal
 
-LINE_EVERY = 5.0  # seconds between lines where there is no terminal
+LINE_EVERY = 30.0  # seconds between lines where there is no terminal, at most
+LINES = 10  # over a task of known size, at least
 CTRL_C, WARNED = 130, 75  # exit statuses after a signal; 75 is EX_TEMPFAIL: to be gone on with
 STATUSES = {signal.SIGINT: CTRL_C, signal.SIGTERM: WARNED, signal.SIGUSR1: WARNED}
 
@@ -76,6 +77,7 @@ class Task:
         self._bars, self._console = bars, console
         self._title, self._total, self._unit = title, total, unit
         self._done, self._note = 0, ""
+        self._tenths = 0  # that a line has been printed for
         self._began = self._spoke = time.monotonic()
         self._start = 0
         self._id = bars.add_task(title, total=total, unit=unit, note="", rate="") if bars else None
@@ -83,6 +85,7 @@ class Task:
     def begin_at(self, done: int) -> None:
         """Says that ``done`` was finished in an earlier run, so that the rate is this run's."""
         self._done = self._start = done
+        self._tenths = self._tenth()
         if self._bars is not None and self._id is not None:
             self._bars.update(self._id, completed=done)
 
@@ -90,6 +93,7 @@ class Task:
         """Counts ``n`` more as done by others or in an earlier run: they do not add to the rate."""
         self._done += n
         self._start += n
+        self._tenths = self._tenth()
         if self._bars is not None and self._id is not None:
             self._bars.update(self._id, completed=self._done)
 
@@ -101,14 +105,17 @@ class Task:
         rate = (self._done - self._start) / max(now - self._began, 1e-9)
         if self._bars is not None and self._id is not None:
             self._bars.update(self._id, completed=self._done, note=self._note, rate=f"{rate:,.1f} {self._unit}/s")
-        elif now - self._spoke >= LINE_EVERY or (self._total is not None and self._done >= self._total):
-            self._spoke = now
+        elif now - self._spoke >= LINE_EVERY or self._tenth() > self._tenths:
+            self._spoke, self._tenths = now, self._tenth()
             text = f"{self._title}: {self._done} {self._unit}, {rate:,.1f}/s"
             if self._total is not None:
                 left = (self._total - self._done) / rate if rate > 0 else 0.0
                 text = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:,.1f}/s, {left:,.0f} s left"
             text += f", {self._note}" if self._note else ""
             self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def _tenth(self) -> int:
+        return self._done * LINES // self._total if self._total else 0
 
 
 class Progress:

@@ -40,13 +40,21 @@ def require(condition: bool, message: str) -> None:
         raise StageError(message)
 
 
+LARGEST = 2**31 - 1  # of whole numbers: seeds times steps, and indices, stay below 64 bits
+LARGEST_BATCH = 2**16  # of what is held in memory at the same time
+BATCHES = ("batch", "micro_batch", "sheet", "workers", "image_size")
+
+
 def at_least(settings: object, low: float, *names: str) -> None:
-    """Raises StageError where one of the named numbers is below ``low``, or not finite."""
+    """Raise StageError if one of the named numbers is below ``low``, not finite, or larger than any use of it."""
     for name in names:
         value = getattr(settings, name)
         if value is not None:
             option = "--" + name.replace("_", "-")
-            require(math.isfinite(value) and value >= low, f"{option} is {value}; it must be at least {low:g}")
+            shown = value if isinstance(value, float) or abs(value) < 10**15 else "a number of too many digits"
+            require(value >= low and value < math.inf, f"{option} is {shown}; it must be at least {low:g}")
+            high = LARGEST_BATCH if name in BATCHES else LARGEST
+            require(value <= high or isinstance(value, float), f"{option} is {shown}; it must be at most {high}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """A sheet of samples while a model trains: the same classes with the same random numbers each time, patches drawn.
 
+Each picture has the name of its class below it.
+
 painter = Painter.load(manifest, images=8, seed=0, precision="auto", device=device)    # None: no tokenizer here
 painter.draw(model, run.sheets / "step-00002000.png")
 """
@@ -24,7 +26,7 @@ from dpar.tokenizer import VQTokenizer
 from pipeline.device import Precision, autocast
 from pipeline.errors import StageError
 from pipeline.generate import decode, trained_rule
-from pipeline.pictures import draw_patches, enlarge, png_bytes, scale_for, sheet
+from pipeline.pictures import captioned, draw_patches, enlarge, png_bytes, scale_for, sheet
 from pipeline.progress import Progress
 from pipeline.weights import load_entropy_model, load_tokenizer
 
@@ -105,6 +107,9 @@ class Painter:
         pictures = [
             draw_patches(image, own, grid, scale) if isinstance(model, DPAR) else enlarge(image, scale)
             for image, own in zip(pixels, starts.cpu().numpy(), strict=True)
+        ]
+        pictures = [
+            captioned(picture, self.class_names[label]) for picture, label in zip(pictures, labels, strict=True)
         ]
         rows = [pictures[i : i + COLUMNS] for i in range(0, len(pictures), COLUMNS)]
         path.parent.mkdir(exist_ok=True)

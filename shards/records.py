@@ -49,12 +49,23 @@ def read_json(path: Path) -> Any:
     """
     try:
         with open_regular(path) as file:
-            values = json.loads(file.read().decode("utf-8"), parse_int=_integer)
-        json.dumps(values, ensure_ascii=False).encode()  # JSON can spell lone surrogates, which no file can hold
+            data = file.read()
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Return the JSON value in ``data``, which is the file or line ``where``.
+
+    Raises:
+        ArtifactError: it is not JSON that this package could have written.
+    """
+    try:
+        values = json.loads(data.decode("utf-8"), parse_int=_integer)
+        json.dumps(values, ensure_ascii=False).encode()  # JSON can spell lone surrogates, which no file can hold
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged: it is not valid JSON ({error})") from error
+        raise ArtifactError(f"{where} is damaged: it is not valid JSON ({error})") from error
     return values
 
 
