@@ -452,8 +452,4 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def main() -> None:
     """The entry point of the ``dpar`` command."""
-    sys.exit(app())
-
-
-if __name__ == "__main__":
-    main()
+    sys.exit(app(prog_name="dpar"))

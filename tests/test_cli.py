@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 def dpar(*arguments: object, status: int = 0, cwd: Path | None = None, **environment: str) -> str:
     """Runs the command as a user would, and gives what it printed."""
-    command = [sys.executable, "-m", "cli", *(str(a) for a in arguments)]
+    command = [sys.executable, "-m", "dpar", *(str(a) for a in arguments)]
     env = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
     assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -79,6 +79,16 @@ def test_the_five_commands_run_from_a_folder_of_images_to_scores(
     assert "2 images" in said
     assert len(list((tmp_path / "pictures" / "images" / "0001-bee").glob("*.png"))) == 2
     assert "tokens a view" in dpar("inspect", tmp_path / "patches", "--images", 0, "--verify")
+
+
+def test_a_cli_py_of_the_users_never_stands_in_for_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "cli.py").write_text("raise SystemExit('not this one')")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    for before in ([], launcher):
+        command = [sys.executable, *before, "-m", "dpar", "flops", "--model", "dpar-b", "--json"]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert '"model": "dpar-b"' in done.stdout
 
 
 def test_help_answers_without_loading_torch() -> None:
@@ -173,14 +183,19 @@ def test_the_demo_makes_its_report_from_the_installed_wheel_outside_the_checkout
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
-    where = "import cli, dpar, pipeline; print(cli.__file__, dpar.__file__, pipeline.__file__)"
+    assert not list(site.glob("cli*"))  # a name that anybody may use
+    where = "import dpar, pipeline, dpar.command.cli as c; print(dpar.__file__, pipeline.__file__, c.__file__)"
     installed = os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
     used = subprocess.run([sys.executable, "-c", where], check=True, capture_output=True, text=True, env=installed)
     assert all(path.startswith(str(site)) for path in used.stdout.split())
+    (tmp_path / "cli.py").write_text("raise SystemExit('not this one')")
+    assert "dpar-b" in dpar("flops", cwd=tmp_path, PYTHONPATH=str(site))
+    script = [sys.executable, str(site / "bin" / "dpar"), "flops"]
+    assert b"dpar-b" in subprocess.run(script, check=True, capture_output=True, cwd=tmp_path, env=installed).stdout
     said = dpar("demo", "out", "--tiny", cwd=tmp_path, PYTHONPATH=str(site), PYTHONSAFEPATH="1")
     report = (tmp_path / "out" / "report.html").read_text()
     assert "bits per token" in report
-    assert "http" not in report.replace("http://www.w3.org", "")  # nothing is fetched
+    assert "://" not in report.replace("http://www.w3.org", "")  # nothing is fetched; pictures' base64 has no colon
     for name in ("reconstructions-1", "patches", "dpar-samples-cfg-1", "dpar-samples-cfg-2", "llamagen-samples-cfg-2"):
         assert (tmp_path / "out" / "pictures" / f"{name}.png").is_file()
     assert "$ dpar train out/patches out/dpar --model dpar-tiny" in said

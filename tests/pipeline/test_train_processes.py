@@ -118,7 +118,7 @@ def test_ctrl_c_under_torchrun_saves_one_step_in_all_processes(patches: Path, tm
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     settings = options(chosen(steps=500, checkpoint_every=1000))
     process = subprocess.Popen(
-        [*launcher, "-m", "cli", "train", str(patches), str(out), *settings],
+        [*launcher, "-m", "dpar", "train", str(patches), str(out), *settings],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500"},
         cwd=tmp_path,
         stdout=subprocess.PIPE,

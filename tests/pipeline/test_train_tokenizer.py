@@ -48,7 +48,7 @@ def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
         f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(settings).items() if isinstance(v, int | str)
     ]
     options += ["--classes=cat", "--classes=coffee"]
-    command = [sys.executable, "-m", "cli", "tokenizer", "builtin:photos", str(tmp_path / "broken"), *options]
+    command = [sys.executable, "-m", "dpar", "tokenizer", "builtin:photos", str(tmp_path / "broken"), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "broken").glob("checkpoints/step-*/checkpoint.json")) and process.poll() is None:
         time.sleep(0.02)
