@@ -1,7 +1,7 @@
 """The command line: parses, calls a stage, renders what it gives. No logic lives here.
 
     dpar tokenize | entropy | patchify | train | eval        the five stages, in order
-    dpar tokenizer | sample | probe | inspect | convert | flops | demo   what people need around them
+    dpar train-tokenizer | sample | probe | inspect | convert | flops | demo   what people need around them
 
 Options are made from the stages' settings (``pipeline/settings.py``); ``--config FILE.toml`` takes the same names.
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C, 75 stopped training on SIGTERM or SIGUSR1.
@@ -38,9 +38,9 @@ from pipeline.settings import (
     PatchifySettings,
     ProbeSettings,
     SampleSettings,
-    TokenizerSettings,
     TokenizeSettings,
     TrainSettings,
+    TrainTokenizerSettings,
 )
 from shards.errors import ArtifactError
 
@@ -271,13 +271,13 @@ def evaluate(
         console.print(f"results: {out / 'results.json'}", markup=False, highlight=False)
 
 
-@app.command()
-@stage(TokenizerSettings)
-def tokenizer(data: Data, out: Out, settings: TokenizerSettings) -> None:
+@app.command(name="train-tokenizer")
+@stage(TrainTokenizerSettings)
+def train_tokenizer(data: Data, out: Out, settings: TrainTokenizerSettings) -> None:
     """Train a VQ tokenizer of LlamaGen's architecture on own images."""
-    from pipeline.tokenizer import train_tokenizer
+    from pipeline.train_tokenizer import train_tokenizer as run
 
-    train_tokenizer(data, out, settings)
+    run(data, out, settings)
 
 
 @app.command()

@@ -47,7 +47,7 @@ def at_least(settings: object, low: float, *names: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerSettings:
+class TrainTokenizerSettings:
     """Training a VQ tokenizer."""
 
     model: Annotated[str, "Preset: vq-16 and vq-8 are LlamaGen's; vq-8-tiny is small."] = "vq-8-tiny"

@@ -104,7 +104,7 @@ def test_every_command_has_help_for_every_option() -> None:
     command = get_command(cli.app)
     commands = command.commands  # type: ignore[attr-defined]
     assert {"tokenize", "entropy", "patchify", "train", "eval"} <= set(commands)
-    assert {"tokenizer", "sample", "inspect", "flops", "demo"} <= set(commands)
+    assert {"train-tokenizer", "sample", "inspect", "flops", "demo"} <= set(commands)
     for name, one in commands.items():
         assert one.help, name
         for parameter in one.params:
