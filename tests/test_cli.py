@@ -1,9 +1,11 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,16 +98,72 @@ def test_help_answers_without_loading_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
-def test_every_command_has_help_for_every_option() -> None:
+def commands() -> dict[str, Any]:
     from typer.main import get_command
 
     import cli
 
-    command = get_command(cli.app)
-    commands = command.commands  # type: ignore[attr-defined]
-    assert {"tokenize", "entropy", "patchify", "train", "eval"} <= set(commands)
-    assert {"train-tokenizer", "sample", "inspect", "flops", "demo"} <= set(commands)
-    for name, one in commands.items():
+    return dict(get_command(cli.app).commands)  # type: ignore[attr-defined]
+
+
+def help_of(command: str) -> str:
+    from typer.testing import CliRunner
+
+    import cli
+
+    return CliRunner().invoke(cli.app, [*command.split(), "--help"], env={"COLUMNS": "80"}, prog_name="dpar").output
+
+
+def test_help_fits_80_columns_and_names_every_option_in_full() -> None:
+    for name, command in commands().items():
+        lines = help_of(name).splitlines()
+        assert max(map(len, lines)) <= 80, name
+        listed = {word for line in lines if line.startswith("  --") for word in line.split()}
+        assert {option for p in command.params for option in p.opts if option.startswith("--")} <= listed, name
+    assert max(map(len, help_of("").splitlines())) <= 80
+    assert "..." not in help_of("").split("Commands:")[1]  # one line says what each command does
+
+
+def test_help_lists_options_under_headings_those_that_must_be_given_first() -> None:
+    from pipeline.settings import GROUPS
+
+    for name in commands():
+        headings = [line[:-1] for line in help_of(name).splitlines() if line.endswith(":") and line[0] not in " U"]
+        known = ["Arguments", "Required", *GROUPS, "Options", "Examples"]
+        assert headings == [heading for heading in known if heading in headings], name
+        options = help_of(name).split("\nOptions:\n")[1].split("\nExamples:\n")[0]
+        ungrouped = {line.split()[0] for line in options.splitlines() if line.startswith("  -")}
+        assert ungrouped <= {"--config", "-h,", "--tiny"}, name
+
+
+def test_help_ends_in_two_examples_that_are_commands() -> None:
+    import cli
+
+    assert set(cli.EXAMPLES) == {"dpar", *commands()}
+    for name, examples in cli.EXAMPLES.items():
+        assert help_of(name if name in commands() else "").rstrip().splitlines()[-2:] == [f"  {e}" for e in examples]
+        for example in examples:
+            check_command(example)
+
+
+def check_command(line: str) -> None:
+    """Parses a command line of ``dpar``, or of ``torchrun -m dpar``, without running it."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "torchrun":
+        words = words[words.index("-m") + 1 :]
+    assert words[0] == "dpar", line
+    assert words[1] in commands(), line
+    commands()[words[1]].make_context(words[1], words[2:])  # raises for what is not an option, or not of its type
+
+
+def test_the_version_is_printed() -> None:
+    assert dpar("--version").startswith("dpar ")
+
+
+def test_every_command_has_help_for_every_option() -> None:
+    assert {"tokenize", "entropy", "patchify", "train", "eval"} <= set(commands())
+    assert {"train-tokenizer", "sample", "inspect", "flops", "demo"} <= set(commands())
+    for name, one in commands().items():
         assert one.help, name
         for parameter in one.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"
