@@ -543,7 +543,7 @@ def summary(manifest: Manifest | None, out: Path) -> None:
     if manifest is None or not first_process():
         return
     lines = [f"{manifest.rows} images, {manifest.views} views each, {len(manifest.class_names)} classes: {out}"]
-    if manifest.statistics:
+    if manifest.kind == "patches":
         from pipeline.patch_statistics import summary as patch_summary
 
         lines += patch_summary(manifest.statistics)

@@ -231,6 +231,7 @@ def _numbers(artifact: Artifact, survey: Survey, settings: InspectSettings) -> d
         "tokenizer": manifest.tokenizer,
         "entropy_model": manifest.entropy_model,
         "left_out": manifest.left_out,
+        "reconstruction": manifest.statistics.get("reconstruction"),
         "verified": settings.verify,
         "fingerprint": manifest.fingerprint(),
         "settings": manifest.settings,
@@ -539,6 +540,9 @@ def _table_artifact(found: dict[str, Any]) -> Table:
         ("source", _source(found["source"])),
         ("tokenizer", _model(found["tokenizer"])),
     ]
+    if found["reconstruction"]:
+        measured = found["reconstruction"]
+        rows.append(("reconstruction", f"{measured['psnr']:.1f} dB PSNR, mean of {measured['images']} images"))
     if found["kind"] == "patches":
         rows.append(("entropy model", _model(found["entropy_model"])))
     return Table(f"{found['kind'].capitalize()} in {found['artifact']}", ("property", "value"), rows)

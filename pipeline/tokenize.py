@@ -11,6 +11,7 @@ function of its images alone, whoever computes them and after whatever history.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -24,11 +25,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpar.tokenizer import VQTokenizer, from_uint8
+from dpar.tokenizer import VQTokenizer, from_uint8, psnr, to_uint8
 from pipeline.ahead import ahead
 from pipeline.device import autocast, choose_device, precision_name, rank, world_size
 from pipeline.errors import StageError
 from pipeline.progress import Progress, Task, stops_with
+from pipeline.reconstruction_sample import (
+    SHARD_KEY,
+    merge_reconstruction,
+    reconstruction_lines,
+    sampled_positions,
+)
 from pipeline.settings import TokenizeSettings
 from pipeline.sources import Source, UnusableImage, open_source
 from pipeline.sources.source import Item
@@ -36,7 +43,7 @@ from pipeline.versions import made_by
 from pipeline.views import n_views, views
 from pipeline.weights import fingerprint_of, load_tokenizer
 from shards.build import LEFT_OUT, ArtifactBuild
-from shards.manifest import LeftOut, Manifest, ShardInfo
+from shards.manifest import MANIFEST, LeftOut, Manifest, ShardInfo
 from shards.rows import Rows
 
 CROPS_AHEAD = 256 * 2**20  # bytes of crops that wait for the encoder, at most
@@ -129,12 +136,14 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
             settings=decides,
             source=source.describe(),
             tokenizer={"path": settings.tokenizer, "fingerprint": decides["tokenizer"]},
+            statistics=merge_reconstruction(shards),
             left_out=len(left),
             made_by=made_by(),
         )
 
     if build.finished is not None:
         check_strict(build.finished.shards)
+        say_all(progress, reconstruction_lines(build.finished))
         return build.finished
     keeps = f"Stopped. Finished shards are kept in {out}; run the same command again to go on."
     try:
@@ -144,16 +153,25 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
             progress.task("tokenize", source.n_items, "images") as task,
         ):
             write_shards(build, source, encoder, settings, task)
+        is_last = not (out / MANIFEST).is_file()  # of the processes, as far as this one can tell
         manifest = build.finish(make_manifest)
     finally:
         build.close()
-    if manifest is None:
+    if manifest is not None:
+        say_all(progress, reconstruction_lines(manifest), from_any_process=is_last)
+    else:
         n = build.remaining()
         progress.say(
             f"{n} {'shard is' if n == 1 else 'shards are'} still being written by other processes; "
             "the last one to finish writes the manifest"
         )
     return manifest
+
+
+def say_all(progress: Progress, lines: Sequence[str], from_any_process: bool = False) -> None:
+    """Prints each line."""
+    for line in lines:
+        progress.say(line, from_any_process=from_any_process)
 
 
 def write_shards(
@@ -163,8 +181,15 @@ def write_shards(
     keys: list[str] = []
     labels: list[int] = []
     left_out: list[LeftOut] = []
+    sample: dict[int, NDArray[np.uint8]] = {}  # by row of the shard, the crop whose reconstruction is measured
     n_left_out = 0
     position = rank() * build.n_shards // world_size()  # in the round that todo() makes
+
+    @functools.cache
+    def positions(index: int) -> set[int]:
+        n_shards, size = build.n_shards, settings.shard_size
+        return set(sampled_positions(index, n_shards=n_shards, shard_size=size, n_items=source.n_items))
+
     before: Future[None] | None = None  # the shard that is being written
     with ThreadPoolExecutor(1) as writer, closing(crops_ahead(build, source, settings)) as stream:
         for index, image in stream:
@@ -180,6 +205,8 @@ def write_shards(
                 if isinstance(pixels, UnusableImage):
                     image = LeftOut(key=image.key, reason=pixels.reason)
                 else:
+                    if len(keys) + len(left_out) in positions(index):
+                        sample[len(keys)] = pixels[0].copy()  # or all its views stay in memory
                     encoder.add(pixels)
                     keys.append(image.key)
                     labels.append(image.label)
@@ -199,11 +226,14 @@ def write_shards(
             )
             if index == 0:
                 left_out = [LeftOut(key=item.key, reason=item.reason) for item in source.left_out] + left_out
+            statistics: dict[str, Any] = {"labels": max(labels, default=-1) + 1}  # names the classes of a stream
+            if sample:
+                measured = encoder.reconstruction_psnr(np.stack([*sample.values()]), rows.codes[[*sample], 0])
+                statistics[SHARD_KEY] = [round(value, 2) for value in measured]
             if before is not None:
                 before.result()  # one at a time: memory is bounded
-            statistics = {"labels": max(labels, default=-1) + 1}  # names the classes of a stream
             before = writer.submit(build.add, index, rows, statistics=statistics, left_out=left_out)
-            keys, labels, left_out = [], [], []
+            keys, labels, left_out, sample = [], [], [], {}
         if before is not None:
             before.result()
 
@@ -313,6 +343,17 @@ class CodeEncoder:
         codes = np.concatenate(self._codes) if self._codes else np.zeros((0, self.n_tokens), np.uint16)
         self._codes = []
         return codes
+
+    def reconstruction_psnr(self, crops: NDArray[np.uint8], codes: NDArray[np.uint16]) -> list[float]:
+        """PSNR, in dB, of crops (n, size, size, 3) against what their codes (n, N) decode to: n values."""
+        if self.device.type == "cpu":
+            return list(self._pool.map(self._psnr, crops, codes))
+        return [self._psnr(crop, row) for crop, row in zip(crops, codes, strict=True)]
+
+    @torch.no_grad()
+    def _psnr(self, crop: NDArray[np.uint8], codes: NDArray[np.uint16]) -> float:
+        decoded = self.tokenizer.decode(torch.from_numpy(codes[None].astype(np.int64)).to(self.device))
+        return psnr(to_uint8(decoded).cpu(), torch.from_numpy(crop)[None]).item()
 
     def _start(self) -> None:
         pixels, n = self._buffers[0], self._filled
