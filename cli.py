@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 EXAMPLES = {
     "dpar": ("dpar demo", "dpar tokenize photos codes --tokenizer vq --image-size 128"),
     "tokenize": (
-        "dpar tokenize photos codes --tokenizer vq --views flip",
+        "dpar tokenize photos codes --tokenizer vq --holdout 0.05",
         "torchrun --nproc-per-node 8 -m dpar tokenize imagenet codes --tokenizer vq",
     ),
     "entropy": (

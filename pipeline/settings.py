@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -101,6 +102,15 @@ class TokenizeSettings:
     split: Split = None
     classes: Classes = ()
     limit: Annotated[int | None, "At most so many images, spread over the classes. (default: all)", DATA] = None
+    holdout: Annotated[
+        float | None, "Write this share of the images, such as 0.05, to OUT-holdout instead. (default: none)", DATA
+    ] = None
+    group_regex: Annotated[
+        str | None,
+        "Hold out groups of images as a whole: what this matches in a key, or its first group, names the group.",
+        DATA,
+    ] = None
+    seed: Annotated[int, "Of the choice of held-out images.", DATA] = 0
     image_column: Annotated[
         str | None, "Column of the images in Parquet, Arrow and Hub datasets. (default: the only one that fits)", DATA
     ] = None
@@ -118,6 +128,15 @@ class TokenizeSettings:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "image_size", "shard_size", "limit", "batch", "workers")
+        at_least(self, 0, "seed")
+        if self.holdout is not None:
+            require(0 < self.holdout < 1, f"--holdout is {self.holdout}; it must be above 0 and below 1, such as 0.05")
+        if self.group_regex is not None:
+            require(self.holdout is not None, "--group-regex belongs to --holdout")
+            try:
+                re.compile(self.group_regex)
+            except re.error as error:
+                raise StageError(f"--group-regex {self.group_regex!r} is not a regular expression: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ function of its images alone, whoever computes them and after whatever history.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections import deque
@@ -38,6 +39,7 @@ from pipeline.reconstruction_sample import (
 )
 from pipeline.settings import TokenizeSettings
 from pipeline.sources import Source, UnusableImage, open_source
+from pipeline.sources.holdout import split_holdout
 from pipeline.sources.source import Item
 from pipeline.versions import made_by
 from pipeline.views import n_views, views
@@ -54,11 +56,13 @@ MOST_WORKERS = 16  # threads past these wait for each other in Python
 def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progress | None = None) -> Manifest | None:
     """Encodes every image of ``data`` and writes a codes artifact to ``out``.
 
+    With ``settings.holdout`` the held-out images go to a second artifact, :func:`holdout_folder` of ``out``.
+
     Any number of processes may share the work (``torchrun``, or the same command several times); running it again
     goes on where it stopped.
 
     Returns:
-        The artifact's manifest; None where other processes have shards still to write.
+        The manifest of ``out``; None where other processes have shards still to write.
 
     Raises:
         StageError, ModelError, ArtifactError: data, weights, output or settings cannot be used.
@@ -81,9 +85,34 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         raise StageError(
             f"--image-size is {settings.image_size}; this tokenizer needs a multiple of {config.downsampling}"
         )
-    side = settings.image_size // config.downsampling
-    n_views_each = n_views(settings.views, settings.crop_range)
-    device = choose_device(settings.device)
+    parts: list[tuple[Source, Path]] = [(source, out)]
+    if settings.holdout is not None:
+        training, held_out = split_holdout(source, settings.holdout, settings.seed, settings.group_regex)
+        parts = [(training, out), (held_out, holdout_folder(out))]
+    tokenizer.to(choose_device(settings.device))
+    fingerprint = fingerprint_of(settings.tokenizer)
+    with contextlib.ExitStack() as stack:
+        builds = []
+        for part, folder in parts:  # all of them, so that one that is refused is refused before any work
+            decides = decisive(data, part, fingerprint, settings)
+            builds.append(open_build(folder, part, decides, settings))
+            stack.callback(builds[-1].close)
+        manifests = [
+            encode_source(data, part, build, tokenizer, settings, progress)
+            for (part, _), build in zip(parts, builds, strict=True)
+        ]
+    return manifests[0]
+
+
+def holdout_folder(out: Path) -> Path:
+    """The directory of the held-out part, beside ``out``."""
+    named = out if out.name not in ("", "..") else out.resolve()
+    return named.with_name(f"{named.name}-holdout")
+
+
+def decisive(data: str, source: Source, fingerprint: str, settings: TokenizeSettings) -> dict[str, Any]:
+    """The settings that decide an artifact's bytes, with the tokenizer's fingerprint and the listing's."""
+    described = source.describe()
     decides: dict[str, Any] = {
         "data": data,
         "split": settings.split,
@@ -91,23 +120,42 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         "limit": settings.limit,
         "image_column": settings.image_column,
         "label_column": settings.label_column,
-        "listing": source.describe()["listing_sha256"],
+        "listing": described["listing_sha256"],
         "image_size": settings.image_size,
         "views": settings.views,
         "crop_range": list(settings.crop_range),
         "container": settings.container,
         "shard_size": settings.shard_size,
-        "tokenizer": fingerprint_of(settings.tokenizer),
-        "precision": precision_name(device, settings.precision),
+        "tokenizer": fingerprint,
+        "precision": precision_name(choose_device(settings.device), settings.precision),
         "batch": settings.batch,  # convolutions round differently in batches of another size
     }
-    build = ArtifactBuild(
-        out,
+    return decides | ({"holdout": described["holdout"]} if "holdout" in described else {})
+
+
+def open_build(folder: Path, source: Source, decides: dict[str, Any], settings: TokenizeSettings) -> ArtifactBuild:
+    """The artifact of ``source`` in ``folder``, to be written or finished."""
+    return ArtifactBuild(
+        folder,
         settings=decides,
         n_shards=source.n_parts(settings.shard_size),
         container=settings.container,
         overwrite=settings.overwrite,
     )
+
+
+def encode_source(
+    data: str,
+    source: Source,
+    build: ArtifactBuild,
+    tokenizer: VQTokenizer,
+    settings: TokenizeSettings,
+    progress: Progress,
+) -> Manifest | None:
+    """Writes what of ``build`` is missing; gives its manifest, or None where other processes have shards to write."""
+    out, config = build.folder, tokenizer.config
+    side = settings.image_size // config.downsampling
+    is_holdout = build.settings.get("holdout", {}).get("part") == "held out"
 
     def check_strict(shards: Sequence[ShardInfo]) -> None:
         unusable = sum(len(shard.left_out) for shard in shards) - len(source.left_out)
@@ -129,36 +177,38 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
             container=settings.container,
             grid=(side, side),
             codebook_size=config.codebook_size,
-            views=n_views_each,
+            views=n_views(settings.views, settings.crop_range),
             class_names=source.name_classes(max(shard.statistics["labels"] for shard in shards)),
             rows=n_rows,
             shards=shards,
-            settings=decides,
+            settings=build.settings,
             source=source.describe(),
-            tokenizer={"path": settings.tokenizer, "fingerprint": decides["tokenizer"]},
+            tokenizer={"path": settings.tokenizer, "fingerprint": build.settings["tokenizer"]},
             statistics=merge_reconstruction(shards),
             left_out=len(left),
             made_by=made_by(),
         )
 
+    def report(manifest: Manifest, from_any_process: bool = False) -> None:
+        lines = [f"held out: {manifest.rows} images in {out}"] if is_holdout else reconstruction_lines(manifest)
+        for line in lines:
+            progress.say(line, from_any_process=from_any_process)
+
     if build.finished is not None:
         check_strict(build.finished.shards)
-        say_all(progress, reconstruction_lines(build.finished))
+        report(build.finished)
         return build.finished
     keeps = f"Stopped. Finished shards are kept in {out}; run the same command again to go on."
-    try:
-        with (
-            stops_with(keeps),
-            CodeEncoder(tokenizer.to(device), settings) as encoder,
-            progress.task("tokenize", source.n_items, "images") as task,
-        ):
-            write_shards(build, source, encoder, settings, task)
-        is_last = not (out / MANIFEST).is_file()  # of the processes, as far as this one can tell
-        manifest = build.finish(make_manifest)
-    finally:
-        build.close()
+    with (
+        stops_with(keeps),
+        CodeEncoder(tokenizer, settings) as encoder,
+        progress.task("tokenize holdout" if is_holdout else "tokenize", source.n_items, "images") as task,
+    ):
+        write_shards(build, source, encoder, settings, task)
+    is_last = not (out / MANIFEST).is_file()  # of the processes, as far as this one can tell
+    manifest = build.finish(make_manifest)
     if manifest is not None:
-        say_all(progress, reconstruction_lines(manifest), from_any_process=is_last)
+        report(manifest, from_any_process=is_last)
     else:
         n = build.remaining()
         progress.say(
@@ -166,12 +216,6 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
             "the last one to finish writes the manifest"
         )
     return manifest
-
-
-def say_all(progress: Progress, lines: Sequence[str], from_any_process: bool = False) -> None:
-    """Prints each line."""
-    for line in lines:
-        progress.say(line, from_any_process=from_any_process)
 
 
 def write_shards(
