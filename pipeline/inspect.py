@@ -45,6 +45,7 @@ from pipeline.progress import Progress
 from pipeline.report import Picture, Section, Table, render
 from pipeline.settings import InspectSettings
 from pipeline.sources.source import nearest
+from pipeline.thresholds import warn_if_out_of_reach
 from pipeline.versions import made_by
 from pipeline.weights import load_tokenizer
 from shards.manifest import MANIFEST, Manifest, write_json
@@ -88,6 +89,8 @@ def inspect(
             f"{artifact} lacks statistics of its classes: an earlier version made it. `dpar patchify {artifact} NEW` "
             "makes one that has them, without a model"
         )
+    for threshold in settings.threshold:
+        warn_if_out_of_reach(threshold, opened.manifest.codebook_size, progress)
     rule = Rule.of(opened.manifest)
     survey = Survey.of(opened, settings.threshold, rule, progress)
     found = _numbers(opened, survey, settings)
