@@ -28,7 +28,7 @@ from pipeline.device import choose_device
 from pipeline.errors import StageError
 from pipeline.generate import decode
 from pipeline.originals import load_originals
-from pipeline.patch_statistics import by_compressibility, class_name
+from pipeline.patch_statistics import by_compressibility, class_name, lengths_differ
 from pipeline.pictures import (
     data_uri,
     draw_patches,
@@ -253,7 +253,8 @@ def _numbers(artifact: Artifact, survey: Survey, settings: InspectSettings) -> d
     }
     if manifest.kind == "patches":
         found["patches"] = _patch_numbers(manifest)
-        found["compressible"] = _compressible(artifact, survey)
+        if lengths_differ(manifest.statistics):
+            found["compressible"] = _compressible(artifact, survey)
         found["thresholds"] = [
             {"threshold": threshold, **_saving(tokens, int(patches), manifest)}
             for threshold, patches in zip(settings.threshold, survey.thresholds, strict=True)
@@ -487,8 +488,9 @@ def _write_page(out: Path, found: dict[str, Any], drawn: Sequence[Section]) -> N
     if found["patches"]:
         text = "Over all images and views. Tokens saved are 1 - M/N, for M patches in N tokens."
         sections.append(Section("Patches", text, tables=_table_patches(found), svg=_length_chart(found["patches"])))
-        text = "By patches an image: few patches are a compressible image."
-        sections.append(Section("Most and least compressible", text, tables=_table_compressible(found)))
+        if found["compressible"]:
+            text = "By patches an image: few patches are a compressible image."
+            sections.append(Section("Most and least compressible", text, tables=_table_compressible(found)))
     sections += drawn
     sections.append(Section("Settings", "What made it.", tables=[_table_settings(found)]))
     subtitle = f"{found['rows']:,} images as {found['kind']}"
@@ -526,7 +528,9 @@ def tables(found: dict[str, Any]) -> list[Table]:
     """What `inspect` found, as tables of text."""
     out = [_table_artifact(found), *_table_values(found)]
     if found["patches"]:
-        out += [*_table_patches(found), *_table_compressible(found)]
+        out += _table_patches(found)
+    if found["compressible"]:
+        out += _table_compressible(found)
     return [*out, _table_settings(found)]
 
 
@@ -577,10 +581,10 @@ def _table_patches(found: dict[str, Any]) -> list[Table]:
     ]
     by_class = found["patches"]["class_mean_length"]
     classes = tuple(f"{by_class[name]:.3f}" for name in ("min", "median", "max"))
-    return [
-        Table("Patches", ("boundaries", "mean length", "patches an image", "tokens saved"), rows),
-        Table("Mean patch length of a class", ("shortest", "median", "longest"), [classes]),
-    ]
+    lengths = Table("Patches", ("boundaries", "mean length", "patches an image", "tokens saved"), rows)
+    if not found["compressible"]:
+        return [lengths]
+    return [lengths, Table("Mean patch length of a class", ("shortest", "median", "longest"), [classes])]
 
 
 def _table_compressible(found: dict[str, Any]) -> list[Table]:
