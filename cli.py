@@ -574,3 +574,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
 def main() -> None:
     """The entry point of the ``dpar`` command."""
     sys.exit(app(prog_name="dpar"))
+
+
+if __name__ == "__main__":
+    main()

@@ -56,7 +56,7 @@ def reconstruction_lines(manifest: Manifest) -> list[str]:
         lines.append(
             f"Warning: the tokenizer reconstructs these images poorly ({psnr:.1f} dB; a good one reaches "
             f"{POOR_PSNR:.0f} dB and more), and no model trained on the codes can draw better. Train a tokenizer on "
-            f"these images, then name it with --tokenizer vq:\n  {_remedy(manifest.settings)}"
+            f"these images, or train it longer, and name it with --tokenizer vq:\n  {_remedy(manifest.settings)}"
         )
     return lines
 

@@ -75,7 +75,7 @@ def test_the_readme_is_short_and_its_python_runs_as_it_stands(tmp_path: Path, mo
     vq = VQConfig(
         codebook_size=64, channels=32, channel_multipliers=(1, 1, 1, 1), residual_blocks=1, latent_channels=32
     )
-    models = {
+    models: dict[str, Any] = {
         "vq": VQTokenizer(vq),
         "entropy": LlamaGen(LlamaGenConfig(**sizes, layers=1, classes=0)),
         "run": DPAR(DPARConfig(**sizes, classes=2, patch_layers=1, decoder_layers=1)),
