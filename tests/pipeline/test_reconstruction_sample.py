@@ -12,10 +12,11 @@ from PIL import Image
 from rich.console import Console
 
 from dpar.tokenizer import VQConfig, VQTokenizer, psnr, to_uint8
+from pipeline.inspect import inspect, tables
 from pipeline.originals import load_originals
 from pipeline.progress import Progress
 from pipeline.reconstruction_sample import SAMPLE, reconstruction_lines, sampled_positions
-from pipeline.settings import TokenizeSettings
+from pipeline.settings import InspectSettings, TokenizeSettings
 from pipeline.tokenize import tokenize
 from shards.manifest import Manifest
 from shards.reader import open_artifact
@@ -106,6 +107,13 @@ def test_poor_reconstructions_warn_with_the_command_that_trains_a_tokenizer(home
     again = io.StringIO()
     run(home, tmp_path / "codes", again, classes=("a",))
     assert command in again.getvalue()
+
+
+def test_inspect_shows_the_figures(home: Path, tmp_path: Path) -> None:
+    manifest = run(home, tmp_path / "codes", limit=4)
+    found = inspect(tmp_path / "codes", None, InspectSettings(device="cpu"), Progress(quiet=True))
+    assert found["reconstruction"] == manifest.statistics["reconstruction"]
+    assert any("dB PSNR" in cell for table in tables(found) for row in table.rows for cell in row)
 
 
 def test_good_reconstructions_do_not_warn(home: Path, tmp_path: Path) -> None:
