@@ -1,9 +1,10 @@
 """The command line: parses, calls a stage, renders what it gives. No logic lives here.
 
     dpar tokenize | entropy | patchify | train | eval        the five stages, in order
-    dpar tokenizer | sample | probe | inspect | convert | flops | demo   what people need around them
+    dpar train-tokenizer | sample | probe | inspect | convert | flops | demo   what people need around them
 
-Options are made from the stages' settings (``pipeline/settings.py``); ``--config FILE.toml`` takes the same names.
+Options and their headings come from the stages' settings (``pipeline/settings.py``); ``--config FILE.toml`` takes
+the same names.
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C, 75 stopped training on SIGTERM or SIGUSR1.
 ``DPAR_DEBUG=1`` shows tracebacks.
 """
@@ -25,10 +26,13 @@ import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
 
 from dpar.errors import ModelError
 from pipeline.errors import StageError, claim_error_report
 from pipeline.settings import (
+    GROUPS,
+    OUTPUT,
     ConvertSettings,
     EntropySettings,
     EvalSettings,
@@ -37,9 +41,9 @@ from pipeline.settings import (
     PatchifySettings,
     ProbeSettings,
     SampleSettings,
-    TokenizerSettings,
     TokenizeSettings,
     TrainSettings,
+    TrainTokenizerSettings,
 )
 from pipeline.terminal import Terminal
 from shards.errors import ArtifactError
@@ -48,13 +52,107 @@ from shards.files import open_regular
 if TYPE_CHECKING:
     from shards.manifest import Manifest
 
+EXAMPLES = {
+    "dpar": ("dpar demo", "dpar tokenize photos codes --tokenizer vq --image-size 128"),
+    "tokenize": (
+        "dpar tokenize photos codes --tokenizer vq --holdout 0.05",
+        "torchrun --nproc-per-node 8 -m dpar tokenize imagenet codes --tokenizer vq",
+    ),
+    "entropy": (
+        "dpar entropy codes entropy --model llamagen-tiny --steps 1000 --batch 32",
+        "dpar entropy codes entropy --from-llamagen c2i_B_256.pt",
+    ),
+    "patchify": (
+        "dpar patchify codes patches --entropy-model entropy --target-length 1.81",
+        "dpar patchify patches longer --target-length 2.5 --max-length 8",
+    ),
+    "train": (
+        "dpar train patches run --model dpar-tiny --steps 2000 --batch 32",
+        "torchrun --nproc-per-node 8 -m dpar train patches run --model dpar-b",
+    ),
+    "eval": (
+        "dpar eval run scores --reference patches-holdout --samples 1000",
+        "dpar eval run scores --reference patches-holdout --cfg-scale 1.5 --cfg-scale 2",
+    ),
+    "train-tokenizer": (
+        "dpar train-tokenizer photos vq --image-size 128 --steps 2000",
+        "dpar train-tokenizer photos vq --model vq-16 --image-size 256 --steps 50000",
+    ),
+    "sample": (
+        "dpar sample run pictures --cfg-scale 2 --per-class 8 --show-patches",
+        "dpar sample run below --image cup.png --keep-rows 8 --classes coffee",
+    ),
+    "probe": (
+        "dpar probe run probed --train patches --test patches-holdout",
+        "dpar probe run probed --train patches --test patches-holdout --layer 4",
+    ),
+    "inspect": (
+        "dpar inspect patches --out look --images 16",
+        "dpar inspect patches --images 0 --verify",
+    ),
+    "convert": (
+        "dpar convert c2i_B_256.pt c2i-b",
+        "dpar convert run c2i-b --push-to you/c2i-b",
+    ),
+    "flops": (
+        "dpar flops --model dpar-b --model llamagen-b --image-size 256",
+        "dpar flops --entropy-model llamagen-xs --markdown",
+    ),
+    "demo": ("dpar demo", "dpar demo look --tiny"),
+}
+
+
+class Command(TyperCommand):
+    """A command whose help lists its options under headings, those that must be given first, and ends in examples."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and options, section by section."""
+        headings = ("Arguments", "Required", *GROUPS, "Options")
+        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in headings}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            heading = getattr(parameter, "rich_help_panel", None) or "Options"
+            if parameter.param_type_name == "argument":
+                heading = "Arguments"
+            elif parameter.required:
+                heading = "Required"
+            sections[heading].append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples, a line each."""
+        write_examples(formatter, str(self.name))
+
+
+class Commands(TyperGroup):
+    """All commands."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples, a line each."""
+        write_examples(formatter, "dpar")
+
+
+def write_examples(formatter: Any, command: str) -> None:
+    """Write the examples of a command as the last section of its help."""
+    with formatter.section("Examples"):
+        for example in EXAMPLES[command]:
+            formatter.write(" " * formatter.current_indent + example + "\n")
+
+
 app = typer.Typer(
     name="dpar",
     help="Dynamic patchification for autoregressive image generation: images to codes to patches to pictures.",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    rich_markup_mode=None,  # its tables have no room for the text in 80 columns, and load for a quarter of a second
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
 console = Terminal()
 errors = Terminal(stderr=True)
@@ -107,7 +205,7 @@ def settings_parameters(settings_class: type[Any]) -> dict[str, inspect.Paramete
         required = field.default is dataclasses.MISSING
         default = inspect.Parameter.empty if required else None if several else field.default
         shown = not (several or default is None)
-        option = typer.Option(help=notes[-1], show_default=shown)
+        option = typer.Option(help=notes[0], rich_help_panel=notes[-1], show_default=shown)
         found[field.name] = inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
         )
@@ -207,7 +305,27 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-@app.command()
+def show_version(asked: bool) -> None:
+    """Prints the version and ends."""
+    if asked:
+        from pipeline.versions import made_by
+
+        made = made_by()
+        commit = f" ({made['git']})" if "git" in made else ""
+        print(f"dpar {made.get('dpar', 'not installed')}{commit}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=show_version)
+    ] = False,
+) -> None:
+    """Options of ``dpar`` itself."""
+
+
+@app.command(cls=Command)
 @stage(TokenizeSettings)
 def tokenize(data: Data, out: Out, settings: TokenizeSettings) -> None:
     """Images to codes: the first stage."""
@@ -216,20 +334,20 @@ def tokenize(data: Data, out: Out, settings: TokenizeSettings) -> None:
     summary(run(data, out, settings), out)
 
 
-@app.command()
+@app.command(cls=Command)
 @stage(EntropySettings)
 def entropy(
     codes: Annotated[Path, typer.Argument(metavar="CODES", help="What `dpar tokenize` made.")],
     out: Out,
     settings: EntropySettings,
 ) -> None:
-    """Train the entropy model, or take it from a LlamaGen: the second stage."""
+    """Train the entropy model: the second stage. Or take it from a LlamaGen."""
     from pipeline.train import train_entropy
 
     show_metrics(train_entropy(codes, out, settings))
 
 
-@app.command()
+@app.command(cls=Command)
 @stage(PatchifySettings)
 def patchify(
     codes: Annotated[Path, typer.Argument(metavar="CODES", help="Codes; or patches, to move their boundaries.")],
@@ -249,27 +367,27 @@ def patchify(
     summary(run(codes, out, settings), out)
 
 
-@app.command()
+@app.command(cls=Command)
 @stage(TrainSettings)
 def train(
     patches: Annotated[Path, typer.Argument(metavar="PATCHES", help="What `dpar patchify` made.")],
     out: Out,
     settings: TrainSettings,
 ) -> None:
-    """Train DPAR, or LlamaGen on the same data: the fourth stage."""
+    """Train DPAR, or LlamaGen beside it: the fourth stage."""
     from pipeline.train import train as run
 
     show_metrics(run(patches, out, settings))
 
 
-@app.command(name="eval")
+@app.command(cls=Command, name="eval")
 @stage(EvalSettings)
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made, or a LlamaGen's weights.")],
     out: Out,
     settings: EvalSettings,
 ) -> None:
-    """Score a run on held-out images, and sample from it: the fifth stage."""
+    """Sample from a run and score it: the fifth stage."""
     from pipeline.evaluate import evaluate as score
     from pipeline.results import markdown
 
@@ -279,16 +397,16 @@ def evaluate(
         console.print(f"results: {out / 'results.json'}", markup=False, highlight=False)
 
 
-@app.command()
-@stage(TokenizerSettings)
-def tokenizer(data: Data, out: Out, settings: TokenizerSettings) -> None:
-    """Train a VQ tokenizer of LlamaGen's architecture on own images."""
-    from pipeline.tokenizer import train_tokenizer
+@app.command(cls=Command, name="train-tokenizer")
+@stage(TrainTokenizerSettings)
+def train_tokenizer(data: Data, out: Out, settings: TrainTokenizerSettings) -> None:
+    """Train a VQ tokenizer on your own images. Its architecture is LlamaGen's."""
+    from pipeline.train_tokenizer import train_tokenizer as run
 
-    train_tokenizer(data, out, settings)
+    run(data, out, settings)
 
 
-@app.command()
+@app.command(cls=Command)
 @stage(SampleSettings)
 def sample(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made, or a LlamaGen's weights.")],
@@ -308,7 +426,7 @@ def sample(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 @stage(ProbeSettings)
 def probe(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made, or a LlamaGen's weights.")],
@@ -325,17 +443,18 @@ def probe(
         console.print(f"results: {out / 'probe.json'}", markup=False, highlight=False)
 
 
-@app.command(name="inspect")
+@app.command(cls=Command, name="inspect")
 @stage(InspectSettings)
 def inspect_artifact(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Codes or patches.")],
     settings: InspectSettings,
     out: Annotated[
-        Path | None, typer.Option(help="Directory for pictures and a page; without it, numbers only.")
+        Path | None,
+        typer.Option(help="Directory for pictures and a page; without it, numbers only.", rich_help_panel=OUTPUT),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """What is in an artifact: numbers, and pictures of images with their patches."""
+    """Show what is in an artifact. With --out, pictures of images with their patches too."""
     from pipeline.inspect import inspect as look
     from pipeline.inspect import tables
 
@@ -354,14 +473,14 @@ def inspect_artifact(
         console.print(f"pictures: {out / 'index.html'}", markup=False, highlight=False)
 
 
-@app.command()
+@app.command(cls=Command)
 @stage(ConvertSettings)
 def convert(
     src: Annotated[str, typer.Argument(metavar="SRC", help="LlamaGen's .pt file, or a directory, run or Hub name.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Directory; a name in .pt is a file for LlamaGen's code.")],
     settings: ConvertSettings,
 ) -> None:
-    """LlamaGen's checkpoints to directories of config.json and model.safetensors, and back."""
+    """Convert LlamaGen's checkpoints. To directories of config.json and model.safetensors, and back."""
     from pipeline.convert import convert as run
 
     done = run(src, dst, settings)
@@ -374,12 +493,14 @@ def convert(
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 @stage(FlopsSettings)
 def flops(
     settings: FlopsSettings,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a Markdown table.", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
     """What each model costs, beside the paper's figures."""
     from pipeline.flops import HEADER, NOTES, cost_table, table, tables
@@ -402,13 +523,13 @@ def flops(
     console.print(("\n" if markdown else "") + NOTES, markup=False, highlight=False, soft_wrap=markdown)
 
 
-@app.command()
+@app.command(cls=Command)
 @stage()
 def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory for everything it makes.")] = Path("demo"),
     tiny: Annotated[bool, typer.Option("--tiny", help="A minute's worth, to see that everything works.")] = False,
 ) -> None:
-    """The whole chain on photographs that ship with scikit-image, in minutes, with a report."""
+    """Run all stages on photographs. In minutes, on those that ship with scikit-image; ends with a report."""
     from pipeline.demo import demo as run
 
     report = run(out, run_command=in_this_process, tiny=tiny)
@@ -430,7 +551,7 @@ def summary(manifest: Manifest | None, out: Path) -> None:
     if manifest is None or not first_process():
         return
     lines = [f"{manifest.rows} images, {manifest.views} views each, {len(manifest.class_names)} classes: {out}"]
-    if manifest.statistics:
+    if manifest.kind == "patches":
         from pipeline.patch_statistics import summary as patch_summary
 
         lines += patch_summary(manifest.statistics)
@@ -460,7 +581,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def main() -> None:
     """The entry point of the ``dpar`` command."""
-    sys.exit(app())
+    sys.exit(app(prog_name="dpar"))
 
 
 if __name__ == "__main__":

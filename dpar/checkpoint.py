@@ -1,7 +1,7 @@
 """Weights on disk and on the Hub: a directory with ``config.json``, ``model.safetensors`` and a model card.
 
 model.save_pretrained("weights/")
-model = DPAR.from_pretrained("weights/")                 # or "owner/name" on the Hugging Face Hub
+model = DPAR.from_pretrained("weights/")                 # or a run, or "owner/name" on the Hugging Face Hub
 tokenizer = VQTokenizer.from_pretrained("vq_ds16_c2i.pt")  # LlamaGen's and the authors' files: dpar/llamagen_files.py
 """
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMATS = {"dpar": 2, "llamagen": 1, "vq": 1}  # of config.json, by model type
+RUN, RUN_WEIGHTS = "run.json", "model"  # a training run, and where in it its newest weights are
+BUILTIN = {"builtin:photos": "photos-vq-8"}  # ship in dpar/weights, whose README.md says how they were made
 Config = TypeVar("Config")
 Grid = tuple[int, int]  # rows and columns of tokens
 
@@ -65,8 +67,8 @@ class Pretrained(Generic[Config]):
         """Return the model at ``path``, in evaluation mode, on the CPU, in float32.
 
         Args:
-            path: a local directory, ``owner/name`` of a repository on the Hugging Face Hub, or a checkpoint file of
-                LlamaGen or of the DPAR authors.
+            path: a local directory, a training run, ``builtin:photos``, ``owner/name`` of a repository on the Hugging
+                Face Hub, or a checkpoint file of LlamaGen or of the DPAR authors.
             heads: of a file that does not say how many (:mod:`dpar.llamagen_files` says where that is looked for).
             grid: rows and columns of tokens, likewise. Weights trained on one grid serve that grid alone.
             rope: rotary positions of a DPAR's patches, likewise.
@@ -205,8 +207,27 @@ def write_weights(
     return folder
 
 
+def weights_path(name: str | os.PathLike[str]) -> str:
+    """The directory, checkpoint file or Hub name of the weights called ``name``: a run stands for its ``model/``.
+
+    Raises:
+        ModelError: an unknown built-in name, or a run without weights yet.
+    """
+    name = os.fspath(name)
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise ModelError(f"no weights are called {name!r}; built in are {', '.join(BUILTIN)}")
+        return str(Path(__file__).parent / "weights" / BUILTIN[name])
+    if (Path(name) / RUN).is_file():
+        if not (Path(name) / RUN_WEIGHTS / CONFIG).is_file():
+            raise ModelError(f"the run {name} has no weights yet: its first checkpoint is still to come")
+        return str(Path(name) / RUN_WEIGHTS)
+    return name
+
+
 def local_folder(path: str | os.PathLike[str]) -> Path:
-    """The directory of a model: ``path`` itself, or a snapshot of the Hub repository of that name."""
+    """The directory of a model: see :func:`weights_path`; of a Hub repository, a snapshot."""
+    path = weights_path(path)
     folder = Path(path)
     if folder.is_dir():
         return folder

@@ -18,14 +18,23 @@ import torch
 from torch import nn
 
 from dpar import llamagen_files
-from dpar.checkpoint import CARD, CONFIG, WEIGHTS, Weights, check_tensors, fingerprint, read_weights, write_weights
+from dpar.checkpoint import (
+    CARD,
+    CONFIG,
+    WEIGHTS,
+    Weights,
+    check_tensors,
+    fingerprint,
+    read_weights,
+    weights_path,
+    write_weights,
+)
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.tokenizer import VQTokenizer
 from pipeline.errors import StageError
 from pipeline.progress import Progress
 from pipeline.settings import ConvertSettings
-from pipeline.weights import weights_path
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

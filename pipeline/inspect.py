@@ -29,7 +29,7 @@ from pipeline.device import choose_device
 from pipeline.errors import StageError
 from pipeline.generate import decode
 from pipeline.originals import load_originals
-from pipeline.patch_statistics import by_compressibility, check_statistics, class_name
+from pipeline.patch_statistics import by_compressibility, check_statistics, class_name, lengths_differ
 from pipeline.pictures import (
     data_uri,
     draw_patches,
@@ -46,6 +46,7 @@ from pipeline.progress import Progress
 from pipeline.report import Picture, Section, Table, render
 from pipeline.settings import InspectSettings
 from pipeline.sources.source import nearest
+from pipeline.thresholds import warn_if_out_of_reach
 from pipeline.versions import made_by
 from pipeline.weights import load_tokenizer
 from shards.errors import ArtifactError
@@ -93,6 +94,8 @@ def inspect(
         )
     if opened.manifest.kind == "patches":
         check_statistics(opened.manifest, str(artifact / MANIFEST))
+    for threshold in settings.threshold:
+        warn_if_out_of_reach(threshold, opened.manifest.codebook_size, progress)
     rule = stored_rule(opened.manifest, str(artifact / MANIFEST))
     survey = Survey.of(opened, settings.threshold, rule, progress)
     found = _numbers(opened, survey, settings)
@@ -243,6 +246,7 @@ def _numbers(artifact: Artifact, survey: Survey, settings: InspectSettings) -> d
         "tokenizer": manifest.tokenizer,
         "entropy_model": manifest.entropy_model,
         "left_out": manifest.left_out,
+        "reconstruction": manifest.statistics.get("reconstruction"),
         "verified": settings.verify,
         "fingerprint": manifest.fingerprint(),
         "settings": manifest.settings,
@@ -261,7 +265,8 @@ def _numbers(artifact: Artifact, survey: Survey, settings: InspectSettings) -> d
     }
     if manifest.kind == "patches":
         found["patches"] = _patch_numbers(manifest)
-        found["compressible"] = _compressible(artifact, survey)
+        if lengths_differ(manifest.statistics):
+            found["compressible"] = _compressible(artifact, survey)
         found["thresholds"] = [
             {"threshold": threshold, **_saving(tokens, int(patches), manifest)}
             for threshold, patches in zip(settings.threshold, survey.thresholds, strict=True)
@@ -502,8 +507,9 @@ def _write_page(out: Path, found: dict[str, Any], drawn: Sequence[Section]) -> N
     if found["patches"]:
         text = "Over all images and views. Tokens saved are 1 - M/N, for M patches in N tokens."
         sections.append(Section("Patches", text, tables=_table_patches(found), svg=_length_chart(found["patches"])))
-        text = "By patches an image: few patches are a compressible image."
-        sections.append(Section("Most and least compressible", text, tables=_table_compressible(found)))
+        if found["compressible"]:
+            text = "By patches an image: few patches are a compressible image."
+            sections.append(Section("Most and least compressible", text, tables=_table_compressible(found)))
     sections += drawn
     sections.append(Section("Settings", "What made it.", tables=[_table_settings(found)]))
     subtitle = f"{found['rows']:,} images as {found['kind']}"
@@ -541,7 +547,9 @@ def tables(found: dict[str, Any]) -> list[Table]:
     """What `inspect` found, as tables of text."""
     out = [_table_artifact(found), *_table_values(found)]
     if found["patches"]:
-        out += [*_table_patches(found), *_table_compressible(found)]
+        out += _table_patches(found)
+    if found["compressible"]:
+        out += _table_compressible(found)
     return [*out, _table_settings(found)]
 
 
@@ -558,6 +566,9 @@ def _table_artifact(found: dict[str, Any]) -> Table:
         ("source", _source(found["source"])),
         ("tokenizer", _model(found["tokenizer"])),
     ]
+    if found["reconstruction"]:
+        measured = found["reconstruction"]
+        rows.append(("reconstruction", f"{measured['psnr']:.1f} dB PSNR, mean of {measured['images']} images"))
     if found["kind"] == "patches":
         rows.append(("entropy model", _model(found["entropy_model"])))
     return Table(f"{found['kind'].capitalize()} in {found['artifact']}", ("property", "value"), rows)
@@ -589,10 +600,10 @@ def _table_patches(found: dict[str, Any]) -> list[Table]:
     ]
     by_class = found["patches"]["class_mean_length"]
     classes = tuple(f"{by_class[name]:.3f}" for name in ("min", "median", "max"))
-    return [
-        Table("Patches", ("boundaries", "mean length", "patches an image", "tokens saved"), rows),
-        Table("Mean patch length of a class", ("shortest", "median", "longest"), [classes]),
-    ]
+    lengths = Table("Patches", ("boundaries", "mean length", "patches an image", "tokens saved"), rows)
+    if not found["compressible"]:
+        return [lengths]
+    return [lengths, Table("Mean patch length of a class", ("shortest", "median", "longest"), [classes])]
 
 
 def _table_compressible(found: dict[str, Any]) -> list[Table]:

@@ -160,6 +160,11 @@ def count_quantile(counts: dict[str, int], quantile: float) -> int:
     return int(values[order][np.searchsorted(ends, max(1, np.ceil(quantile * ends[-1])))])
 
 
+def lengths_differ(statistics: dict[str, Any]) -> bool:
+    """Whether images have different numbers of patches, which they do not in the static scheme."""
+    return len(statistics["patch_counts"]) > 1
+
+
 def by_compressibility(statistics: dict[str, Any]) -> list[dict[str, Any]]:
     """The classes of an artifact's statistics, fewest patches an image first."""
     return sorted(statistics["classes"], key=lambda entry: float(entry["patches_per_image"]))
@@ -179,7 +184,7 @@ def summary(statistics: dict[str, Any]) -> list[str]:
         f"(of {statistics['tokens_per_image']} tokens)",
         f"patch lengths: {', '.join(shares)}",
     ]
-    classes = by_compressibility(statistics)
+    classes = by_compressibility(statistics) if lengths_differ(statistics) else []
     ends = min(NAMED, len(classes) // 2)
     for end, entries in (("most", classes[:ends]), ("least", classes[::-1][:ends])):
         if entries:

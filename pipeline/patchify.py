@@ -28,6 +28,7 @@ from pipeline.likelihood import entropies, fits, prepared
 from pipeline.patch_statistics import count_patches, merge_counts
 from pipeline.progress import Progress, Task, stops_with
 from pipeline.settings import PatchifySettings
+from pipeline.thresholds import warn_if_out_of_reach
 from pipeline.versions import made_by
 from pipeline.weights import fingerprint_of, load_entropy_model
 from shards.build import ArtifactBuild
@@ -57,6 +58,7 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
     progress = progress or Progress()
     artifact = open_artifact(codes, verify=settings.verify, share=(rank(), world_size()))
     before = artifact.manifest
+    warn_if_out_of_reach(settings.threshold, before.codebook_size, progress)
     meter = EntropyMeter(artifact, settings)
     decides: dict[str, Any] = {
         "codes": before.fingerprint() if before.kind == "codes" else before.settings["codes"],

@@ -125,6 +125,7 @@ class Progress:
         """Reports on ``console``; ``quiet`` says nothing, None all but the first of ``torchrun``'s processes."""
         self.console = console or Terminal(stderr=True)
         self.quiet = os.environ.get("RANK", "0") != "0" if quiet is None else quiet
+        self._silent = quiet is True
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
@@ -145,7 +146,7 @@ class Progress:
         else:
             yield Task(None, self.console, title, total, unit)
 
-    def say(self, text: str) -> None:
-        """One line."""
-        if not self.quiet:
+    def say(self, text: str, *, from_any_process: bool = False) -> None:
+        """One line; ``from_any_process`` if another one than ``torchrun``'s first may be the only one to know."""
+        if not self.quiet or (from_any_process and not self._silent):
             self.console.print(text, soft_wrap=True, highlight=False, markup=False)

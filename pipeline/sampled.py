@@ -25,6 +25,7 @@ from pipeline.generate import Drawn, Generator
 from pipeline.patch_statistics import count_patches, merge_counts
 from pipeline.progress import Progress
 from pipeline.share import share
+from pipeline.thresholds import warn_if_out_of_reach
 from pipeline.versions import made_by
 from shards.build import ArtifactBuild
 from shards.manifest import MANIFEST, Manifest, ShardInfo
@@ -76,6 +77,9 @@ def write_sampled(
         ArtifactError: the folder holds something else, or images sampled with other settings.
         ModelError: the generator's parts do not fit each other.
     """
+    warn_if_out_of_reach(
+        None if generator.rule is None else generator.rule.threshold, generator.model.config.codebook_size, progress
+    )
     size = generator.settings.shard_size
     n_shards = -(-len(plan.labels) // size)
     known = None if plan.edit is None else plan.edit.known

@@ -1,19 +1,24 @@
 """Every stage's settings: one frozen dataclass each, checked once, and the one place where a default stands.
 
 The command line makes its options from these fields, a ``--config FILE.toml`` uses their names, and manifests and
-runs record them. The string beside each type is its help.
+runs record them. The strings beside each type are its help and the heading under which ``--help`` lists it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from dpar.patching import PatchRule, Strategy
 from pipeline.errors import StageError
+
+# The headings, in the order of --help.
+GROUPS = ("Data", "Model", "Patches", "Optimisation", "Sampling", "Hardware", "Output")
+DATA, MODEL, PATCHES, OPTIM, SAMPLING, HARDWARE, OUTPUT = GROUPS
 
 Precision = Literal["auto", "bf16", "fp32"]
 Views = Literal["center", "flip", "ten-crop"]
@@ -24,14 +29,16 @@ Features = Literal["tokenizer", "inception"]
 PatchRope = Literal["dynamic", "dynamic-compact", "2d"]
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
 Labels = Literal["balanced", "random"]
-Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA where there is one."]
-Compute = Annotated[Precision, "Of the arithmetic; auto is bf16 where the device is faster with it."]
+Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA where there is one.", HARDWARE]
+Compute = Annotated[Precision, "Of the arithmetic; auto is bf16 where the device is faster with it.", HARDWARE]
 Seed = Annotated[int, "All randomness comes from it."]
-Split = Annotated[str | None, "Part of the data: a subfolder such as train or val; train or validation of the photos."]
-FetchOriginals = Annotated[
-    bool, "Fetch originals over the network, where the artifact's manifest says that they are: trust who made it."
+Split = Annotated[
+    str | None, "Part of the data: a subfolder such as train or val; train or validation of built-in data.", DATA
 ]
-Classes = Annotated[tuple[str, ...], "Only this class; repeat for several. (default: all)"]
+FetchOriginals = Annotated[
+    bool, "Fetch originals over the network, where the artifact's manifest says that they are: trust who made it.", DATA
+]
+Classes = Annotated[tuple[str, ...], "Only this class; repeat for several. (default: all)", DATA]
 
 
 def require(condition: bool, message: str) -> None:
@@ -58,28 +65,28 @@ def at_least(settings: object, low: float, *names: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerSettings:
+class TrainTokenizerSettings:
     """Training a VQ tokenizer."""
 
-    model: Annotated[str, "Preset: vq-16 and vq-8 are LlamaGen's; vq-8-tiny is small."] = "vq-8-tiny"
-    codebook_size: Annotated[int | None, "Codes, V. (default: the preset's)"] = None
-    image_size: Annotated[int, "Pixels along a side of the training crops."] = 128
+    model: Annotated[str, "Preset: vq-16 and vq-8 are LlamaGen's; vq-8-tiny is small.", MODEL] = "vq-8-tiny"
+    codebook_size: Annotated[int | None, "Codes, V. (default: the preset's)", MODEL] = None
+    image_size: Annotated[int, "Pixels along a side of the training crops.", DATA] = 128
     split: Split = None
     classes: Classes = ()
-    steps: Annotated[int, "Optimizer steps."] = 2000
-    batch: Annotated[int, "Images a step."] = 16
-    lr: Annotated[float, "Learning rate; it falls to a tenth along a cosine."] = 1e-3
-    warmup: Annotated[int, "Steps over which the learning rate rises from 0."] = 50
-    commitment_weight: Annotated[float, "Of the commitment loss."] = 0.25
-    entropy_weight: Annotated[float, "Of the codebook's entropy loss; 0 is off."] = 0.0
-    perceptual_weight: Annotated[float, "Of LPIPS (extra vqgan); 0 is off."] = 0.0
-    adversarial_weight: Annotated[float, "Of the PatchGAN discriminator; 0 is off."] = 0.0
-    adversarial_start: Annotated[int, "First step of the discriminator."] = 1000
-    restart_every: Annotated[int, "Steps between restarts of unused codes, in the first half; 0 is never."] = 50
-    checkpoint_every: Annotated[int, "Steps between checkpoints."] = 250
-    weights_dtype: Annotated[Literal["fp32", "bf16"], "Of the weights written at the end."] = "fp32"
-    workers: Annotated[int, "Threads that decode images."] = 2
-    seed: Seed = 0
+    steps: Annotated[int, "Optimizer steps.", OPTIM] = 2000
+    batch: Annotated[int, "Images a step.", OPTIM] = 16
+    lr: Annotated[float, "Learning rate; it falls to a tenth along a cosine.", OPTIM] = 1e-3
+    warmup: Annotated[int, "Steps over which the learning rate rises from 0.", OPTIM] = 50
+    commitment_weight: Annotated[float, "Of the commitment loss.", OPTIM] = 0.25
+    entropy_weight: Annotated[float, "Of the codebook's entropy loss; 0 is off.", OPTIM] = 0.0
+    perceptual_weight: Annotated[float, "Of LPIPS (extra vqgan); 0 is off.", OPTIM] = 0.0
+    adversarial_weight: Annotated[float, "Of the PatchGAN discriminator; 0 is off.", OPTIM] = 0.0
+    adversarial_start: Annotated[int, "First step of the discriminator.", OPTIM] = 1000
+    restart_every: Annotated[int, "Steps between restarts of unused codes, in the first half; 0 is never.", OPTIM] = 50
+    checkpoint_every: Annotated[int, "Steps between checkpoints.", OUTPUT] = 250
+    weights_dtype: Annotated[Literal["fp32", "bf16"], "Of the weights written at the end.", OUTPUT] = "fp32"
+    workers: Annotated[int, "Threads that decode images.", HARDWARE] = 2
+    seed: Annotated[Seed, OPTIM] = 0
     device: Device = "auto"
     precision: Compute = "auto"
 
@@ -93,72 +100,100 @@ class TokenizerSettings:
 class TokenizeSettings:
     """Images to codes."""
 
-    tokenizer: Annotated[str, "Directory, LlamaGen .pt file or Hub name of the VQ tokenizer; builtin:photos ships."]
-    image_size: Annotated[int, "Pixels along a side."] = 256
-    views: Annotated[Views, "Crops of each image: the centre, it and its mirror image, or ADM's ten."] = "center"
+    tokenizer: Annotated[
+        str, "Directory, LlamaGen .pt file or Hub name of the VQ tokenizer; builtin:photos ships.", MODEL
+    ]
+    image_size: Annotated[int, "Pixels along a side.", DATA] = 256
+    views: Annotated[Views, "Crops of each image: the centre, it and its mirror image, or ADM's ten.", DATA] = "center"
     crop_range: Annotated[
-        tuple[float, ...], "Short side before the crop, as a multiple of the image size; repeat. (default: 1.0)"
+        tuple[float, ...], "Short side before the crop, as a multiple of the image size; repeat. (default: 1.0)", DATA
     ] = (1.0,)
-    container: Annotated[Container, "Format of the shards."] = "arrow"
-    shard_size: Annotated[int, "Images a shard."] = 4096
+    container: Annotated[Container, "Format of the shards.", OUTPUT] = "arrow"
+    shard_size: Annotated[int, "Images a shard.", OUTPUT] = 4096
     split: Split = None
     classes: Classes = ()
-    limit: Annotated[int | None, "At most so many images, spread over the classes. (default: all)"] = None
+    limit: Annotated[int | None, "At most so many images, spread over the classes. (default: all)", DATA] = None
+    holdout: Annotated[
+        float | None, "Write this share of the images, such as 0.05, to OUT-holdout instead. (default: none)", DATA
+    ] = None
+    group_regex: Annotated[
+        str | None,
+        "Hold out groups of images as a whole: what this matches in a key, or its first group, names the group.",
+        DATA,
+    ] = None
+    seed: Annotated[int, "Of the choice of held-out images.", DATA] = 0
     image_column: Annotated[
-        str | None, "Column of the images in Parquet, Arrow and Hub datasets. (default: the only one that fits)"
+        str | None, "Column of the images in Parquet, Arrow and Hub datasets. (default: the only one that fits)", DATA
     ] = None
     label_column: Annotated[
-        str | None, "Column of the labels in Parquet, Arrow and Hub datasets. (default: the only one that fits)"
+        str | None, "Column of the labels in Parquet, Arrow and Hub datasets. (default: the only one that fits)", DATA
     ] = None
-    strict: Annotated[bool, "Stop at the first image that cannot be used."] = False
-    batch: Annotated[int, "Crops encoded at once."] = 32
+    strict: Annotated[bool, "Stop at the first image that cannot be used.", DATA] = False
+    batch: Annotated[int, "Crops encoded at once.", HARDWARE] = 32
     workers: Annotated[
-        int | None, "Threads that decode images. (default: this process's share of the cores, at most 16)"
+        int | None, "Threads that decode images. (default: this process's share of the cores, at most 16)", HARDWARE
     ] = None
-    overwrite: Annotated[bool, "Replace an output that other settings made."] = False
+    overwrite: Annotated[bool, "Replace an output that other settings made.", OUTPUT] = False
     device: Device = "auto"
     precision: Compute = "fp32"
 
     def __post_init__(self) -> None:
         at_least(self, 1, "image_size", "shard_size", "limit", "batch", "workers")
+        at_least(self, 0, "seed")
+        if self.holdout is not None:
+            require(0 < self.holdout < 1, f"--holdout is {self.holdout}; it must be above 0 and below 1, such as 0.05")
+        if self.group_regex is not None:
+            require(self.holdout is not None, "--group-regex belongs to --holdout")
+            try:
+                re.compile(self.group_regex)
+            except re.error as error:
+                raise StageError(f"--group-regex {self.group_regex!r} is not a regular expression: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
     """How a model is trained; the defaults are the paper's recipe (section 4.1)."""
 
-    steps: Annotated[int | None, "Optimizer steps. (default: --epochs)"] = None
-    epochs: Annotated[float, "Passes over the data, where --steps is not given."] = 300.0
-    batch: Annotated[int, "Images a step, over all processes."] = 256
-    micro_batch: Annotated[int | None, "Images computed at once in a process. (default: all of its share)"] = None
-    lr: Annotated[float, "Learning rate."] = 1e-4
-    scale_lr: Annotated[bool, "Multiply the learning rate by batch / 256."] = False
-    schedule: Annotated[Schedule, "Of the learning rate; cosine falls to a tenth."] = "constant"
-    warmup: Annotated[int, "Steps over which the learning rate rises from 0."] = 0
-    weight_decay: Annotated[float, "On matrices only."] = 0.05
-    beta1: Annotated[float, "AdamW."] = 0.9
-    beta2: Annotated[float, "AdamW."] = 0.95
-    clip: Annotated[float, "Largest gradient norm; 0 is no limit."] = 1.0
-    dropout: Annotated[float, "In LlamaGen everywhere, in DPAR in the patch transformer and on its input."] = 0.1
-    ema: Annotated[float, "Decay of the weights' moving average, such as 0.9999; 0 keeps none."] = 0.0
-    init: Annotated[str | None, "Weights to start from: a directory, run, Hub name or LlamaGen's .pt file."] = None
-    validation: Annotated[Path | None, "Held-out artifact for bits per token. (default: none)"] = None
-    eval_every: Annotated[int, "Steps between validations and sheets; one more comes at the end."] = 2000
-    sheet: Annotated[int, "Samples on each sheet; 0 draws none."] = 8
-    log_every: Annotated[int, "Steps between lines of metrics."] = 50
-    checkpoint_every: Annotated[int, "Steps between checkpoints."] = 2000
-    keep: Annotated[int, "Newest checkpoints kept."] = 2
-    override: Annotated[bool, "Go on with a run under other settings, and record which."] = False
-    verify: Annotated[bool, "Check the SHA-256 of every input shard before starting."] = True
+    steps: Annotated[int | None, "Optimizer steps. (default: --epochs)", OPTIM] = None
+    epochs: Annotated[float, "Passes over the data, where --steps is not given.", OPTIM] = 300.0
+    batch: Annotated[int, "Images a step, over all processes.", OPTIM] = 256
+    micro_batch: Annotated[
+        int | None, "Images computed at once in a process. (default: all of its share)", HARDWARE
+    ] = None
+    lr: Annotated[float, "Learning rate.", OPTIM] = 1e-4
+    scale_lr: Annotated[bool, "Multiply the learning rate by batch / 256.", OPTIM] = False
+    schedule: Annotated[Schedule, "Of the learning rate; cosine falls to a tenth.", OPTIM] = "constant"
+    warmup: Annotated[int, "Steps over which the learning rate rises from 0.", OPTIM] = 0
+    weight_decay: Annotated[float, "On matrices only.", OPTIM] = 0.05
+    beta1: Annotated[float, "AdamW.", OPTIM] = 0.9
+    beta2: Annotated[float, "AdamW.", OPTIM] = 0.95
+    clip: Annotated[float, "Largest gradient norm; 0 is no limit.", OPTIM] = 1.0
+    dropout: Annotated[float, "In LlamaGen everywhere, in DPAR in the patch transformer and on its input.", OPTIM] = 0.1
+    ema: Annotated[float, "Decay of the weights' moving average, such as 0.9999; 0 keeps none.", OPTIM] = 0.0
+    init: Annotated[str | None, "Weights to start from: a directory, run, Hub name or LlamaGen's .pt file.", MODEL] = (
+        None
+    )
+    validation: Annotated[Path | None, "Held-out artifact for bits per token. (default: none)", DATA] = None
+    eval_every: Annotated[int, "Steps between validations and sheets; one more comes at the end.", OUTPUT] = 2000
+    sheet: Annotated[int, "Samples on each sheet; 0 draws none.", OUTPUT] = 8
+    log_every: Annotated[int, "Steps between lines of metrics.", OUTPUT] = 50
+    checkpoint_every: Annotated[int, "Steps between checkpoints.", OUTPUT] = 2000
+    keep: Annotated[int, "Newest checkpoints kept.", OUTPUT] = 2
+    override: Annotated[bool, "Go on with a run under other settings, and record which.", OUTPUT] = False
+    verify: Annotated[bool, "Check the SHA-256 of every input shard before starting.", DATA] = True
     attention: Annotated[
-        Attention, "How packed patches attend; auto is the first of varlen, xformers and sdpa that runs here."
+        Attention, "How packed patches attend; auto is the first of varlen, xformers and sdpa that runs here.", HARDWARE
     ] = "auto"
-    compile: Annotated[bool | None, "Compile the model's layers. (default: on CUDA)"] = None
-    checkpoint_layers: Annotated[bool, "Keep no activations inside layers: less memory, a third more compute."] = False
-    fsdp: Annotated[bool, "Share weights and optimizer over the processes (FSDP2), for models of XXL size."] = False
-    tensorboard: Annotated[bool, "Metrics to RUN/tensorboard, too (extra tensorboard)."] = False
-    wandb: Annotated[bool, "Metrics to Weights & Biases, too (extra wandb)."] = False
-    seed: Seed = 0
+    compile: Annotated[bool | None, "Compile the model's layers. (default: on CUDA)", HARDWARE] = None
+    checkpoint_layers: Annotated[
+        bool, "Keep no activations inside layers: less memory, a third more compute.", HARDWARE
+    ] = False
+    fsdp: Annotated[
+        bool, "Share weights and optimizer over the processes (FSDP2), for models of XXL size.", HARDWARE
+    ] = False
+    tensorboard: Annotated[bool, "Metrics to RUN/tensorboard, too (extra tensorboard).", OUTPUT] = False
+    wandb: Annotated[bool, "Metrics to Weights & Biases, too (extra wandb).", OUTPUT] = False
+    seed: Annotated[Seed, OPTIM] = 0
     device: Device = "auto"
     precision: Compute = "auto"
 
@@ -174,9 +209,9 @@ class OptimSettings:
 class EntropySettings(OptimSettings):
     """Training the entropy model."""
 
-    model: Annotated[str, "Preset of LlamaGen's family, trained without classes."] = "llamagen-b"
+    model: Annotated[str, "Preset of LlamaGen's family, trained without classes.", MODEL] = "llamagen-b"
     from_llamagen: Annotated[
-        str | None, "LlamaGen's c2i_*.pt (or a directory of it), read without classes in place of training."
+        str | None, "LlamaGen's c2i_*.pt (or a directory of it), read without classes in place of training.", MODEL
     ] = None
 
     def __post_init__(self) -> None:
@@ -195,8 +230,8 @@ class EntropySettings(OptimSettings):
 class TrainSettings(OptimSettings):
     """Training DPAR or the LlamaGen baseline."""
 
-    model: Annotated[str, "Preset: dpar-… or llamagen-… with tiny, b, l, xl, xxl."] = "dpar-b"
-    guidance_dropout: Annotated[float, "How often the class is left out, for classifier-free guidance."] = 0.1
+    model: Annotated[str, "Preset: dpar-… or llamagen-… with tiny, b, l, xl, xxl.", MODEL] = "dpar-b"
+    guidance_dropout: Annotated[float, "How often the class is left out, for classifier-free guidance.", OPTIM] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,23 +242,34 @@ class TrainSettings(OptimSettings):
 class PatchifySettings:
     """Codes to patches."""
 
-    entropy_model: Annotated[str | None, "Run or weights of the entropy model; not needed on a patches directory."] = (
+    entropy_model: Annotated[
+        str | None, "Run or weights of the entropy model; not needed on a patches directory.", MODEL
+    ] = None
+    threshold: Annotated[
+        float | None,
+        "τ, nats: a token with entropy above it starts a patch. Entropies reach from 0 to ln V (9.70 for 16384 codes, "
+        "6.93 for 1024); the published 7.8 is 0.80·ln V of its tokenizer. Small codebooks need --target-length.",
+        PATCHES,
+    ] = None
+    target_length: Annotated[float | None, "Mean patch length wanted, such as 1.81; finds the threshold.", PATCHES] = (
         None
     )
-    threshold: Annotated[float | None, "τ, nats: a token with entropy above it starts a patch."] = None
-    target_length: Annotated[float | None, "Mean patch length wanted; finds the threshold."] = None
-    max_length: Annotated[int, "P: most tokens in a patch; 0 is no limit."] = 4
-    row_reset: Annotated[bool, "Each row of the grid starts a patch."] = True
-    strategy: Annotated[Strategy, "entropy: the paper's rule; static: one fixed length, --static-length."] = "entropy"
-    static_length: Annotated[float | None, "Patch length of the static strategy; may be fractional."] = None
-    container: Annotated[Container | None, "Format of the shards. (default: as the input's)"] = None
-    sample: Annotated[int, "Images on which --target-length looks for its threshold."] = 4096
-    batch: Annotated[int, "Sequences in one pass of the entropy model."] = 32
+    max_length: Annotated[int, "P: most tokens in a patch; 0 is no limit.", PATCHES] = 4
+    row_reset: Annotated[bool, "Each row of the grid starts a patch.", PATCHES] = True
+    strategy: Annotated[Strategy, "entropy: the paper's rule; static: one fixed length, --static-length.", PATCHES] = (
+        "entropy"
+    )
+    static_length: Annotated[float | None, "Patch length of the static strategy; may be fractional.", PATCHES] = None
+    container: Annotated[Container | None, "Format of the shards. (default: as the input's)", OUTPUT] = None
+    sample: Annotated[int, "Images on which --target-length looks for its threshold.", PATCHES] = 4096
+    batch: Annotated[int, "Sequences in one pass of the entropy model.", HARDWARE] = 32
     compare: Annotated[
-        tuple[str, str] | None, "Two entropy models: say how alike they cut a sample of the images; write no patches."
+        tuple[str, str] | None,
+        "Two entropy models: say how alike they cut a sample of the images; write no patches.",
+        MODEL,
     ] = None
-    verify: Annotated[bool, "Check the SHA-256 of every input shard before starting."] = True
-    overwrite: Annotated[bool, "Replace an output that other settings made."] = False
+    verify: Annotated[bool, "Check the SHA-256 of every input shard before starting.", DATA] = True
+    overwrite: Annotated[bool, "Replace an output that other settings made.", OUTPUT] = False
     device: Device = "auto"
     precision: Compute = "auto"
 
@@ -259,22 +305,26 @@ class SamplingSettings:
     """What sampling needs wherever it happens."""
 
     cfg_schedule: Annotated[
-        GuidanceSchedule, "Of the guidance over the tokens; linear and power-cosine rise from none to --cfg-scale."
+        GuidanceSchedule,
+        "Of the guidance over the tokens; linear and power-cosine rise from none to --cfg-scale.",
+        SAMPLING,
     ] = "constant"
-    cfg_power: Annotated[float, "Of power-cosine; higher guides later."] = 1.0
-    temperature: Annotated[float, "Of the logits; 0 takes the likeliest token."] = 1.0
-    top_k: Annotated[int, "Only the k likeliest tokens; 0 is all."] = 0
-    top_p: Annotated[float, "Only the likeliest tokens that together have this probability."] = 1.0
-    labels: Annotated[Labels, "Classes of a number of images: all alike, or drawn at random (seeded)."] = "balanced"
-    row_reset: Annotated[bool | None, "Each row starts a patch. (default: as in the training data)"] = None
-    seed: Seed = 0
-    batch: Annotated[int, "Images sampled at once; at most a shard."] = 32
-    shard_size: Annotated[int, "Images a shard of the sampled codes: what a kill can lose."] = 128
-    tokenizer: Annotated[str | None, "Its weights. (default: those that made the codes)"] = None
-    entropy_model: Annotated[str | None, "Its weights. (default: those that made the patches)"] = None
+    cfg_power: Annotated[float, "Of power-cosine; higher guides later.", SAMPLING] = 1.0
+    temperature: Annotated[float, "Of the logits; 0 takes the likeliest token.", SAMPLING] = 1.0
+    top_k: Annotated[int, "Only the k likeliest tokens; 0 is all.", SAMPLING] = 0
+    top_p: Annotated[float, "Only the likeliest tokens that together have this probability.", SAMPLING] = 1.0
+    labels: Annotated[Labels, "Classes of a number of images: all alike, or drawn at random (seeded).", SAMPLING] = (
+        "balanced"
+    )
+    row_reset: Annotated[bool | None, "Each row starts a patch. (default: as in the training data)", PATCHES] = None
+    seed: Annotated[Seed, SAMPLING] = 0
+    batch: Annotated[int, "Images sampled at once; at most a shard.", HARDWARE] = 32
+    shard_size: Annotated[int, "Images a shard of the sampled codes: what a kill can lose.", OUTPUT] = 128
+    tokenizer: Annotated[str | None, "Its weights. (default: those that made the codes)", MODEL] = None
+    entropy_model: Annotated[str | None, "Its weights. (default: those that made the patches)", MODEL] = None
     device: Device = "auto"
     precision: Compute = "auto"
-    decode_precision: Annotated[Precision, "Of decoding codes to pictures."] = "fp32"
+    decode_precision: Annotated[Precision, "Of decoding codes to pictures.", HARDWARE] = "fp32"
 
     def __post_init__(self) -> None:
         at_least(self, 0, "temperature", "top_k", "seed", "cfg_power")
@@ -292,19 +342,25 @@ def check_cfg_scale(scale: float) -> None:
 class SampleSettings(SamplingSettings):
     """Sampling pictures."""
 
-    cfg_scale: Annotated[float, "Classifier-free guidance s: logits = u + s·(c - u); 1 is none."] = 2.0
-    threshold: Annotated[float | None, "τ, nats. (default: the training data's)"] = None
-    max_length: Annotated[int | None, "P; 0 is no limit. (default: the training data's)"] = None
-    classes: Annotated[tuple[str, ...], "Only this class, by name or number; repeat for several. (default: all)"] = ()
-    per_class: Annotated[int | None, "Images of each class. (default: 4)"] = None
-    count: Annotated[int | None, "Images in all, in place of --per-class; --labels says of which classes."] = None
-    image: Annotated[Path | None, "Keep a part of this image and sample the rest, with --mask or --keep-rows."] = None
-    mask: Annotated[Path | None, "Image of the same size: white is sampled anew."] = None
-    keep_rows: Annotated[int | None, "Rows of tokens kept, from the top."] = None
-    show_patches: Annotated[bool, "Draw the patches on the images of the sheet."] = False
-    png: Annotated[bool, "Write each picture as a PNG file."] = True
-    npz: Annotated[bool, "Write samples.npz as ADM's evaluation suite reads it."] = False
-    overwrite: Annotated[bool, "Replace an output that other settings made."] = False
+    cfg_scale: Annotated[float, "Classifier-free guidance s: logits = u + s·(c - u); 1 is none.", SAMPLING] = 2.0
+    threshold: Annotated[float | None, "τ, nats. (default: the training data's)", PATCHES] = None
+    max_length: Annotated[int | None, "P; 0 is no limit. (default: the training data's)", PATCHES] = None
+    classes: Annotated[
+        tuple[str, ...], "Only this class, by name or number; repeat for several. (default: all)", SAMPLING
+    ] = ()
+    per_class: Annotated[int | None, "Images of each class. (default: 4)", SAMPLING] = None
+    count: Annotated[
+        int | None, "Images in all, in place of --per-class; --labels says of which classes.", SAMPLING
+    ] = None
+    image: Annotated[
+        Path | None, "Keep a part of this image and sample the rest, with --mask or --keep-rows.", SAMPLING
+    ] = None
+    mask: Annotated[Path | None, "Image of the same size: white is sampled anew.", SAMPLING] = None
+    keep_rows: Annotated[int | None, "Rows of tokens kept, from the top.", SAMPLING] = None
+    show_patches: Annotated[bool, "Draw the patches on the images of the sheet.", OUTPUT] = False
+    png: Annotated[bool, "Write each picture as a PNG file.", OUTPUT] = True
+    npz: Annotated[bool, "Write samples.npz as ADM's evaluation suite reads it.", OUTPUT] = False
+    overwrite: Annotated[bool, "Replace an output that other settings made.", OUTPUT] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -326,35 +382,47 @@ class EvalSettings(SamplingSettings):
     """Scoring a run."""
 
     reference: Annotated[
-        Path, "What samples are held against: an artifact, a folder of images, or an .npz of images or statistics."
+        Path,
+        "What samples are held against: an artifact, a folder of images, or an .npz of images or statistics.",
+        DATA,
     ]
     held_out: Annotated[
         Path | None,
         "Held-out artifact for bits per token: patches for DPAR; codes will do for LlamaGen. "
         "(default: the reference, where it is one)",
+        DATA,
     ] = None
     checkpoint: Annotated[
-        tuple[str, ...], "One of the run's checkpoints, step-00001234, or other weights; repeat. (default: the newest)"
+        tuple[str, ...],
+        "One of the run's checkpoints, step-00001234, or other weights; repeat. (default: the newest)",
+        MODEL,
     ] = ()
-    cfg_scale: Annotated[tuple[float, ...], "Guidance to sample at; repeat for a table. (default: 1.0 and 2.0)"] = (
+    cfg_scale: Annotated[
+        tuple[float, ...], "Guidance to sample at; repeat for a table. (default: 1.0 and 2.0)", SAMPLING
+    ] = (
         1.0,
         2.0,
     )
-    threshold: Annotated[tuple[float, ...], "τ, nats; repeat for a table. (default: the training data's)"] = ()
-    max_length: Annotated[tuple[int, ...], "P, 0 is no limit; repeat for a table. (default: the training data's)"] = ()
-    labels: Annotated[Labels, "Classes of the samples: drawn at random (seeded), as in the paper, or all alike."] = (
-        "random"
-    )
-    samples: Annotated[int, "Images sampled for each cell of the table; 0 samples none."] = 1000
+    threshold: Annotated[tuple[float, ...], "τ, nats; repeat for a table. (default: the training data's)", PATCHES] = ()
+    max_length: Annotated[
+        tuple[int, ...], "P, 0 is no limit; repeat for a table. (default: the training data's)", PATCHES
+    ] = ()
+    labels: Annotated[
+        Labels, "Classes of the samples: drawn at random (seeded), as in the paper, or all alike.", SAMPLING
+    ] = "random"
+    samples: Annotated[int, "Images sampled for each cell of the table; 0 samples none.", SAMPLING] = 1000
     features: Annotated[
         Features,
         "Of the distance between samples and reference: inception is FID and needs torch-fidelity (extra eval).",
+        OUTPUT,
     ] = "tokenizer"
-    inception_weights: Annotated[Path | None, "File of Inception's weights. (default: torch-fidelity fetches them)"] = (
-        None
-    )
-    save_reference: Annotated[Path | None, "Write the reference's statistics to this .npz, to be a --reference."] = None
-    sheet_per_class: Annotated[int, "Samples of each class on the sheets."] = 4
+    inception_weights: Annotated[
+        Path | None, "File of Inception's weights. (default: torch-fidelity fetches them)", OUTPUT
+    ] = None
+    save_reference: Annotated[
+        Path | None, "Write the reference's statistics to this .npz, to be a --reference.", OUTPUT
+    ] = None
+    sheet_per_class: Annotated[int, "Samples of each class on the sheets.", OUTPUT] = 4
     fetch_originals: FetchOriginals = False
 
     def __post_init__(self) -> None:
@@ -374,12 +442,14 @@ class EvalSettings(SamplingSettings):
 class ProbeSettings:
     """A linear classifier on a frozen model's features."""
 
-    train: Annotated[Path, "Artifact to fit the classifier on: patches for DPAR; codes will do for LlamaGen."]
-    test: Annotated[Path, "Artifact to count its hits on."]
-    layer: Annotated[int | None, "Layer whose outputs are the features, from 1. (default: the last)"] = None
-    weight_decay: Annotated[float, "Of the classifier's matrix: added to the loss as half of it times |W|²."] = 1e-4
-    iterations: Annotated[int, "Of L-BFGS, at most."] = 200
-    batch: Annotated[int, "Images in one pass of the model."] = 32
+    train: Annotated[Path, "Artifact to fit the classifier on: patches for DPAR; codes will do for LlamaGen.", DATA]
+    test: Annotated[Path, "Artifact to count its hits on.", DATA]
+    layer: Annotated[int | None, "Layer whose outputs are the features, from 1. (default: the last)", MODEL] = None
+    weight_decay: Annotated[float, "Of the classifier's matrix: added to the loss as half of it times |W|².", OPTIM] = (
+        1e-4
+    )
+    iterations: Annotated[int, "Of L-BFGS, at most.", OPTIM] = 200
+    batch: Annotated[int, "Images in one pass of the model.", HARDWARE] = 32
     device: Device = "auto"
     precision: Compute = "auto"
 
@@ -392,15 +462,15 @@ class ProbeSettings:
 class FlopsSettings:
     """The cost table."""
 
-    model: Annotated[tuple[str, ...], "Preset; repeat for several. (default: all but tiny)"] = ()
-    image_size: Annotated[tuple[int, ...], "Pixels along a side; repeat. (default: 256 and 384)"] = (256, 384)
+    model: Annotated[tuple[str, ...], "Preset; repeat for several. (default: all but tiny)", MODEL] = ()
+    image_size: Annotated[tuple[int, ...], "Pixels along a side; repeat. (default: 256 and 384)", DATA] = (256, 384)
     patch_length: Annotated[
-        float | None, "Mean tokens a patch. (default: the paper's, 1.81 at 256 and 2.06 at 384)"
+        float | None, "Mean tokens a patch. (default: the paper's, 1.81 at 256 and 2.06 at 384)", DATA
     ] = None
-    entropy_model: Annotated[str, "Preset of the entropy model that DPAR samples with."] = "llamagen-b"
-    downsampling: Annotated[int, "Pixels along a side of a token."] = 16
-    codebook_size: Annotated[int, "Codes, V."] = 16384
-    classes: Annotated[int, "Classes."] = 1000
+    entropy_model: Annotated[str, "Preset of the entropy model that DPAR samples with.", MODEL] = "llamagen-b"
+    downsampling: Annotated[int, "Pixels along a side of a token.", MODEL] = 16
+    codebook_size: Annotated[int, "Codes, V.", MODEL] = 16384
+    classes: Annotated[int, "Classes.", MODEL] = 1000
 
     def __post_init__(self) -> None:
         require(
@@ -420,27 +490,27 @@ class FlopsSettings:
 class ConvertSettings:
     """Converting weights."""
 
-    heads: Annotated[int | None, "Attention heads, if SRC does not say."] = None
-    grid: Annotated[tuple[int, int] | None, "Rows and columns of tokens, if SRC does not say."] = None
-    rope: Annotated[PatchRope | None, "Rotary positions of DPAR's patches, if SRC does not say. (default: dynamic)"] = (
-        None
-    )
+    heads: Annotated[int | None, "Attention heads, if SRC does not say.", MODEL] = None
+    grid: Annotated[tuple[int, int] | None, "Rows and columns of tokens, if SRC does not say.", MODEL] = None
+    rope: Annotated[
+        PatchRope | None, "Rotary positions of DPAR's patches, if SRC does not say. (default: dynamic)", MODEL
+    ] = None
 
-    push_to: Annotated[str | None, "Upload DST to this repository of the Hugging Face Hub, owner/name."] = None
+    push_to: Annotated[str | None, "Upload DST to this repository of the Hugging Face Hub, owner/name.", OUTPUT] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings:
     """Looking into an artifact."""
 
-    images: Annotated[int, "Images drawn, spread over the classes; 0 draws none and needs no tokenizer."] = 8
-    classes: Annotated[tuple[str, ...], "Draw images of this class; repeat for several. (default: all)"] = ()
-    keys: Annotated[tuple[str, ...], "Draw the image of this key; repeat for several."] = ()
-    threshold: Annotated[tuple[float, ...], "τ, nats: patches at this threshold too; repeat for several."] = ()
-    tokenizer: Annotated[str | None, "Weights to decode with. (default: those that made the codes)"] = None
+    images: Annotated[int, "Images drawn, spread over the classes; 0 draws none and needs no tokenizer.", DATA] = 8
+    classes: Annotated[tuple[str, ...], "Draw images of this class; repeat for several. (default: all)", DATA] = ()
+    keys: Annotated[tuple[str, ...], "Draw the image of this key; repeat for several.", DATA] = ()
+    threshold: Annotated[tuple[float, ...], "τ, nats: patches at this threshold too; repeat for several.", PATCHES] = ()
+    tokenizer: Annotated[str | None, "Weights to decode with. (default: those that made the codes)", MODEL] = None
     fetch_originals: FetchOriginals = False
-    verify: Annotated[bool, "Check the SHA-256 of every shard."] = False
-    batch: Annotated[int, "Images decoded at once."] = 32
+    verify: Annotated[bool, "Check the SHA-256 of every shard.", DATA] = False
+    batch: Annotated[int, "Images decoded at once.", HARDWARE] = 32
     device: Device = "auto"
 
     def __post_init__(self) -> None:

@@ -11,6 +11,8 @@ function of its images alone, whoever computes them and after whatever history.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -24,20 +26,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpar.tokenizer import VQTokenizer, from_uint8
+from dpar.tokenizer import VQTokenizer, from_uint8, psnr, to_uint8
 from pipeline.ahead import ahead
 from pipeline.device import autocast, choose_device, precision_name, rank, world_size
 from pipeline.errors import StageError
 from pipeline.progress import Progress, Task, stops_with
+from pipeline.reconstruction_sample import (
+    SHARD_KEY,
+    merge_reconstruction,
+    reconstruction_lines,
+    sampled_positions,
+)
 from pipeline.settings import TokenizeSettings
 from pipeline.sources import Source, UnusableImage, open_source
 from pipeline.sources.decode import budget
+from pipeline.sources.holdout import split_holdout
 from pipeline.sources.source import Item
 from pipeline.versions import made_by
 from pipeline.views import n_views, views
 from pipeline.weights import fingerprint_of, load_tokenizer
 from shards.build import LEFT_OUT, ArtifactBuild
-from shards.manifest import LeftOut, Manifest, ShardInfo
+from shards.manifest import MANIFEST, LeftOut, Manifest, ShardInfo
 from shards.rows import Rows
 
 CROPS_AHEAD = 256 * 2**20  # bytes of crops that wait for the encoder, at most
@@ -48,11 +57,13 @@ MOST_WORKERS = 16  # threads past these wait for each other in Python
 def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progress | None = None) -> Manifest | None:
     """Encodes every image of ``data`` and writes a codes artifact to ``out``.
 
+    With ``settings.holdout`` the held-out images go to a second artifact, :func:`holdout_folder` of ``out``.
+
     Any number of processes may share the work (``torchrun``, or the same command several times); running it again
     goes on where it stopped.
 
     Returns:
-        The artifact's manifest; None where other processes have shards still to write.
+        The manifest of ``out``; None where other processes have shards still to write.
 
     Raises:
         StageError, ModelError, ArtifactError: data, weights, output or settings cannot be used.
@@ -75,9 +86,34 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         raise StageError(
             f"--image-size is {settings.image_size}; this tokenizer needs a multiple of {config.downsampling}"
         )
-    side = settings.image_size // config.downsampling
-    n_views_each = n_views(settings.views, settings.crop_range)
-    device = choose_device(settings.device)
+    parts: list[tuple[Source, Path]] = [(source, out)]
+    if settings.holdout is not None:
+        training, held_out = split_holdout(source, settings.holdout, settings.seed, settings.group_regex)
+        parts = [(training, out), (held_out, holdout_folder(out))]
+    tokenizer.to(choose_device(settings.device))
+    fingerprint = fingerprint_of(settings.tokenizer)
+    with contextlib.ExitStack() as stack:
+        builds = []
+        for part, folder in parts:  # all of them, so that one that is refused is refused before any work
+            decides = decisive(data, part, fingerprint, settings)
+            builds.append(open_build(folder, part, decides, settings))
+            stack.callback(builds[-1].close)
+        manifests = [
+            encode_source(data, part, build, tokenizer, settings, progress)
+            for (part, _), build in zip(parts, builds, strict=True)
+        ]
+    return manifests[0]
+
+
+def holdout_folder(out: Path) -> Path:
+    """The directory of the held-out part, beside ``out``."""
+    named = out if out.name not in ("", "..") else out.resolve()
+    return named.with_name(f"{named.name}-holdout")
+
+
+def decisive(data: str, source: Source, fingerprint: str, settings: TokenizeSettings) -> dict[str, Any]:
+    """The settings that decide an artifact's bytes, with the tokenizer's fingerprint and the listing's."""
+    described = source.describe()
     decides: dict[str, Any] = {
         "data": data,
         "split": settings.split,
@@ -85,23 +121,42 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         "limit": settings.limit,
         "image_column": settings.image_column,
         "label_column": settings.label_column,
-        "listing": source.describe()["listing_sha256"],
+        "listing": described["listing_sha256"],
         "image_size": settings.image_size,
         "views": settings.views,
         "crop_range": list(settings.crop_range),
         "container": settings.container,
         "shard_size": settings.shard_size,
-        "tokenizer": fingerprint_of(settings.tokenizer),
-        "precision": precision_name(device, settings.precision),
+        "tokenizer": fingerprint,
+        "precision": precision_name(choose_device(settings.device), settings.precision),
         "batch": settings.batch,  # convolutions round differently in batches of another size
     }
-    build = ArtifactBuild(
-        out,
+    return decides | ({"holdout": described["holdout"]} if "holdout" in described else {})
+
+
+def open_build(folder: Path, source: Source, decides: dict[str, Any], settings: TokenizeSettings) -> ArtifactBuild:
+    """The artifact of ``source`` in ``folder``, to be written or finished."""
+    return ArtifactBuild(
+        folder,
         settings=decides,
         n_shards=source.n_parts(settings.shard_size),
         container=settings.container,
         overwrite=settings.overwrite,
     )
+
+
+def encode_source(
+    data: str,
+    source: Source,
+    build: ArtifactBuild,
+    tokenizer: VQTokenizer,
+    settings: TokenizeSettings,
+    progress: Progress,
+) -> Manifest | None:
+    """Writes what of ``build`` is missing; gives its manifest, or None where other processes have shards to write."""
+    out, config = build.folder, tokenizer.config
+    side = settings.image_size // config.downsampling
+    is_holdout = build.settings.get("holdout", {}).get("part") == "held out"
 
     def check_strict(shards: Sequence[ShardInfo]) -> None:
         unusable = sum(len(shard.left_out) for shard in shards) - len(source.left_out)
@@ -123,32 +178,39 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
             container=settings.container,
             grid=(side, side),
             codebook_size=config.codebook_size,
-            views=n_views_each,
+            views=n_views(settings.views, settings.crop_range),
             class_names=source.name_classes(max(shard.statistics["labels"] for shard in shards)),
             rows=n_rows,
             shards=shards,
-            settings=decides,
+            settings=build.settings,
             source=source.describe(),
-            tokenizer={"path": settings.tokenizer, "fingerprint": decides["tokenizer"]},
+            tokenizer={"path": settings.tokenizer, "fingerprint": build.settings["tokenizer"]},
+            statistics=merge_reconstruction(shards),
             left_out=len(left),
             made_by=made_by(),
         )
 
+    def report(manifest: Manifest, from_any_process: bool = False) -> None:
+        lines = [f"held out: {manifest.rows} images in {out}"] if is_holdout else reconstruction_lines(manifest)
+        for line in lines:
+            progress.say(line, from_any_process=from_any_process)
+
     if build.finished is not None:
         check_strict(build.finished.shards)
+        report(build.finished)
         return build.finished
     keeps = f"Stopped. Finished shards are kept in {out}; run the same command again to go on."
-    try:
-        with (
-            stops_with(keeps),
-            CodeEncoder(tokenizer.to(device), settings) as encoder,
-            progress.task("tokenize", source.n_items, "images") as task,
-        ):
-            write_shards(build, source, encoder, settings, task)
-        manifest = build.finish(make_manifest)
-    finally:
-        build.close()
-    if manifest is None:
+    with (
+        stops_with(keeps),
+        CodeEncoder(tokenizer, settings) as encoder,
+        progress.task("tokenize holdout" if is_holdout else "tokenize", source.n_items, "images") as task,
+    ):
+        write_shards(build, source, encoder, settings, task)
+    is_last = not (out / MANIFEST).is_file()  # of the processes, as far as this one can tell
+    manifest = build.finish(make_manifest)
+    if manifest is not None:
+        report(manifest, from_any_process=is_last)
+    else:
         n = build.remaining()
         progress.say(
             f"{n} {'shard is' if n == 1 else 'shards are'} still being written by other processes; "
@@ -164,8 +226,15 @@ def write_shards(
     keys: list[str] = []
     labels: list[int] = []
     left_out: list[LeftOut] = []
+    sample: dict[int, NDArray[np.uint8]] = {}  # by row of the shard, the crop whose reconstruction is measured
     n_left_out = 0
     position = rank() * build.n_shards // world_size()  # in the round that todo() makes
+
+    @functools.cache
+    def positions(index: int) -> set[int]:
+        n_shards, size = build.n_shards, settings.shard_size
+        return set(sampled_positions(index, n_shards=n_shards, shard_size=size, n_items=source.n_items))
+
     before: Future[None] | None = None  # the shard that is being written
     with ThreadPoolExecutor(1) as writer, closing(crops_ahead(build, source, settings)) as stream:
         for index, image in stream:
@@ -181,6 +250,8 @@ def write_shards(
                 if isinstance(pixels, UnusableImage):
                     image = LeftOut(key=image.key, reason=pixels.reason)
                 else:
+                    if len(keys) + len(left_out) in positions(index):
+                        sample[len(keys)] = pixels[0].copy()  # or all its views stay in memory
                     encoder.add(pixels)
                     keys.append(image.key)
                     labels.append(image.label)
@@ -200,11 +271,14 @@ def write_shards(
             )
             if index == 0:
                 left_out = [LeftOut(key=item.key, reason=item.reason) for item in source.left_out] + left_out
+            statistics: dict[str, Any] = {"labels": max(labels, default=-1) + 1}  # names the classes of a stream
+            if sample:
+                measured = encoder.reconstruction_psnr(np.stack([*sample.values()]), rows.codes[[*sample], 0])
+                statistics[SHARD_KEY] = [round(value, 2) for value in measured]
             if before is not None:
                 before.result()  # one at a time: memory is bounded
-            statistics = {"labels": max(labels, default=-1) + 1}  # names the classes of a stream
             before = writer.submit(build.add, index, rows, statistics=statistics, left_out=left_out)
-            keys, labels, left_out = [], [], []
+            keys, labels, left_out, sample = [], [], [], {}
         if before is not None:
             before.result()
 
@@ -315,6 +389,17 @@ class CodeEncoder:
         codes = np.concatenate(self._codes) if self._codes else np.zeros((0, self.n_tokens), np.uint16)
         self._codes = []
         return codes
+
+    def reconstruction_psnr(self, crops: NDArray[np.uint8], codes: NDArray[np.uint16]) -> list[float]:
+        """PSNR, in dB, of crops (n, size, size, 3) against what their codes (n, N) decode to: n values."""
+        if self.device.type == "cpu":
+            return list(self._pool.map(self._psnr, crops, codes))
+        return [self._psnr(crop, row) for crop, row in zip(crops, codes, strict=True)]
+
+    @torch.no_grad()
+    def _psnr(self, crop: NDArray[np.uint8], codes: NDArray[np.uint16]) -> float:
+        decoded = self.tokenizer.decode(torch.from_numpy(codes[None].astype(np.int64)).to(self.device))
+        return psnr(to_uint8(decoded).cpu(), torch.from_numpy(crop)[None]).item()
 
     def _start(self) -> None:
         pixels, n = self._buffers[0], self._filled

@@ -1,6 +1,6 @@
 """``dpar-torchrun``: torchrun, which ends with the exit status of ``dpar`` and without a traceback of its own.
 
-    dpar-torchrun --nproc-per-node 8 -m cli train patches run
+    dpar-torchrun --nproc-per-node 8 -m dpar train patches run
 
 It takes torchrun's arguments and hands SIGTERM, Ctrl-C and SIGUSR1 on to all processes, which save the step. Plain
 torchrun does the same with ``--signals-to-handle``, but prints a traceback and ends with status 1 in every case.

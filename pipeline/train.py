@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dpar.attention import choose_backend
-from dpar.checkpoint import CONFIG, check_tensors, fingerprint, load_tensors, read_weights, write_weights
+from dpar.checkpoint import CONFIG, check_tensors, fingerprint, load_tensors, read_weights, weights_path, write_weights
 from dpar.llamagen import LlamaGen, LlamaGenConfig
 from dpar.model import DPAR, DPARConfig
 from dpar.patching import PatchRule
@@ -29,7 +29,7 @@ from pipeline.settings import EntropySettings, OptimSettings, TrainSettings
 from pipeline.sheets import Painter
 from pipeline.trackers import check_trackers
 from pipeline.trainer import Objective, enough_memory, fit, total_steps
-from pipeline.weights import same_tokens, weights_path
+from pipeline.weights import same_tokens
 from shards.manifest import Manifest
 from shards.reader import Artifact, open_artifact
 

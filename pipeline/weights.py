@@ -8,33 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import dpar
-from dpar.checkpoint import CONFIG, fingerprint, local_folder, model_type
+from dpar.checkpoint import fingerprint, local_folder, model_type, weights_path
 from dpar.llamagen import LlamaGen, SequenceConfig
 from dpar.model import DPAR
 from dpar.tokenizer import VQTokenizer
 from pipeline.errors import StageError
 from shards.manifest import Manifest
-
-# Weights that ship in the package; dpar/weights/README.md says how they were made.
-BUILTIN = {"builtin:photos": "photos-vq-8"}
-
-
-def weights_path(name: str) -> str:
-    """The directory, LlamaGen file or Hub name of the weights called ``name``: a run stands for its ``model/``.
-
-    Raises:
-        StageError: an unknown built-in name, or a run without weights yet.
-    """
-    if name.startswith("builtin:"):
-        if name not in BUILTIN:
-            raise StageError(f"no weights are called {name!r}; built in are {', '.join(BUILTIN)}")
-        return str(Path(dpar.__file__).parent / "weights" / BUILTIN[name])
-    if (Path(name) / "run.json").is_file():
-        if not (Path(name) / "model" / CONFIG).is_file():
-            raise StageError(f"the run {name} has no weights yet: its first checkpoint is still to come")
-        return str(Path(name) / "model")
-    return name
 
 
 def load_tokenizer(name: str, expected: str | None = None) -> VQTokenizer:

@@ -88,7 +88,7 @@ def command(stage: Stage, home: Path, out: Path) -> list[str]:
         words, values = [home / "tokenize", out, "--entropy-model", home / "entropy"], MEASURE
     for name, value in values.items():
         words += [f"--{name.replace('_', '-')}", value]
-    return ["-m", "cli", stage, *(str(word) for word in words)]
+    return ["-m", "dpar", stage, *(str(word) for word in words)]
 
 
 def start_processes(stage: Stage, start: Start, home: Path, out: Path) -> list[subprocess.Popen[bytes]]:

@@ -1,9 +1,11 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 def dpar(*arguments: object, status: int = 0, cwd: Path | None = None, **environment: str) -> str:
     """Runs the command as a user would, and gives what it printed."""
-    command = [sys.executable, "-m", "cli", *(str(a) for a in arguments)]
+    command = [sys.executable, "-m", "dpar", *(str(a) for a in arguments)]
     env = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
     assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -83,21 +85,91 @@ def test_the_five_commands_run_from_a_folder_of_images_to_scores(
     assert "tokens a view" in dpar("inspect", tmp_path / "patches", "--images", 0, "--verify")
 
 
-def test_help_answers_without_loading_torch() -> None:
-    code = "import sys, cli; sys.exit(any(m in sys.modules for m in ('torch', 'pyarrow', 'numpy.random', 'PIL')))"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+def test_a_cli_py_of_the_users_never_stands_in_for_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "cli.py").write_text("raise SystemExit('not this one')")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    for before in ([], launcher):
+        command = [sys.executable, *before, "-m", "dpar", "flops", "--model", "dpar-b", "--json"]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert '"model": "dpar-b"' in done.stdout
 
 
-def test_every_command_has_help_for_every_option() -> None:
+def test_help_answers_without_loading_what_takes_long_to_load() -> None:
+    slow = {"torch", "pyarrow", "numpy.random", "PIL", "rich.markdown"}
+    code = (
+        f"import sys, cli; cli.app(['--help'], standalone_mode=False); sys.exit(any(m in sys.modules for m in {slow}))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
+
+
+def commands() -> dict[str, Any]:
     from typer.main import get_command
 
     import cli
 
-    command = get_command(cli.app)
-    commands = command.commands  # type: ignore[attr-defined]
-    assert {"tokenize", "entropy", "patchify", "train", "eval"} <= set(commands)
-    assert {"tokenizer", "sample", "inspect", "flops", "demo"} <= set(commands)
-    for name, one in commands.items():
+    return dict(get_command(cli.app).commands)  # type: ignore[attr-defined]
+
+
+def help_of(command: str) -> str:
+    from typer.testing import CliRunner
+
+    import cli
+
+    return CliRunner().invoke(cli.app, [*command.split(), "--help"], env={"COLUMNS": "80"}, prog_name="dpar").output
+
+
+def test_help_fits_80_columns_and_names_every_option_in_full() -> None:
+    for name, command in commands().items():
+        lines = help_of(name).splitlines()
+        assert max(map(len, lines)) <= 80, name
+        listed = {word for line in lines if line.startswith("  --") for word in line.split()}
+        assert {option for p in command.params for option in p.opts if option.startswith("--")} <= listed, name
+    assert max(map(len, help_of("").splitlines())) <= 80
+    assert "..." not in help_of("").split("Commands:")[1]  # one line says what each command does
+
+
+def test_help_lists_options_under_headings_those_that_must_be_given_first() -> None:
+    from pipeline.settings import GROUPS
+
+    for name in commands():
+        headings = [line[:-1] for line in help_of(name).splitlines() if line.endswith(":") and line[0] not in " U"]
+        known = ["Arguments", "Required", *GROUPS, "Options", "Examples"]
+        assert headings == [heading for heading in known if heading in headings], name
+        options = help_of(name).split("\nOptions:\n")[1].split("\nExamples:\n")[0]
+        ungrouped = {line.split()[0] for line in options.splitlines() if line.startswith("  -")}
+        assert ungrouped <= {"--config", "-h,", "--tiny"}, name
+
+
+def test_help_ends_in_two_examples_that_are_commands() -> None:
+    import cli
+
+    assert set(cli.EXAMPLES) == {"dpar", *commands()}
+    for name, examples in cli.EXAMPLES.items():
+        assert help_of(name if name in commands() else "").rstrip().splitlines()[-2:] == [f"  {e}" for e in examples]
+        for example in examples:
+            check_command(example)
+
+
+def check_command(line: str) -> None:
+    """Parses a command line of ``dpar``, or of ``torchrun -m dpar``, without running it."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "torchrun":
+        words = words[words.index("-m") + 1 :]
+    assert words[0] == "dpar", line
+    assert words[1] in commands(), line
+    commands()[words[1]].make_context(words[1], words[2:])  # raises for what is not an option, or not of its type
+
+
+def test_the_version_is_printed() -> None:
+    assert dpar("--version").startswith("dpar ")
+
+
+def test_every_command_has_help_for_every_option() -> None:
+    assert {"tokenize", "entropy", "patchify", "train", "eval"} <= set(commands())
+    assert {"train-tokenizer", "sample", "inspect", "flops", "demo"} <= set(commands())
+    for name, one in commands().items():
         assert one.help, name
         for parameter in one.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"
@@ -187,14 +259,19 @@ def test_the_demo_makes_its_report_from_the_installed_wheel_outside_the_checkout
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
-    where = "import cli, dpar, pipeline; print(cli.__file__, dpar.__file__, pipeline.__file__)"
+    assert not list(site.glob("cli*"))  # a name that anybody may use
+    where = "import dpar, pipeline, dpar.command.cli as c; print(dpar.__file__, pipeline.__file__, c.__file__)"
     installed = os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
     used = subprocess.run([sys.executable, "-c", where], check=True, capture_output=True, text=True, env=installed)
     assert all(path.startswith(str(site)) for path in used.stdout.split())
+    (tmp_path / "cli.py").write_text("raise SystemExit('not this one')")
+    assert "dpar-b" in dpar("flops", cwd=tmp_path, PYTHONPATH=str(site))
+    script = [sys.executable, str(site / "bin" / "dpar"), "flops"]
+    assert b"dpar-b" in subprocess.run(script, check=True, capture_output=True, cwd=tmp_path, env=installed).stdout
     said = dpar("demo", "out", "--tiny", cwd=tmp_path, PYTHONPATH=str(site), PYTHONSAFEPATH="1")
     report = (tmp_path / "out" / "report.html").read_text()
     assert "bits per token" in report
-    assert "http" not in report.replace("http://www.w3.org", "")  # nothing is fetched
+    assert "://" not in report.replace("http://www.w3.org", "")  # nothing is fetched; pictures' base64 has no colon
     for name in ("reconstructions-1", "patches", "dpar-samples-cfg-1", "dpar-samples-cfg-2", "llamagen-samples-cfg-2"):
         assert (tmp_path / "out" / "pictures" / f"{name}.png").is_file()
     assert "$ dpar train out/patches out/dpar --model dpar-tiny" in said

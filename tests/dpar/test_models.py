@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -406,3 +407,20 @@ def test_saved_weights_can_be_read_by_whoever_can_read_their_config(tmp_path: Pa
     folder = LlamaGen(LlamaGenConfig(codebook_size=8, width=16, heads=2, layers=1)).save_pretrained(tmp_path / "m")
     modes = {(folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}
     assert len(modes) == 1
+
+
+def test_a_run_stands_for_its_newest_weights(tmp_path: Path) -> None:
+    model = dpar().save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    loaded, expected = DPAR.from_pretrained(tmp_path / "run"), DPAR.from_pretrained(model)
+    assert fingerprint(tmp_path / "run") == fingerprint(model)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected.parameters(), strict=True))
+    shutil.rmtree(model)
+    with pytest.raises(ModelError, match="has no weights yet: its first checkpoint is still to come"):
+        DPAR.from_pretrained(tmp_path / "run")
+
+
+def test_built_in_weights_load_by_their_name() -> None:
+    assert VQTokenizer.from_pretrained("builtin:photos").config.codebook_size == 1024
+    with pytest.raises(ModelError, match="no weights are called 'builtin:photo'; built in are builtin:photos"):
+        VQTokenizer.from_pretrained("builtin:photo")

@@ -45,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(home: Path, out: Path) -> list[str]:
-    words: list[object] = ["-m", "cli", "tokenize", home / "photos", out, "--tokenizer", home / "vq"]
+    words: list[object] = ["-m", "dpar", "tokenize", home / "photos", out, "--tokenizer", home / "vq"]
     for name, value in ENCODE.items():
         words += [f"--{name.replace('_', '-')}", value]
     return [sys.executable, *map(str, words)]

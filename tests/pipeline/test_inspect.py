@@ -266,6 +266,14 @@ def test_static_patches_without_entropies_are_drawn_without_entropy_maps(made: P
         look(artifact, threshold=(1.0,))
 
 
+def test_static_patches_list_no_most_compressible_classes(made: Path, tmp_path: Path) -> None:
+    artifact, _ = build(made, tmp_path / "a", strategy="static")
+    found = look(artifact, tmp_path / "look", images=0)
+    assert found["compressible"] is None
+    assert not any("ompressible" in table.caption or "of a class" in table.caption for table in tables(found))
+    assert "ompressible" not in (tmp_path / "look" / "index.html").read_text(encoding="utf-8")
+
+
 def test_originals_are_pixel_for_pixel_what_was_tokenized(made: Path, tmp_path: Path) -> None:
     artifact, rows = build(made, tmp_path / "a")
     manifest = open_artifact(artifact).manifest

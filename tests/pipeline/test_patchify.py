@@ -281,6 +281,13 @@ def test_the_summary_names_the_spread_over_images_and_the_extreme_classes() -> N
     ]
 
 
+def test_the_summary_of_static_patches_names_no_extreme_classes() -> None:
+    starts = np.broadcast_to(static_starts(8, 2), (4, 1, 8))
+    counts = [count_patches(starts, np.arange(4, dtype=np.int32))]
+    lines = summary(merge_counts(counts, n_tokens=8, views=1, class_names=("sky", "sea", "owl", "fur")))
+    assert len(lines) == 3
+
+
 @pytest.mark.parametrize("target", [1.2, 1.81, 2.5])
 def test_a_target_length_is_reached_within_one_percent_on_all_data(home: Path, tmp_path: Path, target: float) -> None:
     manifest = run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), target_length=target)

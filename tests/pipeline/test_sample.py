@@ -449,7 +449,7 @@ def test_weights_inside_a_run_are_sampled_with_what_the_run_knows(home: Path, tm
 def test_a_run_without_weights_yet_is_one_message(home: Path, tmp_path: Path) -> None:
     record = json.loads((home / "dpar" / "run.json").read_text(encoding="utf-8"))
     RunFolder(tmp_path / "new", record["kind"], record["settings"], record["inputs"]).close()
-    with pytest.raises(StageError, match=f"the run {tmp_path}/new has no weights yet: its first checkpoint is still"):
+    with pytest.raises(ModelError, match=f"the run {tmp_path}/new has no weights yet: its first checkpoint is still"):
         sample_pictures(tmp_path / "new", tmp_path / "out", SampleSettings(**CPU), QUIET)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import StageError
-from pipeline.settings import TokenizerSettings, TokenizeSettings, TrainSettings
+from pipeline.settings import TokenizeSettings, TrainSettings, TrainTokenizerSettings
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from pipeline.settings import TokenizerSettings, TokenizeSettings, TrainSettings
         (TrainSettings, {"lr": float("inf")}, "--lr is inf; it must be at least 0"),
         (TrainSettings, {"lr": float("nan")}, "--lr is nan; it must be at least 0"),
         (TokenizeSettings, {"tokenizer": "vq", "batch": 10**9}, "--batch is 1000000000; it must be at most 65536"),
-        (TokenizerSettings, {"image_size": 10**9}, "--image-size is 1000000000; it must be at most 65536"),
+        (TrainTokenizerSettings, {"image_size": 10**9}, "--image-size is 1000000000; it must be at most 65536"),
     ],
 )
 def test_numbers_beyond_any_use_are_refused_with_the_bound(

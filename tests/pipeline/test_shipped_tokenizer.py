@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from dpar.checkpoint import weights_path
 from dpar.tokenizer import VQTokenizer, from_uint8, psnr, to_uint8
 from pipeline.sources import open_source
 from pipeline.views import views
-from pipeline.weights import load_tokenizer, weights_path
+from pipeline.weights import load_tokenizer
 
 
 @pytest.fixture(scope="module")

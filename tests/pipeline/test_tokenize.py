@@ -86,7 +86,7 @@ def command(home: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
     """``dpar tokenize`` of the sound images, one a shard, in a process of its own."""
     options = ["--tokenizer", str(home / "vq"), "--image-size", str(SIZE), "--shard-size", "1", "--device", "cpu"]
     return subprocess.Popen(
-        [sys.executable, "-m", "cli", "tokenize", str(home / "many"), str(out), *options],
+        [sys.executable, "-m", "dpar", "tokenize", str(home / "many"), str(out), *options],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500", **environment},
         cwd=home,
         stdout=subprocess.PIPE,

@@ -117,7 +117,7 @@ def torchrun(patches: Path, out: Path, module: str = "torch.distributed.run", **
     """``dpar train`` in two processes that torchrun, or ours, starts."""
     launcher = [sys.executable, "-m", module, "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [*launcher, "-m", "cli", "train", str(patches), str(out), *options(chosen(**values))],
+        [*launcher, "-m", "dpar", "train", str(patches), str(out), *options(chosen(**values))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500"},
         cwd=patches.parent,
         stdout=subprocess.PIPE,

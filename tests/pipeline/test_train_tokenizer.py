@@ -13,13 +13,13 @@ from dpar.tokenizer import VQTokenizer, from_uint8
 from pipeline.errors import StageError
 from pipeline.progress import Progress
 from pipeline.run import read_metrics
-from pipeline.settings import TokenizerSettings
+from pipeline.settings import TrainTokenizerSettings
 from pipeline.sources import open_source
-from pipeline.tokenizer import train_tokenizer
+from pipeline.train_tokenizer import train_tokenizer
 from pipeline.views import views
 
 QUIET = Progress(quiet=True)
-SMALL = TokenizerSettings(
+SMALL = TrainTokenizerSettings(
     codebook_size=32, image_size=16, classes=("cat", "coffee"), steps=12, batch=4, checkpoint_every=4, precision="fp32"
 )
 
@@ -48,7 +48,7 @@ def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
         f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(settings).items() if isinstance(v, int | str)
     ]
     options += ["--classes=cat", "--classes=coffee"]
-    command = [sys.executable, "-m", "cli", "tokenizer", "builtin:photos", str(tmp_path / "broken"), *options]
+    command = [sys.executable, "-m", "dpar", "train-tokenizer", "builtin:photos", str(tmp_path / "broken"), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "broken").glob("checkpoints/step-*/checkpoint.json")) and process.poll() is None:
         time.sleep(0.02)

@@ -108,7 +108,7 @@ def options(settings: TrainSettings) -> list[str]:
 def command(patches: Path, out: Path, environment: dict[str, str] | None = None, **values: Any) -> Any:
     """``dpar train`` in a process of its own, with the settings of ``chosen(**values)``."""
     return subprocess.Popen(
-        [sys.executable, "-m", "cli", "train", str(patches), str(out), *options(chosen(**values))],
+        [sys.executable, "-m", "dpar", "train", str(patches), str(out), *options(chosen(**values))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500", **(environment or {})},
         cwd=patches.parent,
         stdout=subprocess.PIPE,

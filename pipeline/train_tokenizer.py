@@ -1,6 +1,6 @@
-"""``dpar tokenizer DATA OUT``: trains a VQ tokenizer of LlamaGen's architecture on the user's own images.
+"""``dpar train-tokenizer DATA OUT``: trains a VQ tokenizer of LlamaGen's architecture on the user's own images.
 
-train_tokenizer("photos/", Path("vq"), TokenizerSettings(steps=2000))
+train_tokenizer("photos/", Path("vq"), TrainTokenizerSettings(steps=2000))
 tokenizer = VQTokenizer.from_pretrained("vq/model")
 """
 
@@ -26,7 +26,7 @@ from pipeline.errors import StageError
 from pipeline.progress import Progress, Stopped, stop_between_steps, stops_with
 from pipeline.run import RunFolder
 from pipeline.schedule import learning_rate
-from pipeline.settings import TokenizerSettings
+from pipeline.settings import TrainTokenizerSettings
 from pipeline.sources import Source, UnusableImage, open_source
 from pipeline.sources.decode import budget
 from shards.order import TrainingOrder
@@ -36,7 +36,7 @@ LOG_EVERY = 25
 WEIGHTS = "model.tokenizer."  # of the tokenizer, in a checkpoint
 
 
-def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress: Progress | None = None) -> Path:
+def train_tokenizer(data: str, out: Path, settings: TrainTokenizerSettings, progress: Progress | None = None) -> Path:
     """Trains a tokenizer on ``data`` and gives the directory of its weights, ``out/model``.
 
     Running it again resumes from the newest checkpoint, also to more steps than before.
@@ -62,7 +62,9 @@ def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress:
         return _fit(config, source, run, settings, progress)
 
 
-def _fit(config: VQConfig, source: Source, run: RunFolder, settings: TokenizerSettings, progress: Progress) -> Path:
+def _fit(
+    config: VQConfig, source: Source, run: RunFolder, settings: TrainTokenizerSettings, progress: Progress
+) -> Path:
     def publish(checkpoint: Path) -> None:
         write_weights(run.model, VQTokenizer.model_type, dataclasses.asdict(config), whole(checkpoint, WEIGHTS))
 

@@ -1,0 +1,24 @@
+"""``python -m dpar``, ``torchrun -m dpar`` and the ``dpar`` script: the command line."""
+
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+
+def main() -> None:
+    """Run the command line, ``cli.py``.
+
+    Loaded by its path, so that a ``cli.py`` of the user's never stands in for it: beside the packages in a checkout,
+    in ``dpar/command/`` in a wheel (pyproject.toml puts it there). Nothing else in dpar reaches outside dpar.
+    """
+    home = Path(__file__).parent
+    installed, checkout = home / "command" / "cli.py", home.parent / "cli.py"
+    spec = spec_from_file_location("dpar.command.cli", installed if installed.is_file() else checkout)
+    assert spec is not None  # it ends in .py
+    assert spec.loader is not None
+    cli = module_from_spec(spec)
+    spec.loader.exec_module(cli)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
