@@ -360,7 +360,7 @@ def _config(config_class: type[Any], values: dict[str, Any], source: str) -> Any
     hints = typing.get_type_hints(config_class)
     for name, value in values.items():
         if (needed := _needed(hints[name], value)) is not None:
-            raise ModelError(f"{source}: {name} is {shown(value)}; {needed} is needed")
+            raise ModelError(f"{source}: {name} is {shown(value)}; it must be {needed}")
     # JSON has no tuples; a dataclass field that is one comes back as a list.
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:

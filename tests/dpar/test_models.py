@@ -308,11 +308,11 @@ def test_a_value_of_a_config_that_cannot_be_is_named_with_its_file(
 @pytest.mark.parametrize(
     ("make", "values", "says"),
     [
-        (dpar, {"rope": "3d"}, "rope is '3d'; one of dynamic, dynamic-compact, 2d is needed"),
-        (dpar, {"rope": ["2d"]}, r"rope is \['2d'\]; one of"),
-        (dpar, {"patch_layers": 10**9}, "patch_layers is 1000000000; a whole number"),
-        (tokenizer, {"channel_multipliers": [1, "2"]}, "channel_multipliers is .*; a list of whole numbers is needed"),
-        (tokenizer, {"channel_multipliers": 2}, "channel_multipliers is 2; a list of whole numbers is needed"),
+        (dpar, {"rope": "3d"}, "rope is '3d'; it must be one of dynamic, dynamic-compact, 2d"),
+        (dpar, {"rope": ["2d"]}, r"rope is \['2d'\]; it must be one of"),
+        (dpar, {"patch_layers": 10**9}, "patch_layers is 1000000000; it must be a whole number"),
+        (tokenizer, {"channel_multipliers": [1, "2"]}, "channel_multipliers is .*; it must be a list of whole numbers"),
+        (tokenizer, {"channel_multipliers": 2}, "channel_multipliers is 2; it must be a list of whole numbers"),
         (tokenizer, {"channel_multipliers": [1] * 50_000}, "channel_multipliers asks for 50000 layers"),
         (tokenizer, {"residual_blocks": 10**6}, "residual_blocks asks for 1000000 layers"),
         (tokenizer, {"\x1b[31mred": 1}, r"does not know: '\\x1b\[31mred'"),
