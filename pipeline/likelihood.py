@@ -6,8 +6,9 @@ likelihood = bits_per_token(model, artifact, batch=32, precision="auto")
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,8 @@ from pipeline.parallel import total
 from pipeline.settings import Precision
 from shards.manifest import Manifest
 from shards.reader import Artifact, Batch
+
+Cut = Callable[[NDArray[np.float16]], NDArray[np.bool_]]  # stored entropies (B, N) to patch starts (B, N)
 
 
 @torch.no_grad()
@@ -113,8 +116,15 @@ def nats_per_token(
     batch: int,
     precision: Precision,
     unconditional: bool = False,
+    cut: Cut | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
-    """Mean nats a token and label of view 0 of each of ``rows``, and the patches of all of them."""
+    """Mean nats a token and label of view 0 of each of ``rows``, and the patches of all of them.
+
+    ``cut`` places the boundaries anew, by the stored entropies; None takes them as stored.
+
+    Raises:
+        StageError: there is something to cut, and an image without entropies.
+    """
     device = model.output.weight.device
     was_training = model.training
     model.eval()
@@ -124,6 +134,10 @@ def nats_per_token(
     for begin in range(0, len(rows), batch):
         here = rows[begin : begin + batch]
         drawn = artifact.gather(here, np.zeros_like(here))
+        if cut is not None:
+            if drawn.entropy is None or np.isnan(drawn.entropy).any():
+                raise StageError(f"{artifact.folder} holds no entropies; its boundaries cannot be moved")
+            drawn = dataclasses.replace(drawn, starts=cut(drawn.entropy))
         codes = torch.from_numpy(drawn.codes).to(device)
         labels = torch.from_numpy(drawn.labels).to(device)
         if unconditional:
