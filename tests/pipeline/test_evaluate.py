@@ -743,17 +743,15 @@ def test_bad_references_are_one_message_before_anything_is_sampled(home: Path, t
 
 
 def test_a_reference_of_one_image_serves_bits_per_token_alone(home: Path, tmp_path: Path) -> None:
-    save_photos(tmp_path / "photos", CLASSES, a_class=1)
-    shutil.rmtree(tmp_path / "photos" / CLASSES[1])
-    (tmp_path / "photos" / CLASSES[1]).mkdir()
+    save_photos(tmp_path / "photos", CLASSES[:1], a_class=1)
     settings = TokenizeSettings(tokenizer=str(home / "vq"), image_size=SIZE, **CPU)
     tokenize(str(tmp_path / "photos"), tmp_path / "codes", settings, QUIET)
-    given: dict[str, Any] = {"reference": tmp_path / "codes", "model": "llamagen-tiny"}
-    found = run(home, tmp_path / "bits", samples=0, **given)
+    save_run(tmp_path / "run", tmp_path / "codes", "llamagen-tiny")
+    found = run(tmp_path, tmp_path / "bits", "run", reference=tmp_path / "codes", samples=0)
     assert found["held_out_images"] == found["originals"] == 1
     assert "tokenizer reconstruction distance" not in found
     with pytest.raises(StageError, match="codes holds 1 images; a reference needs at least 2"):
-        run(home, tmp_path / "scores", samples=2, **given)
+        run(tmp_path, tmp_path / "scores", "run", reference=tmp_path / "codes", samples=2)
 
 
 @pytest.mark.parametrize("name", ["", "saved", "."])

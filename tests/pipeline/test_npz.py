@@ -89,8 +89,7 @@ def test_a_damaged_or_unreadable_file_is_one_message(tmp_path: Path, fault: str)
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             file.write(bytes(10**6))
     with pytest.raises(StageError, match=r"a\.npz"):
-        images = NpzImages(path)
-        images.read(0, len(images))
+        NpzImages(path).read(0, 9)
 
 
 def test_what_is_not_a_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
