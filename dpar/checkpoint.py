@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -379,13 +378,11 @@ def _needed(hint: Any, value: object) -> str | None:
         return None if isinstance(value, str) and value in choices else f"one of {', '.join(choices)}"
     if hint is bool:
         return None if isinstance(value, bool) else "true or false"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_SIZE
     if hint is float:
-        return None if number and math.isfinite(cast("float", value)) else "a number"
+        return None if number else "a number"
     assert hint is int, hint
-    if number and isinstance(value, int) and abs(value) <= LARGEST_SIZE:
-        return None
-    return f"a whole number of at most {LARGEST_SIZE:,}"
+    return None if number and isinstance(value, int) else f"a whole number of at most {LARGEST_SIZE:,}"
 
 
 def shown(value: object, *, quote: bool = True) -> str:

@@ -325,6 +325,7 @@ def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path: Path)
         LlamaGen.from_pretrained(path)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_sparse_quantised_and_empty_tensors_are_refused(tmp_path: Path, gpt: State) -> None:
     odd = {
         "sparse": torch.zeros(48, 32).to_sparse(),

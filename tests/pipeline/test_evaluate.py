@@ -393,7 +393,13 @@ def test_weights_that_are_not_numbers_are_one_message(home: Path, tmp_path: Path
 
 
 def test_text_in_tables_is_no_formula_and_no_escape_code(tmp_path: Path) -> None:
-    cell = {"name": "=1+1", "checkpoint": "\x1b[31m|red", "step": None, "threshold": None, "max_length": -1}
+    cell: dict[str, Any] = {
+        "name": "=1+1",
+        "checkpoint": "\x1b[31m|red",
+        "step": None,
+        "threshold": None,
+        "max_length": -1,
+    }
     cell |= {"cfg_scale": 1.0, "samples": 2, "labels": "random", "cfg_schedule": "constant", "features": "tokenizer"}
     (tmp_path / "cells" / "a").mkdir(parents=True)
     (tmp_path / "cells" / "a" / "cell.json").write_text(json.dumps(cell | {"decode_precision": "fp32"}))
