@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMATS = {"dpar": 2, "llamagen": 1, "vq": 1}  # of config.json, by model type
 LARGEST_CONFIG = 2**20  # bytes of config.json
+LARGEST_DEPTH = 1024  # layers; building more takes minutes, and no model has them
 LARGEST_SIZE = 2**24  # of a whole number in it; products of two still count tensors in 64 bits
 Config = TypeVar("Config")
 Grid = tuple[int, int]  # rows and columns of tokens
@@ -113,6 +114,10 @@ class Weights:
         for field, prefix in config_class.layer_prefixes.items():
             value = getattr(config, field)
             wanted, stored = len(value) if isinstance(value, tuple) else value, count_layers(self.tensors, prefix)
+            if wanted > LARGEST_DEPTH:
+                raise ModelError(
+                    f"{self.config_source}: {field} asks for {wanted} layers; models of at most {LARGEST_DEPTH} are read"
+                )
             if wanted > stored:
                 raise ModelError(
                     f"{self.config_source}: {field} asks for {wanted} layers; {self.source} has tensors of {stored} "

@@ -197,9 +197,9 @@ def _not_a_checkpoint(path: Path, head: bytes) -> str | None:
 def _not_pytorchs_zip(path: Path) -> str | None:
     """What a zip file is that PyTorch cannot have written; None if it can have."""
     size = path.stat().st_size
-    if not zipfile.is_zipfile(path):
-        return f"a broken-off download: a zip file of {size:,} bytes without its end"
     try:
+        if not zipfile.is_zipfile(path):
+            return f"a broken-off download: a zip file of {size:,} bytes without its end"
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except Exception as error:  # zipfile tells damaged files by many classes of exception

@@ -15,7 +15,7 @@ from dpar.errors import ModelError
 
 PatchRope = Literal["dynamic", "dynamic-compact", "2d"]
 BASE = 10_000.0
-LARGEST_TABLE = 2**26  # entries of a table of all tokens, 256 MiB: 1024×1024 tokens at 64 entries per head
+LARGEST_TABLE = 2**24  # entries of a table of all tokens, 64 MiB: 512×512 tokens at 64 entries per head
 # Which end of the patch each group of column pairs is about.
 COLUMN_GROUPS: dict[PatchRope, tuple[str, ...]] = {
     "dynamic": ("first", "last", "last", "first"),

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from dpar.checkpoint import shown
 from pipeline.errors import StageError
 from pipeline.share import replacing
 
@@ -133,15 +134,19 @@ def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         archive = zipfile.ZipFile(path)
     except UNREADABLE as error:
-        raise StageError(f"{path} is no .npz file: {error}") from error
+        raise StageError(f"{path} is no .npz file: {_reason(error)}") from error
     with archive:
         try:
             yield archive
         except StageError:
             raise
         except UNREADABLE as error:
-            what = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-            raise StageError(f"{path} cannot be read: {what or type(error).__name__}") from error
+            raise StageError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, in one short line: it may quote the file."""
+    return shown(str(error.args[0]) if error.args else type(error).__name__, quote=False)
 
 
 def array_names(path: Path) -> set[str]:
