@@ -116,7 +116,7 @@ class Weights:
             wanted, stored = len(value) if isinstance(value, tuple) else value, count_layers(self.tensors, prefix)
             if wanted > LARGEST_DEPTH:
                 raise ModelError(
-                    f"{self.config_source}: {field} asks for {wanted} layers; models of at most {LARGEST_DEPTH} are read"
+                    f"{self.config_source}: {field} asks for {wanted} layers; at most {LARGEST_DEPTH} are read"
                 )
             if wanted > stored:
                 raise ModelError(

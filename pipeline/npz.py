@@ -146,7 +146,8 @@ def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
 
 def _reason(error: BaseException) -> str:
     """What an error says, in one short line: it may quote the file."""
-    return shown(str(error.args[0]) if error.args else type(error).__name__, quote=False)
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # a KeyError quotes its text
+    return shown(str(text) or type(error).__name__, quote=False)
 
 
 def array_names(path: Path) -> set[str]:

@@ -295,7 +295,7 @@ def test_numbers_of_layers_are_those_of_the_tensors_without_a_gap(tmp_path: Path
 
 def test_more_layers_than_any_model_has_are_refused_before_they_are_built(tmp_path: Path, gpt: State) -> None:
     path = saved(tmp_path / "a.pt", gpt | {f"layers.{i}.x": torch.zeros(1) for i in range(2000)})
-    with pytest.raises(ModelError, match="layers asks for 2000 layers; models of at most 1024 are read"):
+    with pytest.raises(ModelError, match="layers asks for 2000 layers; at most 1024 are read"):
         LlamaGen.from_pretrained(path, heads=2, grid=(3, 3))
 
 

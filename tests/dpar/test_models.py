@@ -289,7 +289,7 @@ def test_of_many_faults_eight_are_listed_and_the_rest_counted(saved: Path) -> No
         ("width", -32, "at least 1"),
         ("layers", {}, "a whole number"),
         ("layers", 1000, "asks for 1000 layers; .* has tensors of 2"),
-        ("layers", 10**7, "asks for 10000000 layers; models of at most 1024 are read"),
+        ("layers", 10**7, "asks for 10000000 layers; at most 1024 are read"),
         ("dropout", "0.1", "a number"),
         ("dropout", math.nan, "a number"),
         ("dropout", 10**400, "a number"),
