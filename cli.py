@@ -23,12 +23,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from dpar.errors import ModelError
-from pipeline.errors import StageError
+from pipeline.errors import StageError, claim_error_report
 from pipeline.settings import (
     ConvertSettings,
     EntropySettings,
@@ -42,7 +41,9 @@ from pipeline.settings import (
     TokenizeSettings,
     TrainSettings,
 )
+from pipeline.terminal import Terminal
 from shards.errors import ArtifactError
+from shards.files import open_regular
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -55,8 +56,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-console = Console()
-errors = Console(stderr=True)
+console = Terminal()
+errors = Terminal(stderr=True)
 
 Data = Annotated[
     str,
@@ -122,8 +123,11 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        with open_regular(path) as file:
+            values = tomllib.loads(file.read().decode("utf-8"))
+    except RecursionError:
+        raise typer.BadParameter(f"{path} cannot be read: it is nested too deeply") from None
+    except (OSError, ValueError) as error:  # not UTF-8, not TOML, or a number of thousands of digits
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
     known = [p.name for p in context.command.params if p.name not in (None, "config", "help")]
     named = {key.replace("-", "_"): value for key, value in values.items()}
@@ -157,6 +161,8 @@ def build_settings(settings_class: type[Any], chosen: dict[str, Any]) -> Any:
     try:
         return settings_class(**given)
     except StageError as error:
+        if not claim_error_report(error):
+            raise typer.Exit(2) from None
         fail(str(error), 2)
 
 
@@ -171,12 +177,14 @@ class readable_errors:
 
         if error is None or isinstance(error, (typer.Exit, typer.Abort, SystemExit)) or os.environ.get("DPAR_DEBUG"):
             return
-        if isinstance(error, (StageError, ArtifactError, ModelError)):
-            fail(str(error), 1)
         if isinstance(error, Stopped):
             if not first_process():  # all of them stopped at the same step; one says so
                 raise typer.Exit(error.status)
             fail(str(error), error.status, lead="")
+        if isinstance(error, (Exception, KeyboardInterrupt)) and not claim_error_report(error):
+            raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        if isinstance(error, (StageError, ArtifactError, ModelError)):
+            fail(str(error), 1)
         if isinstance(error, KeyboardInterrupt):
             fail("Stopped. What was finished is kept; run the same command again to go on.", 130, lead="")
         if isinstance(error, OSError):
@@ -336,7 +344,7 @@ def inspect_artifact(
         console.print_json(data=found)
         return
     for part in tables(found):
-        table = Table(title=part.caption, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=escape(part.caption), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in part.header:
             table.add_column(escape(name))
         for row in part.rows:

@@ -3,10 +3,9 @@
 Random weights: time does not depend on them, but for where patches begin. So the entropy model's head is drawn wide
 enough for its entropies to differ, and the threshold is set for the wanted mean patch length; the
 length that came out is in the table, with how much the number of patches differs between images. Guidance is on.
-Each samples `--rounds` times as many images as are in flight (the batch), so that images which wait for each other
-come apart as in a long run. LlamaGen and DPAR, a process each, take a few steps in turn: whatever else the machine does
-meets both alike. With `--repeats` the ratio of each is given, and the median of the others. `predicted` is the ratio of
-the multiply-accumulates of linear layers that `dpar flops` counts. A step is a token of every image in flight. Weights
+LlamaGen and DPAR, a process each, take a few steps in turn: whatever else the machine does meets both alike. With
+`--repeats` the ratio of each is given, and the median of the others. `predicted` is the ratio of the
+multiply-accumulates of linear layers that `dpar flops` counts. A step is a token of every image of the batch. Weights
 are prepared for sampling once and beforehand, as in a long run.
 
 Float32 on CPU, bfloat16 on CUDA. Memory: weights, and what sampling needs besides at its peak, each alone.
@@ -31,11 +30,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, patch_starts, preset, sample, token_entropy
+from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, PatchRule, SamplingOptions, patch_starts, preset, sample
+from dpar.cpu_kernels import prepare_forward, prepare_steps
 from dpar.flops import count
-from dpar.onednn import onednn
-from dpar.sampling import uniforms, usual_gather
-from dpar.stepping import stepping
+from dpar.guidance import uniforms
 
 V = 16384
 SEED = 0
@@ -56,7 +54,7 @@ class Run:
 
     model: str  # a preset's name
     entropy_model: str | None
-    settings: dict[str, Any]  # of sample()
+    rule: PatchRule | None
     images: int
     batch: int
     grid: dict[str, int]
@@ -97,35 +95,38 @@ def serve(run: Run, pipe: Connection) -> None:
     cuda = device.type == "cuda"
     family, size = run.model.split("-")
     model = dpar(size, device, **run.grid) if family == "dpar" else llamagen(size, device, **run.grid)
-    watcher = None if run.entropy_model is None else entropy_model_of(run.entropy_model, device, run.grid)
+    entropy_model = None if run.entropy_model is None else entropy_model_of(run.entropy_model, device, run.grid)
     labels = torch.arange(run.images) % 1000
-    models = [model] if watcher is None else [model, watcher]
+    models: list[DPAR | LlamaGen] = [model] if entropy_model is None else [model, entropy_model]
+    options = SamplingOptions(cfg_scale=2.0, seed=SEED)
     half = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
-    kernels = mock.patch("dpar.onednn.available", return_value=False) if run.plain else contextlib.nullcontext()
+    kernels = mock.patch("dpar.cpu_kernels.available", return_value=False) if run.plain else contextlib.nullcontext()
     with half, kernels:
         # on CUDA, whose first calls choose and load kernels, this is where they do
         held = sum(p.numel() * p.element_size() for one in models for p in one.parameters())
-        memory = held + memory_of(partial(sample, model, watcher, labels[: run.batch], **run.settings), device)
-        with stepping(*models):
-            pipe.send(memory)
-            pipe.recv()
-            steps, began = 0, clock()
+        first = partial(sample, model, labels[: run.batch], entropy_model, run.rule, options)
+        memory = held + memory_of(first, device)
+        model = prepare_steps(model)
+        entropy_model = None if entropy_model is None else prepare_steps(entropy_model)
+        pipe.send(memory)
+        pipe.recv()
+        steps, began = 0, clock()
 
-            def spent() -> float:
-                if cuda:
-                    torch.cuda.synchronize()
-                return clock() - began
+        def spent() -> float:
+            if cuda:
+                torch.cuda.synchronize()
+            return clock() - began
 
-            def observe(*_: object) -> None:
-                nonlocal steps, began
-                steps += 1
-                if steps % Sampler.STEPS == 0:
-                    pipe.send((spent(), None))
-                    pipe.recv()
-                    began = clock()
+        def observe(*_: object) -> None:
+            nonlocal steps, began
+            steps += 1
+            if steps % Sampler.STEPS == 0:
+                pipe.send((spent(), None))
+                pipe.recv()
+                began = clock()
 
-            _, starts = sample(model, watcher, labels, observe=observe, **run.settings)
-            pipe.send((spent(), starts.cpu().numpy()))
+        _, starts = sample(model, labels, entropy_model, run.rule, options, batch=run.batch, observe=observe)
+        pipe.send((spent(), starts.cpu().numpy()))
 
 
 def in_turn(*runs: Run) -> list[Sampler]:
@@ -158,10 +159,10 @@ def threshold_for(entropy_model: LlamaGen, images: int, length: float, max_lengt
     """
     config = entropy_model.config
     codes = torch.from_numpy((uniforms(SEED, range(images), config.n_tokens) * V).astype("int64"))
-    with torch.no_grad(), onednn(entropy_model):
-        parts = codes.to(entropy_model.output.weight.device).split(8)
-        entropy = torch.cat([token_entropy(entropy_model(part)).cpu() for part in parts])
-    low, high = float(entropy.min()), float(entropy.max())
+    parts = codes.to(entropy_model.output.weight.device).split(8)
+    prepared = prepare_forward(entropy_model)
+    entropy = torch.cat([prepared.entropy(part).cpu() for part in parts])
+    low, high = float(entropy[:, 1:].min()), float(entropy[:, 1:].max())
     for _ in range(30):
         middle = (low + high) / 2
         starts = patch_starts(entropy, middle, max_length, config.grid_width)
@@ -169,7 +170,7 @@ def threshold_for(entropy_model: LlamaGen, images: int, length: float, max_lengt
     return low
 
 
-def llamagen(size: str, device: torch.device, **sizes: int) -> LlamaGen:
+def llamagen(size: str, device: torch.device, **sizes: Any) -> LlamaGen:
     config = preset(f"llamagen-{size}", **sizes)
     assert isinstance(config, LlamaGenConfig)
     return LlamaGen(config).to(device).eval()
@@ -183,7 +184,7 @@ def dpar(size: str, device: torch.device, **sizes: int) -> DPAR:
 
 def entropy_model_of(size: str, device: torch.device, grid: dict[str, int]) -> LlamaGen:
     torch.manual_seed(SEED)  # the same in every process
-    model = llamagen(size, device, classes=0, **grid)
+    model = llamagen(size, device, classes=0, start_token=False, **grid)
     torch.nn.init.normal_(model.output.weight, std=LOGIT_STD / model.config.width**0.5)
     return model
 
@@ -196,8 +197,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--patch-length", type=float, default=1.81)
     parser.add_argument("--max-length", type=int, default=4)
-    parser.add_argument("--gather", nargs="+", type=float, help="0: all images march in step; default: as usual")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1, help="batches of a run")
     parser.add_argument("--plain", action="store_true", help="LlamaGen without oneDNN too")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true")
@@ -207,9 +207,9 @@ def main() -> None:
     grid = {"grid_height": side, "grid_width": side}
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{gpu}, torch {torch.__version__}, {arguments.image_size} px, guidance on\n")
-    columns = "model, entropy model, batch, gather, images/s, ms a step, memory GiB, patch length, sd of patches"
+    columns = "model, entropy model, batch, images/s, ms a step, memory GiB, patch length, sd of patches"
     line(*columns.split(", "), "× LlamaGen", "predicted")
-    line(*["---"] * 11)
+    line(*["---"] * 10)
     for size in arguments.sizes:
         config = preset(f"dpar-{size}", **grid)
         assert isinstance(config, DPARConfig)
@@ -217,16 +217,13 @@ def main() -> None:
             images = batch * arguments.rounds
             same: dict[str, Any] = {"images": images, "batch": batch, "grid": grid, "device": arguments.device}
             same["cpu_time"] = arguments.cpu_time
-            guided = {"cfg_scale": 2.0, "seed": SEED, "batch": batch}
-            base = Run(model=f"llamagen-{size}", entropy_model=None, settings=guided, **same)
+            base = Run(model=f"llamagen-{size}", entropy_model=None, rule=None, **same)
             runs = []
-            for watched in arguments.entropy_models:
-                watcher = entropy_model_of(watched, device, grid)
-                threshold = threshold_for(watcher, images, arguments.patch_length, arguments.max_length)
-                rule = {"threshold": threshold, "max_length": arguments.max_length, **guided}
-                for gather in arguments.gather or [gather_of(config, watcher.config, arguments.rounds)]:
-                    settings = {"gather": gather, **rule}
-                    runs.append(Run(model=f"dpar-{size}", entropy_model=watched, settings=settings, **same))
+            for name in arguments.entropy_models:
+                entropy_model = entropy_model_of(name, device, grid)
+                threshold = threshold_for(entropy_model, images, arguments.patch_length, arguments.max_length)
+                rule = PatchRule(threshold=threshold, max_length=arguments.max_length)
+                runs.append(Run(model=f"dpar-{size}", entropy_model=name, rule=rule, **same))
             bases: list[Sampler] = []
             plain: list[Sampler] = []
             found: list[list[Sampler]] = [[] for _ in runs]
@@ -240,32 +237,26 @@ def main() -> None:
                 if arguments.plain:
                     plain += in_turn(dataclasses.replace(base, plain=True))
 
-            line(f"llamagen-{size}", "", batch, "", *figures(bases, base), *[""] * 4)
+            line(f"llamagen-{size}", "", batch, *figures(bases, base), *[""] * 4)
             if plain:
                 slower = statistics.median(x.seconds for x in bases) / statistics.median(x.seconds for x in plain)
                 cells = figures(plain, base)
-                line(f"llamagen-{size}, plain products", "", batch, "", *cells, "", "", f"{slower:.2f}", "")
+                line(f"llamagen-{size}, plain products", "", batch, *cells, "", "", f"{slower:.2f}", "")
             for run, samplers, of_each in zip(runs, found, ratios, strict=True):
                 starts = samplers[0].starts
                 assert starts is not None  # it is done
                 assert run.entropy_model is not None
                 patches = starts.sum(dim=1).float()
                 length = config.n_tokens / float(patches.mean())
-                watched_costs = count(preset(f"llamagen-{run.entropy_model}", classes=0, **grid))
-                cost = count(preset(base.model, **grid)).sampling() / count(config, length).sampling(watched_costs)
+                entropy_cost = count(preset(f"llamagen-{run.entropy_model}", classes=0, start_token=False, **grid))
+                cost = count(preset(base.model, **grid)).sampling() / count(config, length).sampling(entropy_cost)
                 line(
-                    *(run.model, f"llamagen-{run.entropy_model}", batch, f"{run.settings['gather']:g}"),
+                    *(run.model, f"llamagen-{run.entropy_model}", batch),
                     *figures(samplers, run),
                     *(f"{length:.2f}", f"{float(patches.std()):.0f}"),
                     " ".join(f"{ratio:.2f}" for ratio in sorted(of_each)),
                     f"{cost:.2f}",
                 )
-
-
-def gather_of(config: DPARConfig, watched: LlamaGenConfig, rounds: int) -> float:
-    """What :func:`dpar.sampling.usual_gather` says of models of these sizes."""
-    with torch.device("meta"):
-        return usual_gather(DPAR(config), LlamaGen(watched), rounds)
 
 
 def figures(samplers: list[Sampler], run: Run) -> tuple[str, str, str]:

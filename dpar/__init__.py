@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpar.checkpoint import fingerprint
     from dpar.errors import ModelError
+    from dpar.guidance import SamplingOptions
     from dpar.llamagen import LlamaGen, LlamaGenConfig
     from dpar.model import DPAR, DPARConfig
     from dpar.packing import PatchLayout
-    from dpar.patching import patch_starts, static_starts, stored_entropy, token_entropy
+    from dpar.patching import PatchRule, patch_starts, static_starts, stored_entropy, token_entropy
     from dpar.presets import PRESETS, preset
     from dpar.sampling import sample
     from dpar.tokenizer import VQConfig, VQTokenizer
@@ -27,6 +28,8 @@ _HOME = {
     "ModelError": "errors",
     "PRESETS": "presets",
     "PatchLayout": "packing",
+    "PatchRule": "patching",
+    "SamplingOptions": "guidance",
     "VQConfig": "tokenizer",
     "VQTokenizer": "tokenizer",
     "fingerprint": "checkpoint",
@@ -45,6 +48,8 @@ __all__ = [
     "LlamaGenConfig",
     "ModelError",
     "PatchLayout",
+    "PatchRule",
+    "SamplingOptions",
     "VQConfig",
     "VQTokenizer",
     "fingerprint",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from dpar.attention import Attend, patch_cross_attention
 from dpar.packing import PatchLayout, segment_max, segment_mean, spread
 from dpar.rope import rotate
+
+if TYPE_CHECKING:
+    from dpar.kv_cache import KVCache, Places
 
 PatchQuery = Literal["max", "mean"]
 NORM_EPS = 1e-5
@@ -126,6 +129,21 @@ class Block(Layer):
         """x (..., T, width), table (..., T, head_dim / 2, 2) to (..., T, width)."""
         x = x + self.attention(self.attention_norm(x), table, attend)
         out: Tensor = x + self.feed_forward(self.ffn_norm(x))
+        return out
+
+    def step(self, x: Tensor, table: Tensor, places: Places, cache: KVCache) -> Tensor:
+        """One new token of each row, for sampling.
+
+        Args:
+            x: (R, width), with rows of padding at the end (:func:`dpar.cpu_kernels.pad_rows`).
+            table: (R, head_dim / 2, 2), rotary positions.
+            places: where the rows' keys and values go.
+            cache: of this block.
+
+        Returns:
+            (R, width).
+        """
+        out: Tensor = self(x.unsqueeze(1), table.unsqueeze(1), cache.at(places))[:, 0]
         return out
 
 

@@ -16,21 +16,19 @@ entropies. Parameter names and shapes are LlamaGen's, so its checkpoints load as
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpar.attention import dense_causal
-from dpar.cache import KVCache, Places, pad_rows
 from dpar.checkpoint import Pretrained
 from dpar.errors import ModelError
 from dpar.layers import NORM_EPS, Block, LabelEmbedder, compile_layers, init_weights, run_layer
 from dpar.loss import next_token_loss
 from dpar.patching import stored_entropy, token_entropy
 from dpar.rope import token_table, with_condition
-from dpar.stepping import take_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,22 +175,6 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
     def compile_layers(self) -> None:
         """Compiles the layers for training, when they first run: one graph."""
         compile_layers(self.layers)
-
-    def start_cache(self, rows: int, dtype: torch.dtype = torch.float32) -> list[KVCache]:
-        """Empty KV caches for sampling ``rows`` sequences, one a layer."""
-        c, device = self.config, self.table.device
-        return [KVCache(rows, c.n_tokens, c.heads, c.head_dim, device, dtype) for _ in range(c.layers)]
-
-    def step(self, x: Tensor, places: Places, cache: list[KVCache]) -> Tensor:
-        """Logits of the tokens at ``places`` from embeddings of what stands before them.
-
-        ``x`` is (R, width) with rows of padding at the end; the logits, (R, V), have as many.
-        """
-        table = pad_rows(self.table[places.positions])
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = take_step(cast("Block", layer), x, table, places, layer_cache)
-        logits: Tensor = self.output(self.norm(x))
-        return logits
 
 
 def check_inputs(config: SequenceConfig, codes: Tensor, labels: Tensor | None) -> Tensor:

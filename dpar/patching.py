@@ -1,5 +1,10 @@
 """The patch rule: which tokens of an image start a patch (paper section 3.2.1, appendix 6.1).
 
+    rule = PatchRule(threshold=7.8)                                  # the paper's at 256 px
+    starts = rule.starts(entropy_model.entropy(codes), grid_width=16)    # (B, N), bool
+
+or, as plain functions,
+
     entropy = entropy_model.entropy(codes)                               # (B, N) float16, nats
     starts = patch_starts(entropy, 7.8, max_length=4, grid_width=16)    # (B, N), bool
 
@@ -13,7 +18,9 @@ NumPy arrays in, NumPy out; tensors in, tensors out. This module needs no torch 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 
@@ -22,6 +29,8 @@ from dpar.errors import ModelError
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+
+Strategy = Literal["entropy", "static"]
 
 
 @overload
@@ -185,61 +194,120 @@ def token_entropy(logits: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(log_probs.exp()).sum(dim=-1)
 
 
-class OnlinePatcher:
-    """The same rule, one token at a time, for a batch of images that are being sampled.
+@dataclass(frozen=True, kw_only=True)
+class PatchRule:
+    """Which tokens of an image start a patch; what artifacts and runs record of it.
 
-        patcher = OnlinePatcher(batch, n, threshold=7.8, max_length=4, grid_width=16)
-        for i in range(n): starts = patcher.step(i, entropy_i)       # (B,) bool, NumPy
-
-    ``static_length`` replaces the rule by :func:`static_starts` and needs no entropies.
+    ``entropy`` is the published rule, :func:`patch_starts`; ``static`` the paper's baseline, :func:`static_starts`,
+    which has a ``static_length`` and nothing else.
     """
 
-    def __init__(
-        self,
-        batch: int,
-        n_tokens: int,
-        *,
-        threshold: float = math.inf,
-        max_length: int | None,
-        grid_width: int,
-        row_reset: bool = True,
-        static_length: float | None = None,
-    ) -> None:
-        check_rule(threshold, max_length, grid_width)
-        self.threshold = np.float32(threshold).item()
-        self.max_length = n_tokens if max_length is None else max_length
+    strategy: Strategy = "entropy"
+    threshold: float | None = None  # τ, nats; inf: entropies start no patch; None: not known yet
+    max_length: int | None = 4  # P, tokens; None: no limit
+    row_reset: bool = True
+    static_length: float | None = None  # tokens; may be fractional
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(Strategy):
+            raise ModelError(f"strategy is {self.strategy!r}; it must be one of {', '.join(get_args(Strategy))}")
+        if self.strategy == "static":
+            if self.static_length is None:
+                raise ModelError("a static rule needs static_length")
+            static_starts(1, self.static_length)  # refuses a length that no patch can have
+            if (self.threshold, self.max_length, self.row_reset) != (None, None, False):
+                raise ModelError("a static rule has no threshold, max_length or row_reset")
+        elif self.static_length is not None:
+            raise ModelError("static_length belongs to a static rule")
+        else:
+            check_rule(0.0 if self.threshold is None else self.threshold, self.max_length, grid_width=1)
+
+    @classmethod
+    def static(cls, length: float) -> PatchRule:
+        """The static rule with patches of ``length`` tokens."""
+        return cls(strategy="static", max_length=None, row_reset=False, static_length=length)
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether entropies decide anything."""
+        return self.strategy == "entropy" and self.threshold != math.inf
+
+    @overload
+    def starts(self, entropy: NDArray[np.floating[Any]], grid_width: int) -> NDArray[np.bool_]: ...
+    @overload
+    def starts(self, entropy: torch.Tensor, grid_width: int) -> torch.Tensor: ...
+    def starts(
+        self, entropy: NDArray[np.floating[Any]] | torch.Tensor, grid_width: int
+    ) -> NDArray[np.bool_] | torch.Tensor:
+        """Return the patch starts of entropies (..., N): (..., N) bool, of their kind. A static rule reads no values.
+
+        Raises:
+            ModelError: the threshold is not known, or there are no tokens.
+        """
+        if self.static_length is None:
+            return patch_starts(entropy, self._known_threshold(), self.max_length, grid_width, self.row_reset)
+        starts = np.broadcast_to(static_starts(entropy.shape[-1], self.static_length), entropy.shape).copy()
+        if isinstance(entropy, np.ndarray):
+            return starts
+        import torch
+
+        return torch.from_numpy(starts).to(entropy.device)
+
+    def online(self, batch: int, n_tokens: int, grid_width: int) -> OnlinePatcher:
+        """The same rule, token by token, for a batch of images that are being sampled."""
+        if self.static_length is None:
+            self._known_threshold()
+        return OnlinePatcher(self, batch, n_tokens, grid_width)
+
+    def _known_threshold(self) -> float:
+        if self.threshold is None:
+            raise ModelError("the rule has no threshold; give one, in nats")
+        return self.threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values, as manifests and run records hold them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PatchRule:
+        """The rule of a manifest's settings or a run's record, which may hold other values beside it."""
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+
+class OnlinePatcher:
+    """A rule, one token at a time, for a batch of images that are being sampled.
+
+    patcher = PatchRule(threshold=7.8).online(batch, n_tokens=256, grid_width=16)
+    for i in range(256): starts = patcher.step(i, entropy_i)         # (B,) bool, NumPy
+    """
+
+    def __init__(self, rule: PatchRule, batch: int, n_tokens: int, grid_width: int) -> None:
+        check_rule(0.0, None, grid_width)
+        self.threshold = np.float32(math.inf if rule.threshold is None else rule.threshold).item()
+        self.max_length = n_tokens if rule.max_length is None else rule.max_length
         self.grid_width = grid_width
-        self.row_reset = row_reset
-        self.static = None if static_length is None else static_starts(n_tokens, static_length)
+        self.row_reset = rule.row_reset
+        self.static = None if rule.static_length is None else static_starts(n_tokens, rule.static_length)
         self.run = np.zeros(batch, np.int64)  # length of the open patch
 
-    def step(
-        self,
-        position: int | NDArray[np.int64],
-        entropy: torch.Tensor | None,
-        rows: NDArray[np.int64] | None = None,
-    ) -> NDArray[np.bool_]:
-        """Whether token ``position`` starts a patch in each image.
+    def step(self, position: int, entropy: torch.Tensor | None) -> NDArray[np.bool_]:
+        """Return whether token ``position`` starts a patch in each image.
 
         Args:
-            position: 0, 1, 2, … in order; or (R,), each image's own.
-            entropy: (R,) nats for this token, any float type; it is rounded to float16 as stored entropies are.
-                None at position 0, for the static scheme, and where the gate is off.
-            rows: (R,) the images that take this step; None for all of them.
+            position: 0, 1, 2, … in order.
+            entropy: (B,) nats for this token, any float type; it is rounded to float16 as stored entropies are.
+                None if entropies decide nothing.
 
         Returns:
-            (R,) bool.
+            (B,) bool.
         """
-        chosen = np.arange(len(self.run)) if rows is None else rows
-        at = np.broadcast_to(np.asarray(position), len(chosen))
-        run = self.run[chosen]
         if self.static is not None:
-            starts = self.static[at]
+            starts = np.full(len(self.run), self.static[position])
+        elif position < ALWAYS or (self.row_reset and position % self.grid_width == 0):
+            starts = np.ones(len(self.run), np.bool_)
         else:
-            starts = (at < ALWAYS) | (run >= self.max_length)
-            if self.row_reset:
-                starts |= at % self.grid_width == 0
+            starts = self.run >= self.max_length
             if entropy is not None:
                 starts |= entropy.half().cpu().numpy().astype(np.float32) > self.threshold
-        self.run[chosen] = np.where(starts, 1, run + 1)
+        self.run = np.where(starts, 1, self.run + 1)
         return starts

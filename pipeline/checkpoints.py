@@ -7,21 +7,23 @@
         checkpoints.finish()                                         # everything is on disk
 
     CHECKPOINTS/step-00001234/*.safetensors       each process's share of the tensors (torch.distributed.checkpoint)
-    CHECKPOINTS/step-00001234/checkpoint.json     the sizes of these files, and notes; written last
+    CHECKPOINTS/step-00001234/checkpoint.json     sizes and SHA-256 of these files, and notes; written last
 
 All processes write into ``step-00001234.part``, which the first one renames when all are done: several machines need a
 shared file system. Tensors are stored whole or in shares, whichever way the run holds them, and are read the way that
-the next run does: on another number of processes, with FSDP or without. Nothing in a checkpoint is pickled.
+the next run does: on another number of processes, with FSDP or without. Nothing in a checkpoint is pickled. Each
+process hashes the files that it wrote, on the thread that saves, and checks its share of the hashes when a run resumes.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +33,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -40,16 +44,80 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.storage import WriteResult
 
 from pipeline.device import rank, world_size
 from pipeline.ema import EMA
 from pipeline.errors import StageError
-from pipeline.parallel import agree, wait_for_all
+from pipeline.parallel import agree, first_of_all, wait_for_all
 from pipeline.progress import Progress
-from shards.manifest import write_json
+from shards.manifest import file_sha256, write_json
+from shards.records import parse, read_json
 
 SEAL = "checkpoint.json"
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSeal:
+    """What a checkpoint's file must be."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """``checkpoint.json``: it makes a checkpoint complete."""
+
+    notes: dict[str, int]  # step, and what the run keeps beside its tensors
+    files: dict[str, FileSeal | int]  # by name; an earlier version recorded sizes alone
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Seal:
+        """Return the seal of a checkpoint; raise OSError or ValueError if it is missing or damaged."""
+        seal = parse(cls, read_json(checkpoint / SEAL), SEAL)
+        step = seal.notes.get("step")
+        if checkpoint.name != step_name(step or 0):
+            raise ValueError(f"{SEAL}: step is {step}, expected that of the folder's name")
+        return seal
+
+
+def step_name(step: int) -> str:
+    """Return the name of the checkpoint after ``step`` steps."""
+    return f"step-{step:08d}"
+
+
+class HashingWriter(HuggingFaceStorageWriter):
+    """Writes this process's share of the tensors and hashes it on the same thread; the first process collects all."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(os.fspath(folder), save_distributed=True)
+        self._folder = folder
+        self.files: dict[str, FileSeal] = {}  # of all processes, in the first one, when the save is done
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        """Write the files; the results carry their seals to the first process."""
+        results = super().write_data(plan, planner).wait()
+        names = [result.storage_data.relative_path for result in results]
+        seals = {name: _seal_file(self._folder / name) for name in set(names)}
+        sealed: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        sealed.set_result(
+            [
+                dataclasses.replace(result, storage_data=(name, seals[name]))
+                for result, name in zip(results, names, strict=True)
+            ]
+        )
+        return sealed
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Take in the seals; called in the first process. Each file says itself which tensors it holds."""
+        sealed = dict(result.storage_data for share in results for result in share)
+        self.files = {name: sealed[name] for name in sorted(sealed)}
+
+
+def _seal_file(path: Path) -> FileSeal:
+    return FileSeal(bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
 class TrainState:
@@ -104,7 +172,7 @@ class Checkpoints:
         self._pool.shutdown()
 
     def save(
-        self, step: int, state: TrainState, publish: Callable[[Path], None], notes: dict[str, Any] | None = None
+        self, step: int, state: TrainState, publish: Callable[[Path], None], notes: dict[str, int] | None = None
     ) -> None:
         """Begins to save the state after ``step`` steps; waits only for the save before and for a copy of the tensors.
 
@@ -112,31 +180,37 @@ class Checkpoints:
             step: finished steps.
             state: may be trained on as soon as this returns.
             publish: called in the first process, on a thread of its own, with the folder that :func:`whole` reads.
-            notes: JSON values that :meth:`restore` gives back.
+            notes: numbers that :meth:`restore` gives back.
 
         Raises:
             StageError: the save before failed.
         """
         self.finish()
-        part = self.folder / f"step-{step:08d}.part"
+        part = self.folder / f"{step_name(step)}.part"
         self._step = step
-        storage = HuggingFaceStorageWriter(os.fspath(part), save_distributed=True)
+        storage = HashingWriter(part)
         writing = async_save(
             state.tensors(), storage_writer=storage, process_group=self._group, no_dist=self._group is None
         )
         assert isinstance(writing, Future)
         if rank() == 0:  # its part of the writing ends when everybody's has
-            self._saving = self._pool.submit(self._complete, writing, part, publish, {"step": step, **(notes or {})})
+            self._saving = self._pool.submit(
+                self._complete, writing, storage, part, publish, {"step": step, **(notes or {})}
+            )
         else:
             self._saving = writing
 
     def _complete(
-        self, writing: Future[Any], part: Path, publish: Callable[[Path], None], notes: dict[str, Any]
+        self,
+        writing: Future[Any],
+        storage: HashingWriter,
+        part: Path,
+        publish: Callable[[Path], None],
+        notes: dict[str, int],
     ) -> None:
         writing.result()
         publish(part)  # first: a run that finds its last checkpoint does not come here again
-        sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir())}
-        write_json(part / SEAL, {"notes": notes, "files": sizes})
+        write_json(part / SEAL, dataclasses.asdict(Seal(notes=notes, files={**storage.files})))
         final = part.with_suffix("")
         if final.exists():  # damaged, so that the run went on from an earlier one
             shutil.rmtree(final)
@@ -163,7 +237,7 @@ class Checkpoints:
         if int(agree(torch.tensor(int(error is not None)))) == 0:
             return
         if rank() == 0:
-            shutil.rmtree(self.folder / f"step-{self._step:08d}.part", ignore_errors=True)
+            shutil.rmtree(self.folder / f"{step_name(self._step)}.part", ignore_errors=True)
         newest = [path.name for path in self.all()]
         kept = f"the newest checkpoint is {newest[-1]}" if newest else "there is no checkpoint yet"
         raise StageError(
@@ -175,7 +249,7 @@ class Checkpoints:
         """Folders of checkpoints that were completed, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if path.suffix == "")
 
-    def restore(self, state: TrainState, progress: Progress) -> tuple[int, dict[str, Any]]:
+    def restore(self, state: TrainState, progress: Progress) -> tuple[int, dict[str, int]]:
         """Loads the newest whole checkpoint; gives its step and notes, ``(0, {})`` where there are no checkpoints.
 
         Raises:
@@ -183,7 +257,7 @@ class Checkpoints:
         """
         found = self.all()
         for path in reversed(found):
-            if (fault := damage(path)) is None:
+            if (fault := first_of_all(damage(path, share=(rank(), world_size())))) is None:
                 break
             progress.say(f"the checkpoint {path} is damaged: {fault}; the one before it serves")
         else:
@@ -193,7 +267,6 @@ class Checkpoints:
                     "begin anew"
                 )
             return 0, {}
-        wait_for_all()  # nobody removes what another process still looks at
         tensors = state.tensors()
         stored = _sizes(path)
         if not any(name.startswith("ema.") for name in stored):  # it was switched on since
@@ -202,7 +275,7 @@ class Checkpoints:
         state.adopt(tensors)
         if state.average is not None and not any(name.startswith("ema.") for name in stored):
             state.average.begin_at(state.model)
-        notes: dict[str, Any] = json.loads((path / SEAL).read_text(encoding="utf-8"))["notes"]
+        notes = dict(Seal.read(path).notes)
         return notes.pop("step"), notes
 
     def _load(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -215,25 +288,40 @@ class Checkpoints:
             ) from error
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files: one is missing or cut short; None where nothing is."""
+def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Return what is wrong with a checkpoint's files: one is missing, cut short or changed; None if nothing is.
+
+    Args:
+        checkpoint: its folder.
+        share: check the content of every ``share[1]``-th file from number ``share[0]`` on; sizes of all.
+    """
+    first, every = share
     try:
-        sizes = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
-        for name, size in sizes.items():
+        for number, (name, sealed) in enumerate(Seal.read(checkpoint).files.items()):
             path = checkpoint / name
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            size = path.stat().st_size
+            expected = sealed if isinstance(sealed, int) else sealed.bytes
+            if size != expected:
+                return f"{name} has {size} bytes, not {expected}"
             with safe_open(path, framework="pt"):  # its header
                 pass
+            if number % every == first and isinstance(sealed, FileSeal) and file_sha256(path) != sealed.sha256:
+                return f"{name} has changed since it was written: its SHA-256 is another"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name if error.filename else SEAL} is missing"
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         return str(error)
     return None
 
 
 def whole(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose names begin with ``prefix``, put together from all shares, without it."""
+    """The tensors of a checkpoint whose names begin with ``prefix``, put together from all shares, without it.
+
+    Raises:
+        StageError: it is complete, and has been damaged since.
+    """
+    if (checkpoint / SEAL).exists() and (fault := damage(checkpoint)) is not None:
+        raise StageError(f"the checkpoint {checkpoint} is damaged: {fault}. Name another one")
     stored = {name: item for name, item in _sizes(checkpoint).items() if name.startswith(prefix)}
     tensors = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in stored.items()}
     if tensors:

@@ -8,6 +8,7 @@ A small entropy model makes sampling cheaper; this says what it costs. No artifa
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpar.flops import count
-from dpar.patching import patch_starts
 from pipeline.device import choose_device, rank, world_size
 from pipeline.errors import StageError
-from pipeline.likelihood import entropies, fits
+from pipeline.likelihood import entropies, fits, prepared
 from pipeline.patchify import find_threshold, spread_views
 from pipeline.progress import Progress, stops_with
 from pipeline.settings import PatchifySettings
@@ -62,20 +62,19 @@ def compare(codes: Path, out: Path, settings: PatchifySettings, progress: Progre
     rows, views = spread_views(artifact.manifest, settings.sample)
     measured = [_measure(name, artifact, rows, views, settings, progress) for name in settings.compare]
     grid_width = artifact.manifest.grid[1]
-    limit = settings.max_length or None
     models, starts = [], []
     for described, entropy in measured:
-        threshold = settings.threshold
+        rule = settings.rule
         if settings.target_length is not None:
-            threshold = find_threshold(entropy, settings.target_length, limit, grid_width, settings.row_reset).value
-        assert threshold is not None  # the settings have seen to it
-        found = patch_starts(entropy, threshold, limit, grid_width, settings.row_reset)
+            found_threshold = find_threshold(entropy, settings.target_length, rule, grid_width)
+            rule = dataclasses.replace(rule, threshold=found_threshold.value)
+        found = rule.starts(entropy, grid_width)
         starts.append(found)
         models.append(
             described
             | {
                 "mean_entropy": float(entropy[:, 1:].astype(np.float64).mean()),
-                "threshold": threshold,
+                "threshold": rule.threshold,
                 "mean_length": found.size / int(found.sum()),
                 "patches_per_image": int(found.sum()) / len(found),
             }
@@ -108,7 +107,7 @@ def _measure(
     model = load_entropy_model(name)
     fits(model, artifact.manifest, str(artifact.folder), unconditional=True)
     cost = count(model.config)
-    model = model.to(choose_device(settings.device))
+    model = prepared(model.to(choose_device(settings.device)), settings.precision)
     found = np.empty((len(rows), artifact.manifest.n_tokens), np.float16)
     with stops_with("Stopped. Nothing was written."), progress.task(name, len(rows), "sequences") as task:
         for begin in range(0, len(rows), settings.batch):

@@ -25,7 +25,7 @@ from pipeline.originals import load_originals
 from pipeline.pictures import data_uri, enlarge, histogram_svg, patches_sheet, sheet
 from pipeline.progress import Progress
 from pipeline.report import Picture, Section, Table, render
-from pipeline.run import read_metrics
+from pipeline.run import read_metrics, read_run
 from pipeline.versions import made_by
 from pipeline.weights import load_tokenizer
 from shards.manifest import Manifest, write_json
@@ -142,7 +142,7 @@ def _comparison(out: Path, scores: dict[str, dict[str, Any]], training: Manifest
     def seen(name: str) -> str:
         """Images trained on, and the last training loss in bits."""
         lines = [line for line in read_metrics(out / name) if "bits_per_token" in line]
-        batch = json.loads((out / name / "run.json").read_text())["settings"]["batch"]
+        batch = read_run(out / name)["settings"]["batch"]
         return f"{lines[-1]['step'] * batch}"
 
     dpar, llamagen = scores["dpar"], scores["llamagen"]

@@ -20,7 +20,6 @@ one OUT; what was killed goes on where it was, and numbers do not depend on eith
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -35,6 +34,7 @@ import numpy as np
 from dpar.flops import TRAINING_FLOPS_A_MAC, count
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
+from dpar.patching import PatchRule
 from pipeline.device import precision_name, rank, world_size
 from pipeline.errors import StageError
 from pipeline.features import (
@@ -48,9 +48,8 @@ from pipeline.features import (
     precision_recall,
     resize,
 )
-from pipeline.generate import Generator, patch_rule, run_of, weights_fingerprint
-from pipeline.likelihood import Cut, Likelihood, fits, nats_per_token, same_classes
-from pipeline.patchify import boundaries
+from pipeline.generate import Generator, run_of, weights_fingerprint
+from pipeline.likelihood import Likelihood, fits, nats_per_token, same_classes
 from pipeline.progress import Progress, stops_with
 from pipeline.reconstruction import reconstruct
 from pipeline.reference import Originals, Reference, open_reference
@@ -73,6 +72,7 @@ FORMAT = 2  # of what OUT holds; in 1 bits per token were by the stored boundari
 # Settings that do not decide a number, or that name a cell of the table.
 FREE = {"cfg_scale", "threshold", "max_length", "checkpoint", "batch", "shard_size", "device", "sheet_per_class"}
 FREE |= {"tokenizer", "entropy_model", "reference", "held_out", "inception_weights", "save_reference"}
+FREE |= {"fetch_originals"}
 
 
 def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | None = None) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class _Evaluation:
             if settings.features == "inception"
             else TokenizerFeatures(generator.tokenizer, generator.tokenizer_origin["fingerprint"], settings.batch)
         )
-        self.source = open_reference(settings.reference, self.extract)
+        self.source = open_reference(settings.reference, self.extract, settings.fetch_originals)
         images, compares = self.source.images, settings.samples > 0 or settings.save_reference is not None
         if compares and self.source.measured is None and images is not None and len(images) < 2:
             raise StageError(f"{settings.reference} holds {len(images)} images; a reference needs at least 2")
@@ -164,19 +164,18 @@ class _Evaluation:
             self._loaded = (candidate, Generator.load(self.run, self.settings, self.artifact, candidate.path))
         return self._loaded[1].with_rule(row.threshold, row.max_length)
 
-    def _rule(self, generator: Generator, threshold: float | None, max_length: int | None) -> dict[str, Any] | None:
+    def _rule(self, generator: Generator, threshold: float | None, max_length: int | None) -> PatchRule | None:
         """The rule by which the held-out images are cut into patches; None leaves them as they are stored.
 
         Raises:
             StageError: a rule was asked for, and they have no entropies of the run's entropy model.
         """
-        if self.artifact is None or generator.trained_rule is None:
+        wanted = generator.rule
+        if self.artifact is None or wanted is None:
             return None
         manifest, folder = self.artifact.manifest, self.artifact.folder
-        wanted = {"strategy": generator.trained_rule["strategy"], **generator.rule}
-        wanted["max_length"] = wanted["max_length"] or 0
-        stored = wanted == patch_rule(manifest)
-        if wanted["strategy"] == "static":  # which needs no entropies
+        stored = wanted == PatchRule.from_dict(manifest.settings)
+        if wanted.strategy == "static":  # which needs no entropies
             return None if stored else wanted
         theirs, ours = manifest.entropy_model, generator.entropy_origin
         assert ours is not None  # or the rule would be static
@@ -232,9 +231,6 @@ class _Evaluation:
         path = self.out / "likelihood" / f"{row.name or 'newest'}.json"
         artifact, settings = self.artifact, self.settings
         rule = self._rules[row.threshold, row.max_length]
-        cut: Cut | None = None
-        if artifact is not None and rule is not None:
-            cut = functools.partial(boundaries, rule=rule, grid_width=artifact.manifest.grid[1])
         images = 0 if artifact is None else len(artifact)
         parts = Parts(path.with_suffix(""), -(-images // CHUNK), path.is_file)
         with self.progress.task(" ".join(["bits per token", row.name]).strip(), images, "images") as task:
@@ -243,7 +239,7 @@ class _Evaluation:
                 rows = np.arange(index * CHUNK, min((index + 1) * CHUNK, images))
                 model = self.generator(row).model
                 nats, labels, patches = nats_per_token(
-                    model, artifact, rows, settings.batch, settings.precision, cut=cut
+                    model, artifact, rows, settings.batch, settings.precision, rule=rule
                 )
                 parts.save(index, nats=nats, labels=labels, patches=np.array([patches]))
                 task.advance(len(rows))
@@ -253,7 +249,9 @@ class _Evaluation:
             config = model.config
             if artifact is None:
                 return {"weights": weights, "tokens_per_image": config.n_tokens}
-            applied = {} if isinstance(model, LlamaGen) else rule or patch_rule(artifact.manifest)
+            applied = {}
+            if isinstance(model, DPAR):
+                applied = (rule or PatchRule.from_dict(artifact.manifest.settings)).to_dict()
             names = artifact.manifest.class_names
             patches = int(parts.joined("patches").sum())
             found = Likelihood.of(parts.joined("nats"), parts.joined("labels"), patches, names)
@@ -296,7 +294,14 @@ class _Evaluation:
         try:
             with self.progress.task("compare reconstructions", len(artifact), "images") as task:
                 parts = reconstruct(
-                    generator, artifact, self.extract, folder, chunk=CHUNK, done=path.is_file, advance=task.advance
+                    generator,
+                    artifact,
+                    self.extract,
+                    folder,
+                    chunk=CHUNK,
+                    done=path.is_file,
+                    advance=task.advance,
+                    fetch=self.settings.fetch_originals,
                 )
         except StageError as error:
             self.progress.say(f"no originals: {error}")
@@ -419,8 +424,8 @@ class _Evaluation:
                 "training_flops": self._training_flops(candidate, generator.model),
                 "cfg_scale": scale,
                 "cfg_schedule": s.cfg_schedule,
-                "threshold": generator.rule.get("threshold"),
-                "max_length": generator.rule.get("max_length"),
+                "threshold": None if generator.rule is None else generator.rule.threshold,
+                "max_length": None if generator.rule is None else generator.rule.max_length,
                 "samples": s.samples,
                 "labels": s.labels,
                 "features": s.features,

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from dpar.checkpoint import CONFIG
+from dpar.guidance import SamplingOptions
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
-from dpar.patching import static_starts
+from dpar.patching import PatchRule
 from dpar.sampling import check_same_tokens, sample
 from dpar.tokenizer import VQTokenizer, to_uint8
 from pipeline.device import autocast, choose_device
@@ -31,13 +32,11 @@ from pipeline.run import read_run
 from pipeline.settings import Precision, SamplingSettings
 from pipeline.sources.source import known_class
 from pipeline.weights import fingerprint_of, load_entropy_model, load_model, load_tokenizer, same_tokens
-from shards.manifest import Manifest, file_sha256
+from shards.manifest import file_sha256
 from shards.reader import Artifact
 
 RUN = "run.json"
 CHECKPOINT = "checkpoint.json"  # in a checkpoint of a run
-# Of weights that came without their patches: the published rule, but for the threshold.
-UNKNOWN_RULE = {"strategy": "entropy", "threshold": None, "max_length": 4, "row_reset": True, "static_length": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +67,8 @@ class Generator:
     tokenizer_origin: dict[str, str]  # path and fingerprint of the weights that made what the model was trained on
     entropy_origin: dict[str, str] | None  # likewise, of the entropy model
     class_names: tuple[str, ...]
-    trained_rule: dict[str, Any] | None  # the patch rule of the training data; None for LlamaGen
-    rule: dict[str, Any]  # arguments of dpar.sample: threshold, max_length, row_reset, static_length
+    trained_rule: PatchRule | None  # of the training data; None for LlamaGen
+    rule: PatchRule | None  # to sample by: the same, or what with_rule says
     settings: SamplingSettings
     device: torch.device
 
@@ -110,8 +109,8 @@ class Generator:
         device = choose_device(settings.device)
         entropy_model = entropy_origin = trained = None
         if isinstance(model, DPAR):
-            trained = inputs["patch_rule"]
-            if sampling_rule(trained)["static_length"] is None:
+            trained = trained_rule(inputs)
+            if trained.strategy == "entropy":
                 entropy_origin = inputs["entropy_model"]
                 entropy_model = _part(entropy_origin, settings.entropy_model, load_entropy_model, "--entropy-model")
                 check_same_tokens(model, entropy_model)
@@ -125,7 +124,7 @@ class Generator:
             entropy_origin=None if entropy_origin is None else _moved(entropy_origin, settings.entropy_model),
             class_names=tuple(inputs["class_names"]),
             trained_rule=trained,
-            rule={} if trained is None else sampling_rule(trained),
+            rule=trained,
             settings=settings,
             device=device,
         )
@@ -153,8 +152,8 @@ class Generator:
         entropy_model = entropy_origin = trained = None
         if isinstance(model, DPAR):
             patches = None if reference is None or reference.manifest.kind != "patches" else reference.manifest
-            trained = dict(UNKNOWN_RULE) if patches is None else patch_rule(patches)
-            if trained["strategy"] == "entropy":
+            trained = PatchRule() if patches is None else PatchRule.from_dict(patches.settings)
+            if trained.strategy == "entropy":
                 entropy_origin = None if patches is None else patches.entropy_model
                 if entropy_origin is None and settings.entropy_model is None:
                     raise StageError(
@@ -173,7 +172,7 @@ class Generator:
             entropy_origin=entropy_origin,
             class_names=names,
             trained_rule=trained,
-            rule={},  # see with_rule
+            rule=trained,
             settings=settings,
             device=device,
         )
@@ -189,7 +188,7 @@ class Generator:
             if threshold is not None or max_length is not None or row_reset is not None:
                 raise StageError("a LlamaGen has no patches; leave out --threshold, --max-length and --row-reset")
             return self
-        return dataclasses.replace(self, rule=sampling_rule(self.trained_rule, threshold, max_length, row_reset))
+        return dataclasses.replace(self, rule=changed_rule(self.trained_rule, threshold, max_length, row_reset))
 
     def sample(
         self,
@@ -212,21 +211,23 @@ class Generator:
         with autocast(self.device, s.precision):
             codes, starts = sample(
                 self.model,
-                self.entropy_model,
                 torch.from_numpy(np.asarray(labels, np.int64)),
-                cfg_scale=cfg_scale,
-                cfg_schedule=s.cfg_schedule,
-                cfg_power=s.cfg_power,
-                known=None if known is None else torch.from_numpy(known.codes).expand(n, -1),
-                keep=None if known is None else torch.from_numpy(known.kept).expand(n, -1),
-                temperature=s.temperature,
-                top_k=s.top_k,
-                top_p=s.top_p,
-                seed=s.seed,
+                self.entropy_model,
+                self.rule,
+                SamplingOptions(
+                    cfg_scale=cfg_scale,
+                    cfg_schedule=s.cfg_schedule,
+                    cfg_power=s.cfg_power,
+                    temperature=s.temperature,
+                    top_k=s.top_k,
+                    top_p=s.top_p,
+                    seed=s.seed,
+                ),
                 indices=[int(i) for i in indices],
                 batch=s.batch,
+                known=None if known is None else torch.from_numpy(known.codes).expand(n, -1),
+                keep=None if known is None else torch.from_numpy(known.kept).expand(n, -1),
                 advance=advance,
-                **self.rule,
             )
         return Drawn(codes=codes.cpu().numpy(), starts=starts.cpu().numpy())
 
@@ -284,41 +285,36 @@ def decode(
     return np.concatenate(found)
 
 
-def patch_rule(manifest: Manifest) -> dict[str, Any]:
-    """The rule that made an artifact's patches."""
-    return {name: manifest.settings.get(name) for name in UNKNOWN_RULE}
+def trained_rule(inputs: dict[str, Any]) -> PatchRule:
+    """The patch rule of a run's training data, from the inputs that the run records."""
+    if inputs["patch_rule"] is None:
+        raise StageError("the run was trained without patches; DPAR cannot be sampled from it")
+    return PatchRule.from_dict(inputs["patch_rule"])
 
 
-def sampling_rule(
-    trained: dict[str, Any] | None,
-    threshold: float | None = None,
-    max_length: int | None = None,
-    row_reset: bool | None = None,
-) -> dict[str, Any]:
-    """Arguments of :func:`dpar.sample` for boundaries: those of the training data, where nothing else is given.
+def changed_rule(
+    trained: PatchRule, threshold: float | None, max_length: int | None, row_reset: bool | None
+) -> PatchRule:
+    """The rule of the training data with other values where they are given; a ``max_length`` of 0 is no limit.
 
     Raises:
-        StageError: the rule is unknown, or static and to be changed.
+        StageError: the threshold is not known, or the rule is static.
     """
-    if trained is None:
-        raise StageError("the run was trained without patches; DPAR cannot be sampled from it")
-    if trained["strategy"] == "static":
+    if trained.strategy == "static":
         if threshold is not None or max_length is not None or row_reset is not None:
             raise StageError(
                 "the model was trained on static patches, which have no --threshold, --max-length or --row-reset"
             )
-        static_starts(1, trained["static_length"])  # refuses what it cannot mean
-        return {"static_length": trained["static_length"], "threshold": None, "max_length": None, "row_reset": False}
-    limit = trained["max_length"] if max_length is None else max_length
-    threshold = trained["threshold"] if threshold is None else threshold
-    if threshold is None:
+        return trained
+    rule = dataclasses.replace(
+        trained,
+        threshold=trained.threshold if threshold is None else threshold,
+        max_length=trained.max_length if max_length is None else max_length or None,
+        row_reset=trained.row_reset if row_reset is None else row_reset,
+    )
+    if rule.threshold is None:
         raise StageError("weights without a run do not say above which entropy a patch starts; give --threshold (nats)")
-    return {
-        "threshold": threshold,
-        "max_length": limit or None,
-        "row_reset": trained["row_reset"] if row_reset is None else row_reset,
-        "static_length": None,
-    }
+    return rule
 
 
 def choose_classes(names: tuple[str, ...], wanted: tuple[str, ...]) -> list[int]:

@@ -10,9 +10,10 @@ read shard by shard. Pictures show the first view of some images.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dpar.errors import ModelError
-from dpar.patching import patch_starts
+from dpar.patching import PatchRule
 from dpar.tokenizer import VQTokenizer, psnr
 from pipeline.device import choose_device
 from pipeline.errors import StageError
 from pipeline.generate import decode
 from pipeline.originals import load_originals
-from pipeline.patch_statistics import by_compressibility, class_name
+from pipeline.patch_statistics import by_compressibility, check_statistics, class_name
 from pipeline.pictures import (
     data_uri,
     draw_patches,
@@ -47,8 +48,10 @@ from pipeline.settings import InspectSettings
 from pipeline.sources.source import nearest
 from pipeline.versions import made_by
 from pipeline.weights import load_tokenizer
+from shards.errors import ArtifactError
 from shards.manifest import MANIFEST, Manifest, write_json
 from shards.reader import Artifact, open_artifact
+from shards.records import parse
 from shards.rows import Rows
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -88,7 +91,9 @@ def inspect(
             f"{artifact} lacks statistics of its classes: an earlier version made it. `dpar patchify {artifact} NEW` "
             "makes one that has them, without a model"
         )
-    rule = Rule.of(opened.manifest)
+    if opened.manifest.kind == "patches":
+        check_statistics(opened.manifest, str(artifact / MANIFEST))
+    rule = stored_rule(opened.manifest, str(artifact / MANIFEST))
     survey = Survey.of(opened, settings.threshold, rule, progress)
     found = _numbers(opened, survey, settings)
     if out is not None:
@@ -108,35 +113,45 @@ def _check_output(out: Path, artifact: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
-    """The patch rule that an artifact's settings hold, to apply with other thresholds."""
+class CodesRecord:
+    """What a patches manifest's settings hold of the codes."""
 
-    name: str  # of the stored boundaries
-    max_length: int | None
-    row_reset: bool
-    grid_width: int
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> Rule:
-        """The rule of a manifest; that of codes, which have none, is never applied."""
-        settings = manifest.settings
-        return cls(
-            name=rule_name(settings),
-            max_length=settings.get("max_length") or None,
-            row_reset=bool(settings.get("row_reset", True)),
-            grid_width=manifest.grid[1],
-        )
-
-    def starts(self, entropy: NDArray[np.float16], threshold: float) -> NDArray[np.bool_]:
-        """Boundaries (..., N) of stored entropies (..., N) at ``threshold``."""
-        return patch_starts(entropy, threshold, self.max_length, self.grid_width, self.row_reset)
+    codes_settings: dict[str, Any] = field(default_factory=dict)
 
 
-def rule_name(settings: dict[str, Any]) -> str:
-    """The stored boundaries' rule in a word, from a patches manifest's settings."""
-    if settings.get("strategy") == "static":
-        return f"static, length {settings['static_length']:g}"
-    return "no rule" if settings.get("threshold") is None else f"τ = {settings['threshold']:.4g}"
+@dataclass(frozen=True, kw_only=True)
+class WeightsRecord:
+    """What a manifest holds of a model's weights."""
+
+    path: str
+    fingerprint: str
+
+
+def stored_rule(manifest: Manifest, where: str) -> PatchRule:
+    """The patch rule of a manifest, which is the file ``where``; that of codes, which have none, is never applied.
+
+    Raises:
+        ArtifactError: the settings hold values of other types, or that make no rule.
+    """
+    parse(CodesRecord, manifest.settings, where, at="settings", ignore_unknown=True)
+    try:
+        return parse(PatchRule, manifest.settings, where, at="settings", ignore_unknown=True)
+    except ModelError as error:
+        raise ArtifactError(f"{where}: field settings makes no patch rule: {error}") from error
+
+
+def starts_at(rule: PatchRule, entropy: NDArray[np.float16], threshold: float, grid_width: int) -> NDArray[np.bool_]:
+    """Boundaries (..., N) of stored entropies (..., N) at another ``threshold``; of a static rule, by that alone."""
+    return dataclasses.replace(rule, strategy="entropy", static_length=None, threshold=threshold).starts(
+        entropy, grid_width
+    )
+
+
+def rule_name(rule: PatchRule) -> str:
+    """A rule in a word."""
+    if rule.strategy == "static":
+        return f"static, length {rule.static_length:g}"
+    return "no rule" if rule.threshold is None else f"τ = {rule.threshold:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +165,7 @@ class Survey:
     thresholds: NDArray[np.int64]  # (thresholds,) patches of the whole artifact at each
 
     @classmethod
-    def of(cls, artifact: Artifact, thresholds: Sequence[float], rule: Rule, progress: Progress) -> Survey:
+    def of(cls, artifact: Artifact, thresholds: Sequence[float], rule: PatchRule, progress: Progress) -> Survey:
         """Reads every shard once, one at a time."""
         manifest = artifact.manifest
         survey = cls(
@@ -162,32 +177,29 @@ class Survey:
         )
         first = 0
         with progress.task("inspect", manifest.rows, "images") as task:
-            for index, info in enumerate(manifest.shards):
+            for index in range(len(manifest.shards)):
                 rows = artifact.shard_rows(index)
-                survey._add(rows, first, thresholds, rule, str(artifact.folder / info.name))
+                survey._add(rows, first, thresholds, rule, manifest.grid[1])
                 first += len(rows)
                 task.advance(len(rows))
         if thresholds and not survey.finite_entropies:
             raise StageError(f"{artifact.folder} holds no entropies, so --threshold has nothing to go by")
         return survey
 
-    def _add(self, rows: Rows, first: int, thresholds: Sequence[float], rule: Rule, shard: str) -> None:
+    def _add(self, rows: Rows, first: int, thresholds: Sequence[float], rule: PatchRule, grid_width: int) -> None:
         here = slice(first, first + len(rows))
         self.labels[here] = rows.labels
         self.patches[here] = 0 if rows.starts is None else np.count_nonzero(rows.starts, axis=(1, 2))
         step = max(1, BLOCK // int(np.prod(rows.codes.shape[1:])))
         for first in range(0, len(rows), step):
             block = slice(first, first + step)
-            counts = np.bincount(rows.codes[block].reshape(-1), minlength=len(self.codes))
-            if len(counts) > len(self.codes):
-                raise StageError(f"{shard} holds code {len(counts) - 1}; the codebook ends at {len(self.codes) - 1}")
-            self.codes[:] += counts
+            self.codes[:] += np.bincount(rows.codes[block].reshape(-1), minlength=len(self.codes))
             if rows.entropy is None:
                 continue
             later = np.ascontiguousarray(rows.entropy[block][..., 1:])
             self.entropy[:] += np.bincount(later.view(np.uint16).reshape(-1), minlength=2**16)
             for i, threshold in enumerate(thresholds):
-                self.thresholds[i] += np.count_nonzero(rule.starts(rows.entropy[block], threshold))
+                self.thresholds[i] += np.count_nonzero(starts_at(rule, rows.entropy[block], threshold, grid_width))
 
     @property
     def finite_entropies(self) -> int:
@@ -369,10 +381,11 @@ def _rows_of_keys(artifact: Artifact, keys: Sequence[str]) -> NDArray[np.int64]:
     return np.array([found[key] for key in keys], np.int64)
 
 
-def _tokenizer(manifest: Manifest, settings: InspectSettings) -> VQTokenizer:
-    name = settings.tokenizer or str(manifest.tokenizer["path"])
+def _tokenizer(manifest: Manifest, settings: InspectSettings, where: str) -> VQTokenizer:
+    recorded = parse(WeightsRecord, manifest.tokenizer, where, at="tokenizer", ignore_unknown=True)
+    name = settings.tokenizer or recorded.path
     try:
-        tokenizer = load_tokenizer(name, manifest.tokenizer["fingerprint"])
+        tokenizer = load_tokenizer(name, recorded.fingerprint)
     except ModelError as error:
         hint = "" if settings.tokenizer else "; say with --tokenizer where it is now, or draw nothing with --images 0"
         raise StageError(f"the tokenizer cannot be loaded: {error}{hint}") from error
@@ -403,7 +416,7 @@ class Gallery:
 
 
 def _draw(
-    artifact: Artifact, survey: Survey, settings: InspectSettings, rule: Rule, gallery: Gallery, notes: list[str]
+    artifact: Artifact, survey: Survey, settings: InspectSettings, rule: PatchRule, gallery: Gallery, notes: list[str]
 ) -> list[Section]:
     """One section an image drawn, and one sheet of all of them as a file."""
     manifest = artifact.manifest
@@ -414,16 +427,17 @@ def _draw(
     batch = artifact.gather(rows, view)
     keys = artifact.keys(rows)
     names = [class_name(manifest.class_names, int(label)) for label in batch.labels]
-    images = decode(_tokenizer(manifest, settings), batch.codes, manifest.grid, batch=settings.batch)
-    originals = _originals(manifest, keys, view, images.shape, notes)
+    tokenizer = _tokenizer(manifest, settings, str(artifact.folder / MANIFEST))
+    images = decode(tokenizer, batch.codes, manifest.grid, batch=settings.batch)
+    originals = _originals(manifest, keys, view, images.shape, notes, settings.fetch_originals)
     quality = None if originals is None else psnr(torch.from_numpy(images), torch.from_numpy(originals)).tolist()
     measured = batch.entropy if survey.finite_entropies else None
     scale = survey.entropy_scale
     starts: dict[str, NDArray[np.bool_]] = {}
     if batch.starts is not None:
-        starts[f"{rule.name} (stored)"] = batch.starts
+        starts[f"{rule_name(rule)} (stored)"] = batch.starts
     if measured is not None:
-        starts |= {f"τ = {threshold:.4g}": rule.starts(measured, threshold) for threshold in settings.threshold}
+        starts |= {f"τ = {t:.4g}": starts_at(rule, measured, t, manifest.grid[1]) for t in settings.threshold}
 
     times, n = scale_for(images.shape[1]), manifest.n_tokens
     sections, titles = [], []
@@ -461,11 +475,16 @@ def _draw(
 
 
 def _originals(
-    manifest: Manifest, keys: Sequence[str], view: NDArray[np.int64], shape: tuple[int, ...], notes: list[str]
+    manifest: Manifest,
+    keys: Sequence[str],
+    view: NDArray[np.int64],
+    shape: tuple[int, ...],
+    notes: list[str],
+    fetch: bool,
 ) -> NDArray[np.uint8] | None:
     """The originals as large as the decoded images; None, with a note, where they cannot be had."""
     try:
-        originals = load_originals(manifest, keys, view)
+        originals = load_originals(manifest, keys, view, fetch=fetch)
     except StageError as error:
         notes.append(f"Originals are not shown: {error}")
         return None
@@ -557,7 +576,7 @@ def _table_values(found: dict[str, Any]) -> Iterator[Table]:
 
 
 def _table_patches(found: dict[str, Any]) -> list[Table]:
-    stored = (f"{rule_name(found['settings'])} (stored)", found["patches"])
+    stored = (f"{rule_name(PatchRule.from_dict(found['settings']))} (stored)", found["patches"])
     others = [(f"τ = {entry['threshold']:.4g}", entry) for entry in found["thresholds"]]
     rows = [
         (

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpar.cpu_kernels import prepare_forward
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
-from dpar.onednn import onednn
 from dpar.packing import PatchLayout
+from dpar.patching import PatchRule
 from pipeline.device import autocast, rank, world_size
 from pipeline.errors import StageError
 from pipeline.parallel import total
@@ -28,20 +30,28 @@ from pipeline.settings import Precision
 from shards.manifest import Manifest
 from shards.reader import Artifact, Batch
 
-Cut = Callable[[NDArray[np.float16]], NDArray[np.bool_]]  # stored entropies (B, N) to patch starts (B, N)
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+def prepared(model: M, precision: Precision) -> M:
+    """The model as forward passes in this precision run fastest: a copy on oneDNN, or the model itself."""
+    device = next(model.parameters()).device
+    with autocast(device, precision):
+        return prepare_forward(model)
 
 
 @torch.no_grad()
 def entropies(model: LlamaGen, codes: NDArray[np.integer], *, batch: int, precision: Precision) -> NDArray[np.float16]:
     """Next-token entropies of sequences (n, N), as artifacts store them: (n, N) float16 nats, +inf at token 0.
 
-    An image's entropies depend on that image alone. A class-conditional model is read at its guidance class.
+    An image's entropies depend on that image alone. A class-conditional model is read at its guidance class. The model
+    runs as it is: :func:`prepared` makes a faster one of it.
     """
     device = model.output.weight.device
     found = np.empty(codes.shape, np.float16)
     for begin in range(0, len(codes), batch):
         chunk = torch.from_numpy(codes[begin : begin + batch].astype(np.int64)).to(device)
-        with autocast(device, precision), onednn(model):
+        with autocast(device, precision):
             found[begin : begin + batch] = model.entropy(chunk).cpu().numpy()
     return found
 
@@ -116,35 +126,35 @@ def nats_per_token(
     batch: int,
     precision: Precision,
     unconditional: bool = False,
-    cut: Cut | None = None,
+    rule: PatchRule | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
     """Mean nats a token and label of view 0 of each of ``rows``, and the patches of all of them.
 
-    ``cut`` places the boundaries anew, by the stored entropies; None takes them as stored.
+    With ``rule`` the boundaries are placed anew, by the stored entropies; None takes them as stored.
 
     Raises:
-        StageError: there is something to cut, and an image without entropies.
+        StageError: there is a rule that reads entropies, and an image without them.
     """
     device = model.output.weight.device
     was_training = model.training
-    model.eval()
+    runner = prepared(model.eval(), precision)
     nats = np.zeros(len(rows))
     labels_seen = np.zeros(len(rows), np.int64)
     patches = 0
     for begin in range(0, len(rows), batch):
         here = rows[begin : begin + batch]
         drawn = artifact.gather(here, np.zeros_like(here))
-        if cut is not None:
-            if drawn.entropy is None or np.isnan(drawn.entropy).any():
+        if rule is not None:
+            if drawn.entropy is None or (rule.needs_entropy and np.isnan(drawn.entropy).any()):
                 raise StageError(f"{artifact.folder} holds no entropies; its boundaries cannot be moved")
-            drawn = dataclasses.replace(drawn, starts=cut(drawn.entropy))
+            drawn = dataclasses.replace(drawn, starts=rule.starts(drawn.entropy, artifact.manifest.grid[1]))
         codes = torch.from_numpy(drawn.codes).to(device)
         labels = torch.from_numpy(drawn.labels).to(device)
         if unconditional:
             labels = torch.full_like(labels, model.config.classes)
         layout = layout_for(model, drawn, device)
-        with autocast(device, precision), onednn(model):
-            logits = forward(model, codes, labels, layout)
+        with autocast(device, precision):
+            logits = forward(runner, codes, labels, layout)
         targets = model.targets(codes) if isinstance(model, LlamaGen) else codes
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         nats[begin : begin + batch] = loss.view(len(here), -1).mean(dim=1).double().cpu().numpy()

@@ -11,6 +11,7 @@ With one process all of it does nothing.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.device import Precision, precision_name, world_size
-from pipeline.errors import StageError
+from pipeline.errors import PeerEnded
 
 
 @contextlib.contextmanager
@@ -26,7 +27,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Joins the processes that ``torchrun`` started; nothing to do where there is one.
 
     Raises:
-        StageError: another process has died.
+        PeerEnded: another process has died.
     """
     if world_size() == 1:
         yield
@@ -39,7 +40,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "closed by peer" in str(error) or "reset by peer" in str(error):
-            raise StageError("another process of this run has ended; its own message says why") from error
+            raise PeerEnded("another process of this run has ended; its own message says why") from error
         raise
     finally:
         dist.destroy_process_group()
@@ -55,7 +56,8 @@ def data_parallel(model: nn.Module) -> nn.Module:
     """The model with its gradients averaged over the processes."""
     if world_size() == 1:
         return model
-    # Its buffers are tables that no step changes.
+    # Its buffers are tables that no step changes. Newer versions of torch call the argument forward_sync_buffers.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -87,6 +89,15 @@ def agree(numbers: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return numbers
+
+
+def first_of_all(text: str | None) -> str | None:
+    """The text of the first process that has one; None where none has."""
+    if world_size() == 1:
+        return text
+    texts: list[str | None] = [None] * world_size()
+    dist.all_gather_object(texts, text)
+    return next((t for t in texts if t is not None), None)
 
 
 def total(numbers: Tensor) -> Tensor:

@@ -9,18 +9,64 @@ Counts are integers, so however the work was split they add up to the same numbe
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpar.patching import patch_lengths
+from shards.errors import ArtifactError
+from shards.manifest import Manifest
+from shards.records import Positive, parse
 
 BLOCK = 2**20  # tokens whose patches are measured at once, so that memory stays small
 NAMED = 3  # classes named at each end of the summary
 SHOWN = 8  # lengths in the summary's histogram
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassRecord:
+    """What a manifest's statistics hold of a class."""
+
+    images: Positive
+    patches_per_image: float
+    mean_length: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsRecord:
+    """What a manifest's statistics hold; see `merge_counts`."""
+
+    mean_length: float
+    patches_per_image: float
+    tokens_saved: float
+    lengths: dict[str, Positive]
+    patch_counts: dict[str, Positive]
+    classes: tuple[ClassRecord, ...]
+
+
+def check_statistics(manifest: Manifest, where: str) -> None:
+    """Check that a patches manifest's statistics are what `merge_counts` gives.
+
+    Raises:
+        ArtifactError: something is missing, of another type, or counts what cannot be.
+    """
+    record = parse(StatisticsRecord, manifest.statistics, where, at="statistics", ignore_unknown=True)
+    most = manifest.n_tokens
+    for name in ("lengths", "patch_counts"):
+        for value in getattr(record, name):
+            if not re.fullmatch("[0-9]{1,10}", value) or int(value) > most:
+                raise ArtifactError(f"{where}: field statistics.{name} counts {value[:20]!r}, expected up to {most}")
+    for name in ("lengths", "patch_counts", "classes"):
+        if not getattr(record, name):
+            raise ArtifactError(f"{where}: field statistics.{name} is empty")
+    for entry in manifest.statistics["classes"]:
+        if not isinstance(entry.get("class"), str):
+            raise ArtifactError(f"{where}: field statistics.classes has a class without a name")
 
 
 def count_patches(starts: NDArray[np.bool_], labels: NDArray[np.int32]) -> dict[str, Any]:

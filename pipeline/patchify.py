@@ -8,6 +8,7 @@ On a patches directory it moves the boundaries by the entropies that are stored 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import threading
 from collections.abc import Callable, Generator
@@ -19,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpar.llamagen import LlamaGen
-from dpar.patching import patch_starts, static_starts
+from dpar.patching import PatchRule
 from pipeline.ahead import ahead
 from pipeline.device import choose_device, precision_name, rank, world_size
 from pipeline.errors import StageError
-from pipeline.likelihood import entropies, fits
+from pipeline.likelihood import entropies, fits, prepared
 from pipeline.patch_statistics import count_patches, merge_counts
 from pipeline.progress import Progress, Task, stops_with
 from pipeline.settings import PatchifySettings
@@ -66,11 +67,12 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
         "batch": meter.batch,
         "container": settings.container or before.container,
         "format_version": FORMAT_VERSIONS["patches"],  # of the rule, so that versions do not share an artifact
-        **_asked_rule(settings),
+        **settings.rule.to_dict(),
     }
     asked = {"target_length": settings.target_length, "sample": settings.sample} if settings.target_length else {}
     found = _found_before(out, decides, asked)
-    decides["threshold"] = _find_rule(meter, settings, progress) if found is None else found["threshold"]
+    rule = _find_rule(meter, settings, progress) if found is None else PatchRule.from_dict(found)
+    decides |= rule.to_dict()
     build = ArtifactBuild(
         out,
         settings=decides,
@@ -111,7 +113,7 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
         keeps = f"Stopped. Finished shards are kept in {out}; run the same command again to go on."
         with stops_with(keeps), progress.task("patchify", before.rows, "images") as task:
             task.skip(sum(info.rows for index, info in enumerate(before.shards) if build.done(index)))
-            _write_shards(build, artifact, meter, decides, task)
+            _write_shards(build, artifact, meter, rule, task)
         manifest = build.finish(make_manifest)
     if manifest is None:
         progress.say(
@@ -123,9 +125,7 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
     return manifest
 
 
-def _write_shards(
-    build: ArtifactBuild, artifact: Artifact, meter: EntropyMeter, rule: dict[str, Any], task: Task
-) -> None:
+def _write_shards(build: ArtifactBuild, artifact: Artifact, meter: EntropyMeter, rule: PatchRule, task: Task) -> None:
     """Writes every shard that is this process's to write: one thread computes while this one hashes and writes.
 
     Nothing is claimed ahead of that: another process may be free to take it.
@@ -141,7 +141,7 @@ def _write_shards(
         for index in build.todo(rank(), world_size()):
             rows = artifact.shard_rows(index)
             entropy = meter.measure(rows, advance)
-            starts = boundaries(entropy, rule, artifact.manifest.grid[1])
+            starts = rule.starts(entropy, artifact.manifest.grid[1])
             made = Rows(keys=rows.keys, labels=rows.labels, codes=rows.codes, entropy=entropy, starts=starts)
             yield index, made, count_patches(starts, rows.labels)
 
@@ -179,7 +179,7 @@ class EntropyMeter:
             fits(model, manifest, str(artifact.folder), unconditional=True)
             same_tokenizer(settings.entropy_model, manifest.tokenizer, str(artifact.folder))
             device = choose_device(settings.device)
-            self.model = model.to(device)
+            self.model = prepared(model.to(device), settings.precision)
             self.precision, self.batch = precision_name(device, settings.precision), settings.batch
             self.origin = {"path": settings.entropy_model, "fingerprint": fingerprint_of(settings.entropy_model)}
         elif settings.strategy == "entropy" and self.origin is None:
@@ -226,14 +226,6 @@ def spread_views(manifest: Manifest, images: int) -> tuple[NDArray[np.int64], ND
     return rows, np.arange(len(rows)) % manifest.views
 
 
-def boundaries(entropy: NDArray[np.float16], rule: dict[str, Any], grid_width: int) -> NDArray[np.bool_]:
-    """Starts (..., N) bool of stored entropies (..., N), by the rule that a manifest's settings hold."""
-    if rule["strategy"] == "static":
-        return np.broadcast_to(static_starts(entropy.shape[-1], rule["static_length"]), entropy.shape).copy()
-    limit = rule["max_length"] or None
-    return patch_starts(entropy, rule["threshold"], limit, grid_width, rule["row_reset"])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
     """A threshold for a wanted mean patch length, and the length that it gives on a sample."""
@@ -248,10 +240,8 @@ class Threshold:
         return abs(self.length / target - 1)
 
 
-def find_threshold(
-    entropy: NDArray[np.float16], target: float, max_length: int | None, grid_width: int, row_reset: bool
-) -> Threshold:
-    """The threshold whose mean patch length on (n, N) stored entropies comes nearest to ``target``.
+def find_threshold(entropy: NDArray[np.float16], target: float, rule: PatchRule, grid_width: int) -> Threshold:
+    """The threshold of ``rule`` whose mean patch length on (n, N) stored entropies comes nearest to ``target``.
 
     Raises:
         StageError: no threshold can reach it, with the range that can be.
@@ -262,15 +252,15 @@ def find_threshold(
     candidates = np.append(np.maximum(bits[:1], 1) - np.uint16(1), bits).view(np.float16)
 
     def length(candidate: int) -> float:
-        starts = patch_starts(entropy, float(candidates[candidate]), max_length, grid_width, row_reset)
+        starts = dataclasses.replace(rule, threshold=float(candidates[candidate])).starts(entropy, grid_width)
         return entropy.size / int(np.count_nonzero(starts))
 
     low, high = 0, len(candidates) - 1  # length rises with the threshold
     longest = length(high)
     if target > longest * (1 + CLOSE):
         raise StageError(
-            f"--target-length {target:g} cannot be reached: with --max-length {max_length or 0} and "
-            f"--{'' if row_reset else 'no-'}row-reset lengths from 1 to {longest:.3f} can be"
+            f"--target-length {target:g} cannot be reached: with --max-length {rule.max_length or 0} and "
+            f"--{'' if rule.row_reset else 'no-'}row-reset lengths from 1 to {longest:.3f} can be"
         )
     while low < high:
         middle = (low + high) // 2
@@ -282,18 +272,6 @@ def find_threshold(
     if abs(length(beside) - target) <= abs(length(low) - target):
         low, beside = beside, low
     return Threshold(value=float(candidates[low]), length=length(low), beside=length(beside), sequences=len(entropy))
-
-
-def _asked_rule(settings: PatchifySettings) -> dict[str, Any]:
-    """The rule as far as the settings say it; ``max_length`` 0 is no limit, and ``threshold`` may be still to find."""
-    static = settings.strategy == "static"
-    return {
-        "strategy": settings.strategy,
-        "threshold": settings.threshold,
-        "max_length": 0 if static else settings.max_length,
-        "row_reset": settings.row_reset and not static,
-        "static_length": settings.static_length,
-    }
 
 
 def _found_before(out: Path, decides: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any] | None:
@@ -313,31 +291,32 @@ def _found_before(out: Path, decides: dict[str, Any], asked: dict[str, Any]) -> 
     return held if held == ours and before == asked else None
 
 
-def _find_rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progress) -> float | None:
-    """The threshold: the one given, or the one that gives the wanted length on a sample; None for static patches.
+def _find_rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progress) -> PatchRule:
+    """The rule with its threshold: the one given, or the one that gives the wanted length on a sample.
 
     Raises:
         StageError: the wanted length cannot be reached, or every token would be its own patch without this being asked.
     """
-    if settings.strategy == "static":
-        return None
-    target, rule = settings.target_length, _asked_rule(settings)
+    target, rule = settings.target_length, settings.rule
+    if rule.strategy == "static":
+        return rule
     width = meter.artifact.manifest.grid[1]
     sample = meter.sample(PROBE if target is None else settings.sample)
     finite = sample[:, 1:]
     low, high = float(finite.min()), float(finite.max())
     if target is not None:
-        found = find_threshold(sample, target, settings.max_length or None, width, settings.row_reset)
-        rule["threshold"] = found.value
+        found = find_threshold(sample, target, rule, width)
+        rule = dataclasses.replace(rule, threshold=found.value)
         progress.say(
             f"threshold {found.value!r} nats: mean patch length {found.length:.3f} on a sample of "
             f"{found.sequences} sequences"
         )
-    if settings.max_length == 1 or not bool(boundaries(sample, rule, width).all()):
-        return float(rule["threshold"])
+    alike = target is not None and low == high
+    if rule.max_length == 1 or not (alike or bool(rule.starts(sample, width).all())):
+        return rule
     if target is None:
         raise StageError(
-            f"--threshold {rule['threshold']:g} makes every token its own patch: on {len(sample)} images entropies "
+            f"--threshold {rule.threshold:g} makes every token its own patch: on {len(sample)} images entropies "
             f"reach from {low:.2f} to {high:.2f} nats. Raise it, or give --target-length; "
             "--max-length 1 if one token a patch is what you want"
         )
@@ -361,7 +340,7 @@ def _say_target(out: Path, manifest: Manifest, settings: PatchifySettings, progr
     if off > CLOSE:
         sample = open_artifact(out).gather(*spread_views(manifest, max(SECOND_LOOK, 16 * settings.sample))).entropy
         assert sample is not None
-        better = find_threshold(sample, target, settings.max_length or None, manifest.grid[1], settings.row_reset)
+        better = find_threshold(sample, target, settings.rule, manifest.grid[1])
         if better.value == manifest.settings["threshold"] or better.off(target) >= off:
             said += f"; no threshold comes nearer, the next one gives {better.beside:.3f}"
         else:

@@ -253,6 +253,15 @@ def sheet(
     return whole
 
 
+def captioned(picture: Image.Image, text: str) -> Image.Image:
+    """Return a picture with all of ``text`` below it, in as many lines as it takes."""
+    lines = _wrap(text, picture.width, most=None)
+    result = Image.new("RGB", (picture.width, picture.height + LINE_PX * len(lines)), PAPER)
+    result.paste(picture)
+    _write(ImageDraw.Draw(result), (0, picture.height), lines)
+    return result
+
+
 def entropy_scale(entropy: NDArray[np.floating[Any]]) -> tuple[float, float]:
     """A colour scale for entropies of any shape: all but the lowest and highest 1 % of them, to the half nat.
 
@@ -416,8 +425,8 @@ def _drawable(text: str) -> str:
     return "".join(c if c.isascii() or c in _DRAWN else "?" for c in kept)
 
 
-def _wrap(text: str, width: int) -> list[str]:
-    """Lines at most ``width`` px wide, broken at spaces and slashes where there are any, at most `TITLE_LINES`."""
+def _wrap(text: str, width: int, most: int | None = TITLE_LINES) -> list[str]:
+    """Lines at most ``width`` px wide, broken at spaces and slashes where there are any; the first ``most`` of them."""
     lines: list[str] = []
     for paragraph in _drawable(text).split("\n"):
         line = ""
@@ -431,8 +440,8 @@ def _wrap(text: str, width: int) -> list[str]:
                 lines.append(line[:fits])
                 line = line[fits:]
         lines.append(line.rstrip())
-    if len(lines) > TITLE_LINES:
-        lines = [*lines[: TITLE_LINES - 1], lines[TITLE_LINES - 1][:-1] + "…"]
+    if most is not None and len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1][:-1] + "…"]
     return lines
 
 

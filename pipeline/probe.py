@@ -25,11 +25,10 @@ from torch import Tensor, nn
 
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
-from dpar.onednn import onednn
 from dpar.packing import segment_mean
 from pipeline.device import autocast, choose_device, precision_name, rank, world_size
 from pipeline.errors import StageError
-from pipeline.likelihood import fits, layout_for, same_classes
+from pipeline.likelihood import fits, layout_for, prepared, same_classes
 from pipeline.progress import Progress, stops_with
 from pipeline.settings import Precision, ProbeSettings
 from pipeline.share import Parts, once, take_folder
@@ -79,7 +78,7 @@ def probe(run: Path, out: Path, settings: ProbeSettings, progress: Progress | No
         "iterations": settings.iterations,
     }
     take_folder(out, "features.json", identity, "holds features of other weights, images or settings")
-    model.to(device)
+    model = prepared(model.to(device), settings.precision)
     with stops_with(f"Stopped. Features are kept in {out}; run the same command again to go on."):
         held = {
             name: _measure(model, artifact, layer, out / name, settings, progress)
@@ -142,7 +141,7 @@ def features(model: DPAR | LlamaGen, batch: Batch, layer: int, precision: Precis
     seen: list[Tensor] = []
     hook = model.layers[layer - 1].register_forward_hook(lambda module, inputs, output: seen.append(output))
     try:
-        with autocast(device, precision), onednn(model):
+        with autocast(device, precision):
             if isinstance(model, DPAR):
                 assert layout is not None  # fits() has refused artifacts without boundaries
                 nobody = torch.full((len(codes),), model.config.classes, device=device)

@@ -1,4 +1,4 @@
-"""What a stage shows while it works: bars on a terminal, one line every few seconds elsewhere.
+"""What a stage shows while it works: bars on a terminal; elsewhere a line at every tenth and every 30 seconds.
 
 progress = Progress()
 with progress.task("tokenize", total=2048, unit="images") as task:
@@ -18,7 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-LINE_EVERY = 5.0  # seconds between lines where there is no terminal
+from pipeline.terminal import Terminal
+
+LINE_EVERY = 30.0  # seconds between lines where there is no terminal, at most
+LINES = 10  # over a task of known size, at least
 CTRL_C, WARNED = 130, 75  # exit statuses after a signal; 75 is EX_TEMPFAIL: to be gone on with
 STATUSES = {signal.SIGINT: CTRL_C, signal.SIGTERM: WARNED, signal.SIGUSR1: WARNED}
 
@@ -74,6 +77,7 @@ class Task:
         self._bars, self._console = bars, console
         self._title, self._total, self._unit = title, total, unit
         self._done, self._note = 0, ""
+        self._tenths = 0  # that a line has been printed for
         self._began = self._spoke = time.monotonic()
         self._start = 0
         self._id = bars.add_task(title, total=total, unit=unit, note="", rate="") if bars else None
@@ -81,6 +85,7 @@ class Task:
     def begin_at(self, done: int) -> None:
         """Says that ``done`` was finished in an earlier run, so that the rate is this run's."""
         self._done = self._start = done
+        self._tenths = self._tenth()
         if self._bars is not None and self._id is not None:
             self._bars.update(self._id, completed=done)
 
@@ -88,6 +93,7 @@ class Task:
         """Counts ``n`` more as done by others or in an earlier run: they do not add to the rate."""
         self._done += n
         self._start += n
+        self._tenths = self._tenth()
         if self._bars is not None and self._id is not None:
             self._bars.update(self._id, completed=self._done)
 
@@ -99,13 +105,17 @@ class Task:
         rate = (self._done - self._start) / max(now - self._began, 1e-9)
         if self._bars is not None and self._id is not None:
             self._bars.update(self._id, completed=self._done, note=self._note, rate=f"{rate:,.1f} {self._unit}/s")
-        elif now - self._spoke >= LINE_EVERY or (self._total is not None and self._done >= self._total):
-            self._spoke = now
+        elif now - self._spoke >= LINE_EVERY or self._tenth() > self._tenths:
+            self._spoke, self._tenths = now, self._tenth()
             text = f"{self._title}: {self._done} {self._unit}, {rate:,.1f}/s"
             if self._total is not None:
                 left = (self._total - self._done) / rate if rate > 0 else 0.0
                 text = f"{self._title}: {self._done}/{self._total} {self._unit}, {rate:,.1f}/s, {left:,.0f} s left"
-            self._console.print(text + (f", {self._note}" if self._note else ""), soft_wrap=True, highlight=False)
+            text += f", {self._note}" if self._note else ""
+            self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def _tenth(self) -> int:
+        return self._done * LINES // self._total if self._total else 0
 
 
 class Progress:
@@ -113,22 +123,22 @@ class Progress:
 
     def __init__(self, console: Console | None = None, quiet: bool | None = None) -> None:
         """Reports on ``console``; ``quiet`` says nothing, None all but the first of ``torchrun``'s processes."""
-        self.console = console or Console(stderr=True)
+        self.console = console or Terminal(stderr=True)
         self.quiet = os.environ.get("RANK", "0") != "0" if quiet is None else quiet
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
         """A bar (or lines) for one piece of work."""
         if self.quiet:
-            yield Task(None, Console(quiet=True), title, total, unit)
+            yield Task(None, Terminal(quiet=True), title, total, unit)
         elif self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}  {task.fields[rate]}"),
+                TextColumn("{task.fields[unit]}  {task.fields[rate]}", markup=False),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             with Bars(*columns, console=self.console) as bars:
                 yield Task(bars, self.console, title, total, unit)

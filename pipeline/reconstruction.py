@@ -30,6 +30,7 @@ def reconstruct(
     chunk: int,
     done: Callable[[], bool],
     advance: Callable[[int], None],
+    fetch: bool = False,
 ) -> Parts:
     """Compares view 0 of every image of ``artifact`` with its original.
 
@@ -41,6 +42,7 @@ def reconstruct(
         chunk: images held in memory at once.
         done: whether the parts are not needed any more.
         advance: called with the number of images done since the last call.
+        fetch: let the originals be fetched over the network.
 
     Returns:
         Parts with ``psnr`` (n,) dB, ``ssim`` (n,), ``pool`` (n, d) of originals and ``decoded`` (n, d).
@@ -51,7 +53,7 @@ def reconstruct(
     parts = Parts(folder, -(-len(artifact) // chunk), done)
     for index in parts.missing():
         rows = np.arange(index * chunk, min((index + 1) * chunk, len(artifact)))
-        originals = load_originals(artifact.manifest, artifact.keys(rows), np.zeros_like(rows))
+        originals = load_originals(artifact.manifest, artifact.keys(rows), np.zeros_like(rows), fetch=fetch)
         codes = artifact.gather(rows, np.zeros_like(rows)).codes
         decoded = generator.decode(codes)
         side = extract.side(originals.shape[1])

@@ -152,8 +152,8 @@ class ReferenceSource:
     fingerprint: str
 
 
-def open_reference(path: Path, extract: Extractor) -> ReferenceSource:
-    """Looks at what is at ``path``, without computing anything.
+def open_reference(path: Path, extract: Extractor, fetch: bool = False) -> ReferenceSource:
+    """Looks at what is at ``path``, without computing anything; ``fetch`` lets an artifact's originals be fetched.
 
     Raises:
         StageError, ArtifactError: it is nothing that samples can be held against, or its images differ in size, are
@@ -162,7 +162,10 @@ def open_reference(path: Path, extract: Extractor) -> ReferenceSource:
     if (path / MANIFEST).is_file():
         artifact = open_artifact(path)
         return ReferenceSource(
-            images=Originals(artifact), measured=None, artifact=artifact, fingerprint=artifact.manifest.fingerprint()
+            images=Originals(artifact, fetch),
+            measured=None,
+            artifact=artifact,
+            fingerprint=artifact.manifest.fingerprint(),
         )
     if path.is_dir():
         folder = FolderImages(path)
@@ -182,8 +185,8 @@ def open_reference(path: Path, extract: Extractor) -> ReferenceSource:
 class Originals:
     """The images that an artifact was made from."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self.artifact = artifact
+    def __init__(self, artifact: Artifact, fetch: bool) -> None:
+        self.artifact, self._fetch = artifact, fetch
 
     def __len__(self) -> int:
         return len(self.artifact)
@@ -191,7 +194,7 @@ class Originals:
     def read(self, first: int, end: int) -> NDArray[np.uint8]:
         """See :class:`Images`."""
         rows = np.arange(first, end)
-        return load_originals(self.artifact.manifest, self.artifact.keys(rows), np.zeros_like(rows))
+        return load_originals(self.artifact.manifest, self.artifact.keys(rows), np.zeros_like(rows), fetch=self._fetch)
 
 
 class FolderImages:

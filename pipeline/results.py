@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.plots import how_sampled, plot_cells
 from pipeline.progress import Progress
 from pipeline.share import replacing, share
+from pipeline.terminal import ESCAPES
 from shards.manifest import write_json
 
 # Columns of a cell's numbers, in order: key, heading, format. Those that no cell has are left out.
@@ -52,7 +53,6 @@ HELD_OUT = (
     ("gmacs_per_image", "GMACs", "{:.4g}"),
     ("bits_per_token", "bits/token", "{:.4f}"),
 )
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets take for the beginning of a formula
 
 
 def write_results(out: Path, found: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -86,9 +86,16 @@ def _csv(cells: list[dict[str, Any]]) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()
-    for cell in cells:
-        writer.writerow({name: _csv_cell(value) for name, value in cell.items()})
+    writer.writerows({name: _plain(value) for name, value in cell.items()} for cell in cells)
     return stream.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """A value that a spreadsheet takes for nothing but text or a number, on one line."""
+    if not isinstance(value, str):
+        return value
+    line = value.translate(ESCAPES).replace("\n", "\\u000a")
+    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -131,16 +138,4 @@ def _table(title: str, columns: tuple[tuple[str, str, str], ...], rows: list[dic
 
 
 def _text(value: Any, form: str) -> str:
-    return "–" if value is None else _printable(form.format(value)).replace("|", r"\|")
-
-
-def _csv_cell(value: Any) -> Any:
-    """A value as a spreadsheet shows it: text is never a formula, and moves no terminal's cursor."""
-    if not isinstance(value, str):
-        return value
-    return _printable(f"'{value}" if value.startswith(FORMULA) else value)
-
-
-def _printable(text: str) -> str:
-    """Text with its control characters written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "–" if value is None else form.format(value).translate(ESCAPES).replace("|", r"\|")

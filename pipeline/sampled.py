@@ -139,11 +139,9 @@ def _decides(generator: Generator, plan: Plan) -> dict[str, Any]:
         "shard_size": s.shard_size,
         "precision": precision_name(generator.device, s.precision),
     }
-    if generator.trained_rule is None:
+    if generator.rule is None:
         return sampling | made
-    rule = {name: generator.rule[name] for name in ("threshold", "row_reset", "static_length")}
-    limit = {"strategy": generator.trained_rule["strategy"], "max_length": generator.rule["max_length"] or 0}
-    return sampling | rule | limit | {"codes": "sampled", "codes_settings": made}
+    return sampling | generator.rule.to_dict() | {"codes": "sampled", "codes_settings": made}
 
 
 def _manifest(generator: Generator, decides: dict[str, Any], shards: tuple[ShardInfo, ...]) -> Manifest:

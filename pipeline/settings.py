@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from dpar.patching import PatchRule, Strategy
 from pipeline.errors import StageError
 
 Precision = Literal["auto", "bf16", "fp32"]
 Views = Literal["center", "flip", "ten-crop"]
 Container = Literal["arrow", "webdataset"]
-Strategy = Literal["entropy", "static"]
 Schedule = Literal["constant", "cosine"]
 Attention = Literal["auto", "varlen", "xformers", "flex", "sdpa"]
 Features = Literal["tokenizer", "inception"]
@@ -28,6 +28,9 @@ Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA where there is o
 Compute = Annotated[Precision, "Of the arithmetic; auto is bf16 where the device is faster with it."]
 Seed = Annotated[int, "All randomness comes from it."]
 Split = Annotated[str | None, "Part of the data: a subfolder such as train or val; train or validation of the photos."]
+FetchOriginals = Annotated[
+    bool, "Fetch originals over the network, where the artifact's manifest says that they are: trust who made it."
+]
 Classes = Annotated[tuple[str, ...], "Only this class; repeat for several. (default: all)"]
 
 
@@ -37,13 +40,21 @@ def require(condition: bool, message: str) -> None:
         raise StageError(message)
 
 
+LARGEST = 2**31 - 1  # of whole numbers: seeds times steps, and indices, stay below 64 bits
+LARGEST_BATCH = 2**16  # of what is held in memory at the same time
+BATCHES = ("batch", "micro_batch", "sheet", "workers", "image_size")
+
+
 def at_least(settings: object, low: float, *names: str) -> None:
-    """Raises StageError where one of the named numbers is below ``low``, or not finite."""
+    """Raise StageError if one of the named numbers is below ``low``, not finite, or larger than any use of it."""
     for name in names:
         value = getattr(settings, name)
         if value is not None:
             option = "--" + name.replace("_", "-")
-            require(math.isfinite(value) and value >= low, f"{option} is {value}; it must be at least {low:g}")
+            shown = value if isinstance(value, float) or abs(value) < 10**15 else "a number of too many digits"
+            require(value >= low and value < math.inf, f"{option} is {shown}; it must be at least {low:g}")
+            high = LARGEST_BATCH if name in BATCHES else LARGEST
+            require(value <= high or isinstance(value, float), f"{option} is {shown}; it must be at most {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +246,13 @@ class PatchifySettings:
                 "give one of --threshold (nats) and --target-length (tokens a patch)",
             )
 
+    @property
+    def rule(self) -> PatchRule:
+        """The patch rule; without a threshold if that is still to be found."""
+        if self.static_length is not None:
+            return PatchRule.static(self.static_length)
+        return PatchRule(threshold=self.threshold, max_length=self.max_length or None, row_reset=self.row_reset)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
@@ -337,6 +355,7 @@ class EvalSettings(SamplingSettings):
     )
     save_reference: Annotated[Path | None, "Write the reference's statistics to this .npz, to be a --reference."] = None
     sheet_per_class: Annotated[int, "Samples of each class on the sheets."] = 4
+    fetch_originals: FetchOriginals = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -424,6 +443,7 @@ class InspectSettings:
     keys: Annotated[tuple[str, ...], "Draw the image of this key; repeat for several."] = ()
     threshold: Annotated[tuple[float, ...], "τ, nats: patches at this threshold too; repeat for several."] = ()
     tokenizer: Annotated[str | None, "Weights to decode with. (default: those that made the codes)"] = None
+    fetch_originals: FetchOriginals = False
     verify: Annotated[bool, "Check the SHA-256 of every shard."] = False
     batch: Annotated[int, "Images decoded at once."] = 32
     device: Device = "auto"

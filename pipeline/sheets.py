@@ -1,5 +1,7 @@
 """A sheet of samples while a model trains: the same classes with the same random numbers each time, patches drawn.
 
+Each picture has the name of its class below it.
+
 painter = Painter.load(manifest, images=8, seed=0, precision="auto", device=device)    # None: no tokenizer here
 painter.draw(model, run.sheets / "step-00002000.png")
 """
@@ -15,14 +17,16 @@ import numpy as np
 import torch
 
 from dpar.errors import ModelError
+from dpar.guidance import SamplingOptions
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
+from dpar.patching import PatchRule
 from dpar.sampling import check_same_tokens, sample
 from dpar.tokenizer import VQTokenizer
 from pipeline.device import Precision, autocast
 from pipeline.errors import StageError
-from pipeline.generate import decode, sampling_rule
-from pipeline.pictures import draw_patches, enlarge, png_bytes, scale_for, sheet
+from pipeline.generate import decode, trained_rule
+from pipeline.pictures import captioned, draw_patches, enlarge, png_bytes, scale_for, sheet
 from pipeline.progress import Progress
 from pipeline.weights import load_entropy_model, load_tokenizer
 
@@ -37,7 +41,7 @@ class Painter:
 
     tokenizer: VQTokenizer
     entropy_model: LlamaGen | None
-    rule: dict[str, Any]  # arguments of dpar.sample
+    rule: PatchRule | None  # None for LlamaGen
     class_names: tuple[str, ...]
     images: int
     seed: int
@@ -64,8 +68,8 @@ class Painter:
             origin = inputs["tokenizer"]
             tokenizer = load_tokenizer(origin["path"], origin["fingerprint"])
             entropy_model = None
-            rule = sampling_rule(inputs["patch_rule"]) if isinstance(model, DPAR) else {}
-            if rule and rule["static_length"] is None:
+            rule = trained_rule(inputs) if isinstance(model, DPAR) else None
+            if rule is not None and rule.strategy == "entropy":
                 origin = inputs["entropy_model"]
                 entropy_model = load_entropy_model(origin["path"], origin["fingerprint"])
                 check_same_tokens(model, entropy_model)
@@ -91,11 +95,10 @@ class Painter:
         with autocast(device, self.precision):
             codes, starts = sample(
                 model,
-                self.entropy_model,
                 torch.from_numpy(labels),
-                cfg_scale=GUIDANCE,
-                seed=self.seed,
-                **self.rule,
+                self.entropy_model,
+                self.rule,
+                SamplingOptions(cfg_scale=GUIDANCE, seed=self.seed),
             )
         model.train(was_training)
         grid = model.config.grid_height, model.config.grid_width
@@ -104,6 +107,9 @@ class Painter:
         pictures = [
             draw_patches(image, own, grid, scale) if isinstance(model, DPAR) else enlarge(image, scale)
             for image, own in zip(pixels, starts.cpu().numpy(), strict=True)
+        ]
+        pictures = [
+            captioned(picture, self.class_names[label]) for picture, label in zip(pictures, labels, strict=True)
         ]
         rows = [pictures[i : i + COLUMNS] for i in range(0, len(pictures), COLUMNS)]
         path.parent.mkdir(exist_ok=True)

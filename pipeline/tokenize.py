@@ -31,6 +31,7 @@ from pipeline.errors import StageError
 from pipeline.progress import Progress, Task, stops_with
 from pipeline.settings import TokenizeSettings
 from pipeline.sources import Source, UnusableImage, open_source
+from pipeline.sources.decode import budget
 from pipeline.sources.source import Item
 from pipeline.versions import made_by
 from pipeline.views import n_views, views
@@ -229,7 +230,8 @@ def crops_ahead(
 
     def crop(item: Item) -> NDArray[np.uint8] | UnusableImage:
         try:
-            return views(item.load(), settings.image_size, settings.views, settings.crop_range)
+            with budget.in_use():
+                return views(item.load(), settings.image_size, settings.views, settings.crop_range)
         except UnusableImage as error:
             return error
 

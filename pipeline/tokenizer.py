@@ -18,16 +18,17 @@ from PIL import Image
 
 from dpar.checkpoint import write_weights
 from dpar.presets import tokenizer_preset
-from dpar.tokenizer import VQTokenizer, from_uint8
+from dpar.tokenizer import VQConfig, VQTokenizer, from_uint8
 from dpar.vqgan import LossWeights, VQLoss, restart_unused
 from pipeline.checkpoints import Checkpoints, TrainState, whole
-from pipeline.device import autocast, choose_device
+from pipeline.device import autocast, choose_device, world_size
 from pipeline.errors import StageError
 from pipeline.progress import Progress, Stopped, stop_between_steps, stops_with
 from pipeline.run import RunFolder
 from pipeline.schedule import learning_rate
 from pipeline.settings import TokenizerSettings
 from pipeline.sources import Source, UnusableImage, open_source
+from pipeline.sources.decode import budget
 from shards.order import TrainingOrder
 
 LARGEST_ZOOM = 1.2  # short side before the random crop, as a multiple of the crop
@@ -38,13 +39,15 @@ WEIGHTS = "model.tokenizer."  # of the tokenizer, in a checkpoint
 def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress: Progress | None = None) -> Path:
     """Trains a tokenizer on ``data`` and gives the directory of its weights, ``out/model``.
 
-    Running it again goes on from the newest checkpoint.
+    Running it again resumes from the newest checkpoint, also to more steps than before.
 
     Raises:
         StageError, ModelError: data, output or settings cannot be used.
         Stopped: the user pressed Ctrl-C.
     """
     progress = progress or Progress()
+    if world_size() > 1:
+        raise StageError("`dpar tokenizer` trains in one process; start it without torchrun")
     overrides = {} if settings.codebook_size is None else {"codebook_size": settings.codebook_size}
     config = tokenizer_preset(settings.model, **overrides)
     factor = config.downsampling
@@ -54,8 +57,12 @@ def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress:
     source.require_random_access()
     recorded = dataclasses.asdict(settings)
     decides = {k: v for k, v in recorded.items() if k not in ("workers", "device", "checkpoint_every")}
-    run = RunFolder(out, "tokenizer", decides, {"data": data, "source": source.describe()})
+    inputs = {"data": data, "source": source.describe()}
+    with RunFolder(out, "tokenizer", decides, inputs, steps=settings.steps) as run:
+        return _fit(config, source, run, settings, progress)
 
+
+def _fit(config: VQConfig, source: Source, run: RunFolder, settings: TokenizerSettings, progress: Progress) -> Path:
     def publish(checkpoint: Path) -> None:
         write_weights(run.model, VQTokenizer.model_type, dataclasses.asdict(config), whole(checkpoint, WEIGHTS))
 
@@ -135,7 +142,9 @@ def train_tokenizer(data: str, out: Path, settings: TokenizerSettings, progress:
             task.advance(1, note)
             if status and done < settings.steps:
                 checkpoints.finish()
-                raise Stopped(f"Stopped. Step {done} is saved in {out}; run the same command again to go on.", status)
+                raise Stopped(
+                    f"Stopped. Step {done} is saved in {run.folder}; run the same command again to go on.", status
+                )
         checkpoints.finish()
     if settings.weights_dtype == "bf16":
         model.save_pretrained(run.model, dtype=torch.bfloat16)
@@ -184,7 +193,8 @@ class RandomCrops:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, step * 65_536 + place]))
         for i in range(len(self.source)):
             try:
-                return random_crop(self.source.load((row + i) % len(self.source)), self.size, rng)
+                with budget.in_use():
+                    return random_crop(self.source.load((row + i) % len(self.source)), self.size, rng)
             except UnusableImage:
                 continue  # the next one that can be used stands in
         raise StageError("none of the images can be used; `dpar tokenize` lists the reasons")

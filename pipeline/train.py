@@ -17,10 +17,10 @@ from dpar.attention import choose_backend
 from dpar.checkpoint import CONFIG, check_tensors, fingerprint, load_tensors, read_weights, write_weights
 from dpar.llamagen import LlamaGen, LlamaGenConfig
 from dpar.model import DPAR, DPARConfig
+from dpar.patching import PatchRule
 from dpar.presets import preset
 from pipeline.device import choose_device, precision_name, rank, world_size
 from pipeline.errors import StageError
-from pipeline.generate import patch_rule
 from pipeline.likelihood import fits, same_classes
 from pipeline.parallel import process_group, wait_for_all
 from pipeline.progress import Progress
@@ -108,15 +108,14 @@ def entropy_from_llamagen(artifact: Artifact, out: Path, name: str, progress: Pr
     if rank() == 0:
         origin = {"path": name, "fingerprint": fingerprint(path)}
         data = {"data": str(artifact.folder), "artifact": artifact.manifest.fingerprint()}
-        run = RunFolder(out, "entropy", {"from_llamagen": origin}, data | lineage(artifact.manifest))
-        if not (run.model / CONFIG).is_file():
-            values, tensors = dataclasses.asdict(dataclasses.replace(config, classes=0)), weights.tensors
-            note = f"An entropy model: `{Path(name).name}` (SHA-256 `{origin['fingerprint']}`)"
-            if config.start_token:
-                tensors = tensors | {GUIDANCE_CLASS: tensors[GUIDANCE_CLASS][-1:]}
-                note += " read at its guidance class"
-            note += "."
-            write_weights(run.model, LlamaGen.model_type, values, tensors, note)
+        with RunFolder(out, "entropy", {"from_llamagen": origin}, data | lineage(artifact.manifest)) as run:
+            if not (run.model / CONFIG).is_file():
+                values, tensors = dataclasses.asdict(dataclasses.replace(config, classes=0)), weights.tensors
+                note = f"An entropy model: `{Path(name).name}` (SHA-256 `{origin['fingerprint']}`)"
+                if config.start_token:
+                    tensors = tensors | {GUIDANCE_CLASS: tensors[GUIDANCE_CLASS][-1:]}
+                    note += " read at its guidance class"
+                write_weights(run.model, LlamaGen.model_type, values, tensors, note + ".")
         progress.say(f"weights: {run.model}, of {name}, read without classes")
     return {}
 
@@ -162,37 +161,38 @@ def _train(
     with process_group(device):
         if rank() != 0:
             wait_for_all()  # the first process makes the folder
-        run = RunFolder(
+        with RunFolder(
             out,
             kind,
             dataclasses.asdict(settings) | {"validation": settings.validation and str(settings.validation)},
             inputs,
+            steps=steps,
             free=FREE,
             fixed=FIXED,
             override=settings.override,
             resolved=resolved,
-        )
-        if rank() == 0 and world_size() > 1:
-            wait_for_all()
-        painter = None
-        if settings.sheet and not unconditional:
-            painter = Painter.load(
-                model,
-                inputs,
-                images=settings.sheet,
-                seed=settings.seed,
-                precision=settings.precision,
-                device=device,
-                progress=progress,
+        ) as run:
+            if rank() == 0:
+                wait_for_all()
+            painter = None
+            if settings.sheet and not unconditional:
+                painter = Painter.load(
+                    model,
+                    inputs,
+                    images=settings.sheet,
+                    seed=settings.seed,
+                    precision=settings.precision,
+                    device=device,
+                    progress=progress,
+                )
+            objective = Objective(
+                artifact=artifact,
+                validation=validation,
+                unconditional=unconditional,
+                guidance_dropout=guidance_dropout or 0.0,
+                painter=painter,
             )
-        objective = Objective(
-            artifact=artifact,
-            validation=validation,
-            unconditional=unconditional,
-            guidance_dropout=guidance_dropout or 0.0,
-            painter=painter,
-        )
-        result = fit(model.to(device), objective, run, settings, progress)
+            result = fit(model.to(device), objective, run, settings, progress)
     if rank() == 0:
         progress.say(f"weights: {run.model}")
     return result
@@ -243,7 +243,7 @@ def lineage(manifest: Manifest) -> dict[str, Any]:
     return {
         "tokenizer": manifest.tokenizer,
         "entropy_model": manifest.entropy_model,
-        "patch_rule": patch_rule(manifest) if manifest.kind == "patches" else None,
+        "patch_rule": PatchRule.from_dict(manifest.settings).to_dict() if manifest.kind == "patches" else None,
         "grid": list(manifest.grid),
         "class_names": list(manifest.class_names),
         "mean_patch_length": manifest.statistics.get("mean_length"),

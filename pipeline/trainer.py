@@ -114,7 +114,7 @@ def fit(
                 raise Stopped(message, found.status)
         checkpoints.finish()
         wait_for_all()
-    return {key: value for line in run.metrics() for key, value in line.items()}
+    return {key: value for line in run.metrics() for key, value in line.items() if value is not None}
 
 
 class _Loop:
@@ -159,7 +159,7 @@ class _Loop:
         self.data.close()
 
     def restore(self, progress: Progress) -> int:
-        """Goes on from the newest checkpoint; gives the number of finished steps."""
+        """Resume from the newest checkpoint; return the number of finished steps."""
         done, notes = self.checkpoints.restore(self.state, progress)
         self.skipped, self.in_a_row = notes.get("skipped", 0), notes.get("in_a_row", 0)
         self.run.forget_metrics_after(done)

@@ -45,15 +45,17 @@ from shards.manifest import (
     Manifest,
     ShardInfo,
     file_sha256,
-    parse_shard,
     write_json,
     write_text,
 )
+from shards.records import parse, read_json
 from shards.rows import EXTENSION, Rows, write_shard
 
 LEFT_OUT = "left_out.tsv"
 # Each entry of LEFT_OUT is one line of two fields, whatever a key holds; backslashes, so that it can be undone.
-ESCAPES = {ord(c): c.encode("unicode_escape").decode() for c in "\\\t\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
+CONTROLS = (*range(32), *range(127, 160), 0x2028, 0x2029)
+ESCAPES = {code: chr(code).encode("unicode_escape").decode() for code in (*CONTROLS, ord("\\"))}
+FORMULA = "=+-@"  # a field that begins with one of these is computed by spreadsheets
 CHECKING = min(8, os.cpu_count() or 1)  # threads; hashing leaves the interpreter free
 
 
@@ -203,9 +205,9 @@ class ArtifactBuild:
         try:
             unchecked = self._unchecked(index)
             try:
-                info = parse_shard(json.loads(unchecked.read_text(encoding="utf-8")))
+                info = read_record(unchecked)
                 good = file_sha256(self.folder / info.name) == info.sha256
-            except (OSError, ValueError, TypeError, KeyError):
+            except (OSError, ArtifactError):
                 good = False
             with contextlib.suppress(FileNotFoundError):  # decided by another process meanwhile
                 if good:
@@ -244,7 +246,9 @@ class ArtifactBuild:
         if (self.folder / MANIFEST).is_file():
             return Manifest.read(self.folder).settings
         if recorded.is_file():
-            settings: dict[str, Any] = json.loads(recorded.read_text(encoding="utf-8"))
+            settings = read_json(recorded)
+            if not isinstance(settings, dict):
+                raise ArtifactError(f"{recorded} is damaged: it is {settings!r:.60}, expected an object")
             return settings
         # a kill between making the folder and writing the settings leaves this
         if self.records.is_dir() and {p.name for p in self.folder.iterdir()} == {BUILD}:
@@ -289,8 +293,8 @@ class ArtifactBuild:
     def done(self, index: int) -> ShardInfo | None:
         """What is recorded of shard ``index``, if it was written or checked since work began."""
         try:
-            return parse_shard(json.loads(self._record(index).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, KeyError):
+            return read_record(self._record(index))
+        except ArtifactError:
             return None
 
     def remaining(self) -> int:
@@ -374,7 +378,7 @@ class ArtifactBuild:
                     left = [item for info in infos for item in info.left_out]
                     if left:
                         lines = [("key", "reason"), *((item.key, item.reason) for item in left)]
-                        text = "".join(f"{key.translate(ESCAPES)}\t{why.translate(ESCAPES)}\n" for key, why in lines)
+                        text = "".join(f"{_field(key)}\t{_field(why)}\n" for key, why in lines)
                         write_text(self.folder / LEFT_OUT, text, errors="backslashreplace")
                     self._sweep()
                     manifest.write(self.folder)
@@ -382,6 +386,21 @@ class ArtifactBuild:
                     self.finished = manifest
         self.close()
         return self.finished
+
+
+def _field(text: str) -> str:
+    """A field of `LEFT_OUT`."""
+    escaped = text.translate(ESCAPES)
+    return f"\\x{ord(escaped[0]):02x}{escaped[1:]}" if escaped.startswith(tuple(FORMULA)) else escaped
+
+
+def read_record(path: Path) -> ShardInfo:
+    """Return the record of a finished shard.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    return parse(ShardInfo, read_json(path), str(path))
 
 
 def _close_all(held: dict[int | str, int]) -> None:

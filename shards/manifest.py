@@ -12,11 +12,14 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from shards.errors import ArtifactError
+from shards.files import open_regular
+from shards.records import Count, Positive, Range, parse, read_json
 
 MANIFEST = "manifest.json"
+MOST_VALUES = 2**31 - 1  # in a row of a column, as Arrow's fixed-size lists have it
 Kind = Literal["codes", "patches"]
 FORMAT_VERSIONS: dict[Kind, int] = {"codes": 1, "patches": 2}
 Container = Literal["arrow", "webdataset"]
@@ -35,9 +38,9 @@ class ShardInfo:
     """One shard: its file, what it holds, and what its making left behind."""
 
     name: str
-    rows: int
+    rows: Count
     sha256: str
-    bytes: int | None = None  # size of the file; None in artifacts of earlier versions
+    bytes: Count | None = None  # size of the file; None in artifacts of earlier versions
     statistics: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
 
@@ -48,18 +51,18 @@ class Manifest:
 
     kind: Kind
     container: Container
-    grid: tuple[int, int]  # rows and columns of tokens
-    codebook_size: int
-    views: int  # token sequences a row
+    grid: tuple[Positive, Positive]  # rows and columns of tokens
+    codebook_size: Annotated[int, Range(1, 2**16)]  # codes are stored in 16 bits
+    views: Positive  # token sequences a row
     class_names: tuple[str, ...]
-    rows: int
+    rows: Count
     shards: tuple[ShardInfo, ...]
     settings: dict[str, Any]
     source: dict[str, Any]  # the images: kind, location, listing
     tokenizer: dict[str, Any]  # path, and the fingerprint of its weights
     entropy_model: dict[str, Any] | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
-    left_out: int = 0
+    left_out: Count = 0
     made_by: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -93,29 +96,28 @@ class Manifest:
                 if unfinished
                 else f"{folder} is no artifact: it has no {MANIFEST}"
             )
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            _check_version(values["kind"], values.pop("format_version"), path)
-            manifest = _parse(values, path)
-            manifest._check_shards()
-            return manifest
-        except ArtifactError:
-            raise
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        values = read_json(path)
+        if isinstance(values, dict):
+            _check_version(values.get("kind"), values.pop("format_version", "missing"), path)
+        manifest = parse(cls, values, str(path))
+        manifest._check(path)
+        return manifest
 
-    def _check_shards(self) -> None:
-        """Raises ValueError where the list of shards contradicts itself or leads out of the directory."""
+    def _check(self, path: Path) -> None:
+        """Raises ArtifactError where fields contradict each other or a shard leads out of the directory."""
         names = [shard.name for shard in self.shards]
+        wrong = None
+        if (values := self.views * self.n_tokens) > MOST_VALUES:
+            wrong = f"{self.views} views of {self.grid[0]}×{self.grid[1]} tokens are {values} values a row"
         for name in names:
             if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
-                raise ValueError(f"shard name {name!r} is no plain file name")
+                wrong = f"shard name {name!r} is not a plain file name"
         if len(set(names)) < len(names):
-            raise ValueError("a shard is listed twice")
-        if any(shard.rows < 0 for shard in self.shards):
-            raise ValueError("a shard has fewer than no rows")
+            wrong = "a shard is listed twice"
         if (held := sum(shard.rows for shard in self.shards)) != self.rows:
-            raise ValueError(f"its shards hold {held} rows together, and it says {self.rows}")
+            wrong = f"its shards hold {held} rows together, and it says {self.rows}"
+        if wrong is not None:
+            raise ArtifactError(f"{path} is damaged: {wrong}")
 
     def fingerprint(self) -> str:
         """SHA-256 over what the artifact holds: its shards, grid, codebook and classes."""
@@ -127,31 +129,15 @@ class Manifest:
 BUILD = ".build"  # records of finished shards, while an artifact is being written
 
 
-def _check_version(kind: str, version: object, path: Path) -> None:
+def _check_version(kind: object, version: object, path: Path) -> None:
     """Raises ArtifactError unless an artifact of this ``kind`` has the format version that is read here."""
-    reads = FORMAT_VERSIONS.get(kind)  # type: ignore[call-overload]  # an unknown kind is found when it is parsed
-    if reads is None or version == reads:
+    reads = FORMAT_VERSIONS.get(kind) if isinstance(kind, str) else None  # type: ignore[call-overload]
+    if reads is None or version == reads:  # an unknown kind is found when it is parsed
         return
-    what = f"{path} has format version {version}; this version reads {reads}"
+    what = f"{path} has format version {version!r}; this version reads {reads}"
     if kind == "patches" and version == 1:
         what += ". Version 1 followed another patch rule: make the patches again with `dpar patchify`, from the codes"
     raise ArtifactError(what)
-
-
-def parse_shard(values: dict[str, Any]) -> ShardInfo:
-    """A shard's entry from its JSON form."""
-    left_out = tuple(LeftOut(**item) for item in values.pop("left_out", ()))
-    return ShardInfo(**values, left_out=left_out)
-
-
-def _parse(values: dict[str, Any], path: Path) -> Manifest:
-    for name, choices in (("kind", get_args(Kind)), ("container", get_args(Container))):
-        if values[name] not in choices:
-            raise ArtifactError(f"{path}: {name} is {values[name]!r}; this version reads {', '.join(choices)}")
-    values["grid"] = (int(values["grid"][0]), int(values["grid"][1]))
-    values["class_names"] = tuple(values["class_names"])
-    values["shards"] = tuple(parse_shard(shard) for shard in values["shards"])
-    return Manifest(**values)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -181,5 +167,5 @@ def write_text(path: Path, text: str, *, errors: str = "strict", sync: bool = Tr
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

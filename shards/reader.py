@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shards.errors import ArtifactError
+from shards.files import require_regular
 from shards.manifest import Kind, Manifest, ShardInfo, file_sha256
 from shards.rows import Rows, unpack_starts
 
@@ -134,6 +135,7 @@ class Shard:
         Raises:
             ValueError: it does not hold what the manifest says.
         """
+        require_regular(path)
         self.file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.file)
         self.map = mmap.mmap(self.file, 0, access=mmap.ACCESS_READ)
@@ -177,22 +179,30 @@ class ArrowShard(Shard):
         reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self.map)))
         if reader.num_record_batches != 1:
             raise ValueError(f"it holds {reader.num_record_batches} record batches, not 1")
+        types = {"key": pa.string(), "label": pa.int32()}
+        types |= {name: pa.list_(pa.from_numpy_dtype(c.dtype), c.width) for name, c in self.columns.items()}
+        for name, needed in types.items():
+            if (held := reader.schema.field(name).type) != needed:
+                raise ValueError(f"its {name} are {held}, not {needed}")
         batch = reader.get_batch(0)
+        batch.validate(full=True)  # before anything is read: offsets and sizes may lead anywhere
         if batch.num_rows != self.n_rows:
             raise ValueError(f"it holds {batch.num_rows} rows; the manifest says {self.n_rows}")
         base = self.bytes.ctypes.data
         self.offsets = {}
         for name, column in self.columns.items():
-            held, needed = batch.schema.field(name).type, pa.list_(pa.from_numpy_dtype(column.dtype), column.width)
-            if held != needed:
-                raise ValueError(f"its {name} are {held}, not {needed}")
             values = batch.column(name).flatten().to_numpy(zero_copy_only=True)
             if values.size != self.n_rows * column.width:
                 raise ValueError(f"it holds {values.size} values of {name}")
             first = values.ctypes.data - base if values.size else 0
+            if not 0 <= first <= len(self.bytes) - values.nbytes:
+                raise ValueError(f"its {name} are compressed")
             self.offsets[name] = first + np.arange(self.n_rows) * column.bytes
+        for name in ("key", "label"):
+            if batch.column(name).null_count:
+                raise ValueError(f"a row has no {name}")
         self._keys = batch.column("key")
-        self.labels_held = batch.column("label").cast(pa.int32()).to_numpy(zero_copy_only=False).copy()
+        self.labels_held = batch.column("label").to_numpy(zero_copy_only=False).copy()
 
     def keys(self, rows: NDArray[np.int64]) -> list[str]:
         """See :class:`Shard`."""
@@ -221,6 +231,7 @@ class TarShard(Shard):
         for name in self.columns:
             self.offsets.setdefault(name, np.zeros(0, np.int64))
         self._json = np.array(members.get("json", []), np.int64).reshape(-1, 2)
+        self.labels_held = np.array([self._key_and_label(row)[1] for row in range(self.n_rows)], np.int32)
 
     def _arrays(self, name: str, members: list[tuple[int, int]]) -> NDArray[np.int64]:
         """Where the values of a column's ``.npy`` members begin; all must have the same header."""
@@ -238,19 +249,19 @@ class TarShard(Shard):
             raise ValueError(f"its {name} are not all of one shape")
         return at[:, 0] + head
 
-    @cached_property
-    def labels_held(self) -> NDArray[np.int32]:  # type: ignore[override]  # read once, when first needed
-        """(rows,) int32."""
-        return np.array([self._values(row)["label"] for row in range(self.n_rows)], np.int32)
-
-    def _values(self, row: int) -> dict[str, Any]:
+    def _key_and_label(self, row: int) -> tuple[str, int]:
         start, size = self._json[row]
-        values: dict[str, Any] = json.loads(self.map[start : start + size])
-        return values
+        values = json.loads(self.map[start : start + size])
+        key, label = values["key"], values["label"]
+        if not isinstance(key, str) or type(label) is not int:
+            raise ValueError(f"row {row} has the key {key!r} and the label {label!r}")
+        if not key.isascii():
+            key.encode()  # JSON can spell lone surrogates, which no file can hold
+        return key, label
 
     def keys(self, rows: NDArray[np.int64]) -> list[str]:
         """See :class:`Shard`."""
-        return [str(self._values(int(row))["key"]) for row in rows]
+        return [self._key_and_label(int(row))[0] for row in rows]
 
 
 def _members(tar: mmap.mmap) -> dict[str, list[tuple[int, int]]]:
@@ -263,11 +274,13 @@ def _members(tar: mmap.mmap) -> dict[str, list[tuple[int, int]]]:
             return found
         if header[156:157] != b"0" or header[257:262] != b"ustar":
             raise ValueError(f"byte {at} is no header of a plain file")
+        if not header[124:135].isdigit():  # int() would take signs, too
+            raise ValueError(f"the size at byte {at + 124} is not a number in octal")
         size = int(header[124:135], 8)
         at += 512
         if at + size > end:
             break
-        field = header[: header.index(b"\0")].decode("ascii").split(".", 1)[1]
+        field = header[:100].rstrip(b"\0").decode("ascii").split(".", 1)[1]
         found.setdefault(field, []).append((at, size))
         at += -(-size // 512) * 512
     raise ValueError("it ends before its end mark")
@@ -302,7 +315,6 @@ class Artifact:
             self._open.move_to_end(index)
             return self._open[index]
         shard = self._map(index)
-        shard.labels_held  # noqa: B018  # of a tar they are read when first asked for, from all over it
         shard.advise("DONTNEED")
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(shard.file, 0, 0, os.POSIX_FADV_RANDOM)
@@ -319,8 +331,8 @@ class Artifact:
             return opener(path, info, self.columns)
         except FileNotFoundError:
             raise ArtifactError(f"shard {path} is missing; run the command that made {self.folder} again") from None
-        except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:
-            raise ArtifactError(f"shard {path} is damaged: {error}") from error
+        except Exception as error:  # on damaged bytes Arrow, NumPy and JSON raise nearly anything
+            raise ArtifactError(f"shard {path} is damaged: {_one_line(error)}") from error
 
     def gather(self, rows: NDArray[np.int64], views: NDArray[np.int64], *, entropy: bool = True) -> Batch:
         """View ``views[i]`` of row ``rows[i]``, for (B,) each; no other view is read.
@@ -372,7 +384,7 @@ class Artifact:
             return np.frombuffer(b"".join(parts), dtype).reshape(len(views), width)
 
         try:
-            return Drawn(
+            drawn = Drawn(
                 labels=labels,
                 codes=column(codes, "<u2", n),
                 entropy=column(levels, "<f2", n).copy() if entropy else None,
@@ -381,6 +393,22 @@ class Artifact:
             )
         except ValueError as error:  # a read came back short
             raise ArtifactError(f"a shard of {self.folder} has been cut off since it was opened") from error
+        self._check_values(drawn.codes, drawn.labels, f"a shard of {self.folder}")
+        return drawn
+
+    def _check_values(self, codes: NDArray[np.uint16], labels: NDArray[np.int32], where: str) -> None:
+        """Raises ArtifactError where a code or a label would be looked up past the end of a table."""
+        manifest = self.manifest
+        for what, values, table, end in (
+            ("code", codes, "codebook ends", manifest.codebook_size - 1),
+            ("label", labels, "classes end", len(manifest.class_names) - 1),
+        ):
+            for value in (int(values.min(initial=0)), int(values.max(initial=0))):
+                if value < 0 or (value > end and values.size):
+                    raise ArtifactError(
+                        f"{where} holds {what} {value}; the {table} at {end}. "
+                        "Run the command that made it again, from an empty directory"
+                    )
 
     def keys(self, rows: NDArray[np.int64]) -> list[str]:
         """The keys of some rows."""
@@ -399,6 +427,7 @@ class Artifact:
         shard.advise("WILLNEED")
         every = np.arange(shard.n_rows)
         rows = Rows(keys=shard.keys(every), labels=shard.labels(every), codes=shard.column("codes").reshape(shape))
+        self._check_values(rows.codes, rows.labels, f"shard {self.folder / manifest.shards[index].name}")
         if manifest.kind == "codes":
             return rows
         return dataclasses.replace(
@@ -422,7 +451,7 @@ class Artifact:
     def _damage(self, index: int) -> str | None:
         info = self.manifest.shards[index]
         path = self.folder / info.name
-        reason = _amiss(path, info)
+        reason = _amiss(path, info, self.columns)
         if reason is not None:
             return reason
         try:
@@ -432,7 +461,7 @@ class Artifact:
         except OSError as error:
             return f"it cannot be read: {error.strerror}"
         except ArtifactError as error:
-            return str(error.__cause__ or error)
+            return _one_line(error.__cause__ or error)
         return None
 
 
@@ -459,7 +488,7 @@ def open_artifact(
     if verify:
         bad = list(artifact.damaged(share))
     else:
-        every = ((shard.name, _amiss(folder / shard.name, shard)) for shard in manifest.shards)
+        every = ((shard.name, _amiss(folder / shard.name, shard, artifact.columns)) for shard in manifest.shards)
         bad = [(name, reason) for name, reason in every if reason is not None]
     if bad:
         shown = ", ".join(f"{name} ({reason})" for name, reason in bad[:20]) + (" …" if len(bad) > 20 else "")
@@ -470,13 +499,25 @@ def open_artifact(
     return artifact
 
 
-def _amiss(path: Path, info: ShardInfo) -> str | None:
+def _amiss(path: Path, info: ShardInfo, columns: dict[str, Column]) -> str | None:
     """What a look at the directory says against a shard."""
-    if not path.is_file():
+    try:
+        size = require_regular(path).st_size
+    except FileNotFoundError:
         return "missing"
-    if info.bytes is not None and (held := path.stat().st_size) != info.bytes:
-        return f"its size is {held} bytes, not {info.bytes}"
+    except (OSError, ValueError) as error:
+        return f"cannot be opened: {_one_line(error)}"
+    if info.bytes is not None and size != info.bytes:
+        return f"its size is {size} bytes, not {info.bytes}"
+    if size < info.rows * sum(column.bytes for column in columns.values()):
+        return f"its size is {size} bytes, too few for {info.rows} rows"
     return None
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _file_limit() -> int:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from cli import app
 from dpar import VQConfig, VQTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -122,12 +124,24 @@ def test_a_config_file_can_give_a_required_option(tmp_path: Path) -> None:
         ("patch_lenght = 2.0\n", "did you mean 'patch_length'"),
         ("patch_length = \n", "cannot be read"),
         ('patch_length = "long"\n', "--patch-length"),
+        ("patch_length = " + "[" * 100_000, "it is nested too deeply"),
+        ("patch_length = 1" + "0" * 5000, "cannot be read: Exceeds the limit"),
+        ("downsampling = 1" + "0" * 30, "--downsampling is a number of too many digits; it must be at most"),
     ],
 )
 def test_a_config_file_that_cannot_be_meant_is_wrong_usage(tmp_path: Path, content: str, says: str) -> None:
     config = tmp_path / "c.toml"
     config.write_text(content)
-    assert says in dpar("flops", "--config", config, status=2)
+    assert says in " ".join(dpar("flops", "--config", config, status=2).replace("│", "").split())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_config_file_that_is_a_pipe_or_a_device_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "c.toml")
+    for config in (tmp_path / "c.toml", "/dev/zero"):
+        found = CliRunner().invoke(app, ["flops", "--config", str(config)], env={"COLUMNS": "200"})
+        assert found.exit_code == 2
+        assert "not a regular file" in found.output
 
 
 def test_wrong_input_gets_one_message_and_a_status(tmp_path: Path, pictures: Path, tokenizer: Path) -> None:

@@ -17,11 +17,12 @@ from pipeline.sources.folder import Folder
 from pipeline.sources.locations import expand, is_url, local_files
 from pipeline.sources.photos import Photos
 from pipeline.sources.source import Item, LeftOut, Source, UnusableImage
+from shards.files import require_regular
 
-__all__ = ["Folder", "Item", "LeftOut", "Photos", "Source", "UnusableImage", "open_source"]
+__all__ = ["HUB", "Folder", "Item", "LeftOut", "Photos", "Source", "UnusableImage", "open_source"]
 
 _TABLES = (".parquet", ".arrow")
-_HUB = "hf://datasets/"
+HUB = "hf://datasets/"
 _HUB_NAME = r"[\w][\w.-]*(/[\w][\w.-]*)?"
 _ACCEPTED = """accepted:
   a folder of class folders             DATA/CLASS/picture.jpg
@@ -43,6 +44,7 @@ def open_source(
     limit: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    local_only: bool = False,
 ) -> Source:
     """Opens what ``data`` names and lists its images; decodes none.
 
@@ -55,11 +57,19 @@ def open_source(
         limit: most images in total, spread evenly over the classes, or over the tars where they are at URLs.
         image_column: of a table, the column of the images; None to look for it.
         label_column: of a table, the column of the labels; None to look for it.
+        local_only: refuse what would have to be fetched over a network.
 
     Raises:
         StageError: nothing there, of a kind that is not read, no images, or a split or class that is not there.
     """
     found = _look(data, split)
+    if local_only and found.kind in ("stream", "hub") and not found.location.startswith("file://"):
+        raise StageError(f"{found.location}: is not on this machine, and is fetched only with --fetch-originals")
+    for file in found.files if found.kind in ("tars", "table") else ():
+        try:
+            require_regular(file)
+        except OSError as error:
+            raise StageError(f"{file}: {error.strerror or error}") from error
     for option, column in (("--image-column", image_column), ("--label-column", label_column)):
         if column is not None and found.kind not in ("table", "saved", "hub"):
             raise StageError(f"{data}: has no columns; {option} is for Parquet, Arrow and datasets")
@@ -81,12 +91,16 @@ def open_source(
         return TarStream(found.files, location=found.location, classes=classes, limit=limit)
     from pipeline.sources import tables
 
+    files: Sequence[str] = found.files
     if found.kind == "table":
-        table = tables.read_files(found.files, found.location)
+        table = tables.read_files(files, found.location)
+        folders = sorted({os.path.dirname(file) for file in files})
     elif found.kind == "saved":
         table = tables.read_saved(found.location)
+        files, folders = tables.saved_files(found.location), [found.location]
     else:
-        table = tables.read_hub(found.location.removeprefix(_HUB))
+        name = found.location.removeprefix(HUB)
+        table, folders = tables.read_hub(name), tables.hub_folders(name)
     return tables.Table(
         table,
         location=found.location,
@@ -95,6 +109,8 @@ def open_source(
         limit=limit,
         image_column=image_column,
         label_column=label_column,
+        files=files,
+        folders=folders,
     )
 
 
@@ -118,7 +134,7 @@ def _look(data: str, split: str | None) -> _Found:
         if data not in _BUILTIN:
             raise StageError(f"{data}: no such built-in data; there is: {', '.join(_BUILTIN)}")
         return _Found("photos" if data == "builtin:photos" else "emoji", data, split)
-    if re.fullmatch(re.escape(_HUB) + _HUB_NAME, data):
+    if re.fullmatch(re.escape(HUB) + _HUB_NAME, data):
         return _Found("hub", data, split)
     if data.startswith("pipe:") or is_url(data):
         return _look_at_url(data, split)
@@ -135,7 +151,7 @@ def _look(data: str, split: str | None) -> _Found:
         )
     # A name alone, or below a folder that is here, is a slip in a path rather than a dataset to ask the Hub for.
     if re.fullmatch(_HUB_NAME, data) and "/" in data and not os.path.isdir(os.path.dirname(path)):
-        return _Found("hub", _HUB + data, split)
+        return _Found("hub", HUB + data, split)
     raise StageError(f"{data or '(no path given)'}: no such folder or file; {_ACCEPTED}")
 
 

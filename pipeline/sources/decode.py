@@ -4,7 +4,7 @@
     image = decode_image(io.BytesIO(member_of_a_tar))
 
 Every kind of source decodes through here, so that the same file gives the same pixels wherever it is kept. No
-global setting of Pillow is touched, and any number of threads may decode at once.
+global setting of Pillow is touched, and any number of threads may decode at once: together they hold `budget`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.sources.pixel_budget import PixelBudget
 from pipeline.sources.source import UnusableImage, source_lost
+from shards.files import open_regular
 
 MAX_PIXELS = 178_000_000
 """Most pixels an image may have by its header; above, nothing is decoded."""
@@ -39,6 +41,9 @@ EXTENSIONS = frozenset(
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 _TOO_LARGE = f"too large: more than {MAX_PIXELS // 1_000_000} million pixels"
+
+budget = PixelBudget(MAX_PIXELS)
+"""Pixels that all threads of this process decode at once: one image of the largest size, or as many as add up to it."""
 
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 0x0102
@@ -61,7 +66,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         StageError: the file is gone or its disk fails.
     """
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             if os.fstat(stream.fileno()).st_size > MAX_BYTES:
                 raise UnusableImage(TOO_MANY_BYTES)
             # Read before it is decoded: to Pillow a failing disk looks like a damaged picture.
@@ -88,10 +93,11 @@ def decode_image(stream: BinaryIO) -> Image.Image:
     try:
         with _quiet, Image.open(stream, formats=_FORMATS) as image:
             _check_size(image)
-            image.load()
-            turn = _UPRIGHT.get(_orientation(image))
-            rgb = to_rgb(image)
-            return rgb if turn is None else rgb.transpose(turn)
+            with budget.take(image.width * image.height):
+                image.load()
+                turn = _UPRIGHT.get(_orientation(image))
+                rgb = to_rgb(image)
+                return rgb if turn is None else rgb.transpose(turn)
     except UnusableImage:
         raise
     except Exception as error:  # on damaged bytes Pillow's readers raise nearly anything

@@ -9,6 +9,7 @@ on another, whatever form its file system keeps names in.
 
 from __future__ import annotations
 
+import functools
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,7 @@ from pipeline.sources.source import (
     LeftOut,
     Source,
     choose,
+    file_version,
     listing_order,
     listing_sha256,
     nearest,
@@ -88,8 +90,13 @@ class Folder(Source):
             "location": valid_text(self.root),
             "split": self.split,
             "images": len(self),
-            "listing_sha256": listing_sha256(self),
+            "listing_sha256": self._listing_sha256,
         }
+
+    @functools.cached_property
+    def _listing_sha256(self) -> str:
+        """Looked up once, and only if asked for: it takes a call of the system per image."""
+        return listing_sha256(self, (file_version(os.path.join(self.root, file)) for file in self._files))
 
 
 class _Listing:

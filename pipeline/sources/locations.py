@@ -10,9 +10,13 @@ import glob
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.errors import StageError
+
+MOST_NAMES = 1_000_000
+"""Most names that braces may stand for."""
 
 
 def is_url(data: str) -> bool:
@@ -24,14 +28,37 @@ def expand(data: str) -> list[str]:
     """The names that braces such as ``{000..146}`` and ``{a,b}`` stand for, in order; one name where there are none.
 
     Raises:
-        StageError: braces that do not close.
+        StageError: braces that do not close, or that stand for more than `MOST_NAMES`.
     """
     import braceexpand
 
     try:
-        return list(braceexpand.braceexpand(data))
-    except ValueError as error:
+        n_names = _count_names(data)  # first: the expansion holds much of it in memory at once
+        if n_names <= MOST_NAMES:
+            return list(braceexpand.braceexpand(data))
+    except (ValueError, RecursionError) as error:
         raise StageError(f"{data}: its braces cannot be read: {error}") from error
+    raise StageError(f"{data}: its braces stand for more than {MOST_NAMES:,} names; give fewer at a time")
+
+
+def _count_names(pattern: str) -> int:
+    """Return how many names braces stand for, without making them; letter ranges count as one."""
+    product, added, opened = 1, 0, 0  # of the alternative being read, of those before it, and where its brace is
+    outer: list[tuple[int, int, int]] = []
+    for mark in re.finditer(r"\\.|[{},]", pattern, re.DOTALL):
+        if mark[0] == "{":
+            outer.append((product, added, opened))
+            product, added, opened = 1, 0, mark.end()
+        elif mark[0] == "," and outer:
+            product, added = 1, added + product
+        elif mark[0] == "}" and outer:
+            inside = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", pattern[opened : mark.start()])
+            names = added + product
+            if inside is not None:
+                names = abs(int(inside[2]) - int(inside[1])) // (int(inside[3] or 1) or 1) + 1
+            product, added, opened = outer.pop()
+            product = min(product * names, MOST_NAMES + 1)
+    return product
 
 
 def local_files(data: str) -> list[str]:
@@ -53,7 +80,7 @@ def local_files(data: str) -> list[str]:
 def check_named_once(files: Sequence[str], data: str) -> None:
     """Raises StageError where two of the files are the same."""
     if len(set(files)) < len(files):
-        twice = next(file for i, file in enumerate(files) if file in files[:i])
+        twice = next(file for file, count in Counter(files).items() if count > 1)
         raise StageError(f"{data}: names {twice} twice")
 
 

@@ -20,10 +20,11 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import os
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,10 @@ class Source(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, object]:
-        """What a manifest says of this source: JSON values, among them ``listing_sha256`` and what reopens it."""
+        """What a manifest says of this source: JSON values, among them ``listing_sha256`` and what reopens it.
+
+        The hash is another one when a file is replaced under its name, so that a run does not resume with other images.
+        """
 
     @property
     def n_items(self) -> int | None:
@@ -226,12 +230,34 @@ def choose(
     return Choice(tuple(names), indices, relabelled[indices])
 
 
-def listing_sha256(source: Source) -> str:
-    """SHA-256, in hexadecimal, of every image's label and key in order: two listings that agree on it are the same."""
+def listing_sha256(source: Source, versions: Iterable[object] = ()) -> str:
+    """Return the SHA-256 of a listing: every image's label and key in order, and the versions of what they are in.
+
+    Args:
+        source: the listing.
+        versions: what tells the files apart from others under the same names: sizes, times of change, places.
+    """
     digest = hashlib.sha256()
     for i in range(len(source)):
         digest.update(f"{source.label(i)}\0{source.key(i)}\0".encode())
+    for version in versions:
+        digest.update(f"{version}\0".encode())
     return digest.hexdigest()
+
+
+def file_version(path: str) -> tuple[int, int]:
+    """Return the size in bytes of a file and when it was last changed, in nanoseconds.
+
+    Raises:
+        StageError: the file is gone or its disk fails.
+    """
+    try:
+        found = os.stat(path)
+    except PermissionError:  # such a file is left out, whatever it holds
+        return -1, -1
+    except OSError as error:
+        raise source_lost(path, error) from error
+    return found.st_size, found.st_mtime_ns
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ data: Parquet needs its own size there once more.
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import re
@@ -20,7 +21,15 @@ import numpy as np
 from pipeline.errors import StageError
 from pipeline.sources.decode import MAX_BYTES, TOO_MANY_BYTES, decode_image, read_image
 from pipeline.sources.labels import NO_LABEL, Label, number_labels, parse_label
-from pipeline.sources.source import LeftOut, Source, UnusableImage, choose, listing_sha256, nearest
+from pipeline.sources.source import (
+    LeftOut,
+    Source,
+    UnusableImage,
+    choose,
+    file_version,
+    listing_sha256,
+    nearest,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -69,6 +78,21 @@ def read_hub(name: str) -> DatasetDict:
         ) from error
 
 
+def saved_files(folder: str) -> list[str]:
+    """Return the paths of the Arrow files that ``save_to_disk`` wrote, sorted."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "**", "data-*.arrow"), recursive=True))
+
+
+def hub_folders(name: str) -> list[str]:
+    """Return the folders of the cache that hold a Hub dataset's own files."""
+    import datasets
+    import huggingface_hub
+
+    repository = "--".join(["datasets", *name.split("/")])
+    cache = huggingface_hub.constants.HF_HUB_CACHE
+    return [os.path.join(cache, repository), str(datasets.config.EXTRACTED_DATASETS_PATH)]
+
+
 class Table(Source):
     """The images in one split of a dataset.
 
@@ -78,6 +102,8 @@ class Table(Source):
         split: which split; None for ``train``, or for the only one.
         image_column: the column of the images; None to look for it.
         label_column: the column of the labels; None to look for it. Without one, all are of the class ``images``.
+        files: what the user named, for the listing; None where there is nothing on this machine to look at.
+        folders: where images kept as paths may lie, at any depth; a path that leads elsewhere is not followed.
 
     Raises:
         StageError: a split or column that is not there, or no way to tell which is meant.
@@ -93,10 +119,13 @@ class Table(Source):
         limit: int | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
+        files: Sequence[str] = (),
+        folders: Sequence[str] = (),
     ) -> None:
         import datasets
 
         self.location = location
+        self._folders = [os.path.realpath(folder) for folder in folders]
         self.split, table = _choose_split(data, split, location)
         self.image_column = _image_column(table, image_column, location)
         self.label_column = _label_column(table, label_column, location)
@@ -104,6 +133,7 @@ class Table(Source):
         self._images = table.select_columns([self.image_column]).cast_column(
             self.image_column, datasets.Image(decode=False)
         )
+        self._versions = [file_version(file) for file in files]
         names, labels = _labels(table, self.label_column, location)
         labelled = np.flatnonzero(labels >= 0)
         self.left_out = tuple(LeftOut(self._key(i), NO_LABEL) for i in np.flatnonzero(labels < 0).tolist())
@@ -138,7 +168,7 @@ class Table(Source):
         if data is None and path is None:
             raise UnusableImage("no image in its row")
         if data is None:
-            return read_image(str(path))
+            return read_image(self._inside(str(path)))
         if len(data) > MAX_BYTES:
             raise UnusableImage(TOO_MANY_BYTES)
         return decode_image(io.BytesIO(data))
@@ -152,8 +182,22 @@ class Table(Source):
             "image_column": self.image_column,
             "label_column": self.label_column,
             "images": len(self),
-            "listing_sha256": listing_sha256(self),
+            "listing_sha256": listing_sha256(self, self._versions),
         }
+
+    def _inside(self, path: str) -> str:
+        """Return where an image kept as a path lies, all links resolved.
+
+        Raises:
+            UnusableImage: it is not below the data set's own folders: a row could name any file of this machine.
+        """
+        for folder in self._folders:
+            resolved = os.path.realpath(os.path.join(folder, path.replace("\0", "")))
+            if os.path.commonpath([folder, resolved]) == folder:
+                if os.path.exists(resolved) and not os.path.isfile(resolved):
+                    raise UnusableImage("not a regular file")
+                return resolved
+        raise UnusableImage("kept as a path that leads out of the data set's folder")
 
     def _key(self, row: int) -> str:
         return f"{self.split}/{row:09d}"

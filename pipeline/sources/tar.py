@@ -19,6 +19,7 @@ from typing import IO, Protocol, cast
 from pipeline.errors import StageError
 from pipeline.sources.decode import MAX_BYTES, TOO_MANY_BYTES
 from pipeline.sources.source import LeftOut, source_lost, valid_text
+from shards.files import open_regular
 
 MAX_HEADER = 2**20
 """Most bytes that the headers of one member may take, long names and all."""
@@ -45,8 +46,9 @@ class Bytes(Protocol):
 class Extent:
     """A stretch of an open local file as a file of its own, such as a tar in a tar."""
 
-    def __init__(self, descriptor: int, start: int, size: int) -> None:
+    def __init__(self, descriptor: int, start: int, size: int, changed: int = 0) -> None:
         self._descriptor, self._start, self.size = descriptor, start, size
+        self.version = (size, changed)  # bytes, and nanoseconds
         self._position = 0
 
     def part(self, start: int, size: int) -> Extent:
@@ -131,22 +133,24 @@ def members(file: Bytes, tar: str) -> Iterator[Member | LeftOut]:
         raise StageError(f"{tar}: damaged at byte {where}: no header there; get it again")
 
 
-def read_member(path: str, tar_size: int, offset: int, size: int) -> bytes:
-    """The bytes of a member of a local tar, which was ``tar_size`` bytes long when it was listed.
+def read_member(path: str, version: tuple[int, int], offset: int, size: int) -> bytes:
+    """The bytes of a member of a local tar, which had this size and time of change when it was listed.
 
     Raises:
         StageError: the tar is gone or is another one now.
     """
     try:
         # Opened each time, which costs little beside decoding: nothing to share between threads, to pickle or to close.
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             data = Extent(file.fileno(), offset, size).read(size)
-            size_now = os.fstat(file.fileno()).st_size
+            found = os.fstat(file.fileno())
     except OSError as error:
         raise source_lost(path, error) from error
-    if size_now != tar_size or len(data) != size:
+    if (found.st_size, found.st_mtime_ns) != version or len(data) != size:
+        resized = f"has {found.st_size} bytes and had {version[0]} when its images were listed"
+        now = resized if found.st_size != version[0] else "has been changed since its images were listed"
         raise StageError(
-            f"{path}: has {size_now} bytes and had {tar_size} when its images were listed. Finished shards are kept: "
+            f"{path}: {now}. Finished shards are kept: "
             "put the tar back as it was and run the same command again, or start anew with --overwrite"
         )
     return data

@@ -43,6 +43,7 @@ from pipeline.sources.source import (
     valid_text,
 )
 from pipeline.sources.tar import Extent, Member, members, read_member
+from shards.files import open_regular
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,7 +89,7 @@ class TarImages(Source):
         self.class_names = choice.class_names
         self.left_out = tuple(sorted(listing.left_out, key=lambda x: (x.key, x.reason)))
         self._labels = choice.labels
-        self._tars, self._tar_sizes = list(tars), listing.tar_sizes
+        self._tars, self._versions = list(tars), listing.versions
         self._keys = [listing.keys[i] for i in choice.indices.tolist()]
         self._tar, self._offset, self._size = (
             np.asarray(column)[choice.indices] for column in (listing.tar, listing.offset, listing.size)
@@ -108,17 +109,22 @@ class TarImages(Source):
     def load(self, i: int) -> Image.Image:
         """Image ``i``, mode RGB; see `Source.load`."""
         tar = int(self._tar[i])
-        data = read_member(self._tars[tar], self._tar_sizes[tar], int(self._offset[i]), int(self._size[i]))
+        data = read_member(self._tars[tar], self._versions[tar], int(self._offset[i]), int(self._size[i]))
         return decode_image(io.BytesIO(data))
 
     def describe(self) -> dict[str, object]:
         """What a manifest says of this source."""
+        # a shipped tar has another time in every installation
+        versions = [] if self.location.startswith("builtin:") else self._versions
         return {
             "kind": self.kind,
             "location": self.location,
             "split": self.split,
             "images": len(self),
-            "listing_sha256": listing_sha256(self),
+            "listing_sha256": listing_sha256(
+                self,
+                [*versions, *zip(self._tar.tolist(), self._offset.tolist(), self._size.tolist(), strict=True)],
+            ),
         }
 
 
@@ -127,7 +133,7 @@ class _Listing:
 
     def __init__(self, tars: Sequence[str], location: str) -> None:
         self.tars, self.location = tars, location
-        self.tar_sizes: list[int] = []
+        self.versions: list[tuple[int, int]] = []
         self.keys: list[str] = []
         self.tar, self.offset, self.size = array("i"), array("q"), array("q")
         self.left_out: list[LeftOut] = []
@@ -138,7 +144,7 @@ class _Listing:
         one_class_each = all(name in synsets() for name in names)
         for tar, path in enumerate(self.tars):
             with _opened(path) as file:
-                self.tar_sizes.append(file.size)
+                self.versions.append(file.version)
                 self._walk(tar, file, path, f"{names[tar]}/" if one_class_each else "")
         self._check_any()
         if split is None:
@@ -164,7 +170,7 @@ class _Listing:
         folders: list[str | None] = []
         for tar, (path, stem) in enumerate(zip(self.tars, stems(self.tars), strict=True)):
             with _opened(path) as file:
-                self.tar_sizes.append(file.size)
+                self.versions.append(file.version)
                 for sample in samples(file, path):
                     if isinstance(sample, LeftOut):
                         self.left_out.append(LeftOut(key_text(stem, sample.key), sample.reason))
@@ -250,8 +256,9 @@ class _Listing:
 @contextmanager
 def _opened(path: str) -> Iterator[Extent]:
     try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115
+        file = open_regular(path)
     except OSError as error:
         raise StageError(f"{path}: {error.strerror or error}") from error
     with file:
-        yield Extent(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        found = os.fstat(file.fileno())
+        yield Extent(file.fileno(), 0, found.st_size, found.st_mtime_ns)

@@ -120,8 +120,8 @@ class TarStream(Source):
         return found
 
     def describe(self) -> dict[str, object]:
-        """What a manifest says of this source. The listing is the tars and their sizes: no image was read for it."""
-        listing = "".join(f"{remote.url}\0{remote.size}\0" for remote in self._remotes)
+        """What a manifest says of this source. The listing is the tars and their versions: no image was read for it."""
+        listing = "".join(f"{remote.url}\0{remote.size}\0{remote.version}\0" for remote in self._remotes)
         return {
             "kind": "webdataset-stream",
             "location": self.location,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpar import DPAR, DPARConfig, LlamaGen, ModelError, patch_starts, sample, token_entropy
+from dpar import DPAR, DPARConfig, LlamaGen, ModelError, PatchRule, SamplingOptions, patch_starts, sample, token_entropy
 from dpar.checkpoint import read_weights
 from pipeline.convert import convert
 from pipeline.settings import ConvertSettings
@@ -90,11 +90,10 @@ def test_greedy_codes_and_starts_equal_those_of_the_authors_sampler(
     with np.load(FIXTURES / "dpar_tiny_greedy.npz") as arrays:
         codes, starts = sample(
             model,
-            entropy_tiny,
             torch.from_numpy(arrays["labels"]),
-            cfg_scale=float(cfg_scale),
-            threshold=float(arrays["threshold"]),
-            temperature=0,
+            entropy_tiny,
+            PatchRule(threshold=float(arrays["threshold"])),
+            SamplingOptions(cfg_scale=float(cfg_scale), temperature=0),
         )
         np.testing.assert_array_equal(codes.numpy(), arrays[f"greedy_cfg{cfg_scale}"])
         np.testing.assert_array_equal(starts.numpy(), arrays[f"starts_cfg{cfg_scale}"])

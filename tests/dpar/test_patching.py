@@ -1,3 +1,4 @@
+import json
 import math
 from typing import Any
 
@@ -8,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dpar import patch_starts, static_starts, stored_entropy, token_entropy
-from dpar.patching import BLOCK, OnlinePatcher
+from dpar import ModelError, patch_starts, static_starts, stored_entropy, token_entropy
+from dpar.patching import BLOCK, PatchRule
 
 QUICK = settings(deadline=None, max_examples=150)
 THRESHOLDS = [0.0, 0.5, 1.0, 2.25, math.inf, -math.inf]
@@ -86,8 +87,6 @@ def test_tokens_0_and_1_start_patches_whatever_their_entropy() -> None:
 def test_the_width_of_the_grid_has_no_default() -> None:
     with pytest.raises(TypeError, match="grid_width"):
         patch_starts(np.zeros(8, np.float32), 7.8, 4)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="grid_width"):
-        OnlinePatcher(1, 8, threshold=7.8, max_length=4)  # type: ignore[call-arg]
 
 
 def test_arguments_are_left_as_they_were() -> None:
@@ -178,28 +177,14 @@ def test_online_boundaries_equal_those_of_stored_entropies(h: NDArray[np.float16
     # a full-precision entropy near a threshold: only its rounding decides
     exact = torch.from_numpy(h.astype(np.float32)) * (1 + 1e-5)
     n = exact.shape[1]
-    patcher = OnlinePatcher(len(exact), n, **rule)
+    grid_width = rule.pop("grid_width")
+    patcher = PatchRule(**rule).online(len(exact), n, grid_width)
     online = np.stack([patcher.step(i, exact[:, i] if i else None) for i in range(n)], axis=1)
-    assert online.tolist() == patch_starts(stored_entropy(exact), **rule).tolist()
-
-
-@QUICK
-@given(entropies(), rules(), st.randoms(use_true_random=False))
-def test_online_boundaries_are_the_same_for_images_at_tokens_of_their_own(
-    h: NDArray[np.float16], rule: dict[str, Any], random: Any
-) -> None:
-    images, n = h.shape
-    exact, at, found = torch.from_numpy(h.astype(np.float32)), np.zeros(images, np.int64), np.zeros(h.shape, bool)
-    patcher = OnlinePatcher(images, n, **rule)
-    while (at < n).any():
-        rows = np.array([row for row in np.flatnonzero(at < n) if random.random() < 0.5], np.int64)
-        found[rows, at[rows]] = patcher.step(at[rows], exact[rows, at[rows]], rows)
-        at[rows] += 1
-    assert found.tolist() == patch_starts(stored_entropy(exact), **rule).tolist()
+    assert online.tolist() == patch_starts(stored_entropy(exact), grid_width=grid_width, **rule).tolist()
 
 
 def test_online_boundaries_without_entropies_follow_length_and_rows() -> None:
-    patcher = OnlinePatcher(2, 15, max_length=3, grid_width=5)
+    patcher = PatchRule(threshold=math.inf, max_length=3).online(2, 15, grid_width=5)
     online = np.stack([patcher.step(i, None) for i in range(15)], axis=1)
     expected = patch_starts(np.zeros((2, 15), np.float32), math.inf, 3, 5)
     assert online.tolist() == expected.tolist()
@@ -208,9 +193,62 @@ def test_online_boundaries_without_entropies_follow_length_and_rows() -> None:
 @QUICK
 @given(st.integers(1, 100), st.integers(100, 500).map(lambda x: x / 100))
 def test_online_static_boundaries_equal_static_starts(n: int, length: float) -> None:
-    patcher = OnlinePatcher(3, n, static_length=length, threshold=0.0, max_length=1, grid_width=16)
+    patcher = PatchRule.static(length).online(3, n, grid_width=16)
     online = np.stack([patcher.step(i, torch.ones(3)) for i in range(n)], axis=1)
     assert online.tolist() == [static_starts(n, length).tolist()] * 3
+
+
+@QUICK
+@given(entropies(), rules())
+def test_a_rule_gives_the_starts_of_the_function(h: NDArray[np.float16], values: dict[str, Any]) -> None:
+    grid_width = values.pop("grid_width")
+    rule = PatchRule(**values)
+    expected = patch_starts(h, grid_width=grid_width, **values)
+    np.testing.assert_array_equal(rule.starts(h, grid_width), expected)
+    np.testing.assert_array_equal(rule.starts(torch.from_numpy(h), grid_width).numpy(), expected)
+
+
+def test_a_static_rule_gives_every_image_the_same_starts() -> None:
+    h, expected = np.zeros((2, 3, 20), np.float16), static_starts(20, 1.81)
+    for starts in (PatchRule.static(1.81).starts(h, 5), PatchRule.static(1.81).starts(torch.from_numpy(h), 5).numpy()):
+        assert starts.shape == h.shape
+        assert (starts == expected).all()
+
+
+@pytest.mark.parametrize(
+    "rule", [PatchRule(threshold=7.8), PatchRule(max_length=None, row_reset=False), PatchRule.static(1.81)]
+)
+def test_a_rule_comes_back_from_its_record_and_leaves_what_is_beside_it(rule: PatchRule) -> None:
+    record = json.loads(json.dumps(rule.to_dict() | {"tokenizer": "vq"}))
+    assert PatchRule.from_dict(record) == rule
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"strategy": "random"}, "strategy is 'random'; it must be one of entropy, static"),
+        ({"strategy": "static", "max_length": None, "row_reset": False}, "a static rule needs static_length"),
+        ({"strategy": "static", "static_length": 2.0}, "a static rule has no threshold, max_length or row_reset"),
+        ({"static_length": 2.0}, "static_length belongs to a static rule"),
+    ],
+)
+def test_values_that_make_no_rule_are_refused(values: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ModelError, match=fault):
+        PatchRule(**values)
+
+
+def test_a_rule_without_a_threshold_places_no_patches() -> None:
+    with pytest.raises(ModelError, match="the rule has no threshold; give one, in nats"):
+        PatchRule().starts(np.zeros(4, np.float32), 2)
+    with pytest.raises(ModelError, match="the rule has no threshold"):
+        PatchRule().online(1, 4, 2)
+
+
+def test_entropies_decide_unless_the_rule_is_static_or_its_gate_is_off() -> None:
+    assert PatchRule(threshold=7.8).needs_entropy
+    assert PatchRule().needs_entropy
+    assert not PatchRule(threshold=math.inf).needs_entropy
+    assert not PatchRule.static(2).needs_entropy
 
 
 def test_stored_entropy_is_float16_with_an_infinite_first() -> None:
@@ -257,7 +295,7 @@ def test_a_bad_rule_is_refused_by_name(settings_: dict[str, Any], fault: str) ->
     with pytest.raises(ValueError, match=fault):
         patch_starts(torch.from_numpy(h), **settings_)
     with pytest.raises(ValueError, match=fault):
-        OnlinePatcher(1, 8, **settings_)
+        PatchRule(**{k: v for k, v in settings_.items() if k != "grid_width"}).online(1, 8, settings_["grid_width"])
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0)])

@@ -10,11 +10,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, ModelError, patch_starts, preset, sample, static_starts
+from dpar import (
+    DPAR,
+    DPARConfig,
+    LlamaGen,
+    LlamaGenConfig,
+    ModelError,
+    PatchRule,
+    SamplingOptions,
+    patch_starts,
+    sample,
+    static_starts,
+)
+from dpar.cpu_kernels import available
 from dpar.flops import count
-from dpar.onednn import available
+from dpar.guidance import draw, keep_likeliest, uniforms
 from dpar.rope import PatchRope
-from dpar.sampling import Choice, Guidance, draw, keep_likeliest, uniforms, usual_gather
 
 V, CLASSES, HEIGHT, WIDTH = 19, 3, 3, 5
 N = HEIGHT * WIDTH
@@ -54,14 +65,32 @@ def usual_entropy(entropy_model: LlamaGen) -> float:
     return float(entropy_model.entropy(codes)[:, 1:].float().median())
 
 
+RULE_FIELDS = {"threshold", "max_length", "row_reset", "static_length"}
+OPTION_FIELDS = {field.name for field in dataclasses.fields(SamplingOptions)}
+
+
+def sample_with(
+    model: DPAR | LlamaGen, entropy_model: LlamaGen | None, labels: Tensor, **how: Any
+) -> tuple[Tensor, Tensor]:
+    """:func:`dpar.sample` with the fields of rule and options as keywords."""
+    rule_fields = {name: how.pop(name) for name in RULE_FIELDS & how.keys()}
+    options = SamplingOptions(**{name: how.pop(name) for name in OPTION_FIELDS & how.keys()})
+    rule = None
+    if "static_length" in rule_fields:
+        rule = PatchRule.static(rule_fields["static_length"])
+    elif rule_fields:
+        rule = PatchRule(**rule_fields)
+    return sample(model, labels, entropy_model, rule, options, **how)
+
+
 class Seen:
     """What sampling saw at each token, (B, N, ...)."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, images: Any, positions: Any, values: Tensor) -> None:
-        for image, position, value in zip(images.tolist(), positions.tolist(), values, strict=True):
+    def __call__(self, images: slice, position: int, values: Tensor) -> None:
+        for image, value in zip(range(images.start, images.stop), values, strict=True):
             assert (image, position) not in self.found
             assert position == 0 or (image, position - 1) in self.found
             self.found[image, position] = value
@@ -86,7 +115,7 @@ def forced(model: DPAR | LlamaGen, codes: Tensor, labels: Tensor, starts: Tensor
 @pytest.mark.parametrize("rope", get_args(PatchRope))
 def test_sampling_sees_the_logits_of_teacher_forcing(rope: PatchRope, encoder_layers: int, cfg_scale: float) -> None:
     model, entropy_model, seen = dpar(rope=rope, encoder_layers=encoder_layers), unconditional(), Seen()
-    codes, starts = sample(
+    codes, starts = sample_with(
         model,
         entropy_model,
         LABELS,
@@ -137,7 +166,7 @@ def test_sampling_sees_the_logits_of_teacher_forcing_under_any_rule(
     entropy_model, seen = unconditional(seed + 1, start_token), Seen()
     threshold = usual_entropy(entropy_model) + margin
     rule: dict[str, Any] = {"threshold": threshold, "max_length": max_length, "row_reset": row_reset}
-    codes, starts = sample(model, entropy_model, LABELS, cfg_scale=cfg_scale, seed=seed, observe=seen, **rule)
+    codes, starts = sample_with(model, entropy_model, LABELS, cfg_scale=cfg_scale, seed=seed, observe=seen, **rule)
     torch.testing.assert_close(seen.logits(), forced(model, codes, LABELS, starts, cfg_scale), atol=1e-4, rtol=0)
     expected = patch_starts(entropy_model.entropy(codes), grid_width=WIDTH, **rule)
     assert starts.tolist() == expected.tolist()
@@ -146,7 +175,7 @@ def test_sampling_sees_the_logits_of_teacher_forcing_under_any_rule(
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
 def test_llamagen_sampling_sees_the_logits_of_teacher_forcing(cfg_scale: float) -> None:
     model, seen = llamagen(), Seen()
-    codes, starts = sample(model, None, LABELS, cfg_scale=cfg_scale, observe=seen)
+    codes, starts = sample_with(model, None, LABELS, cfg_scale=cfg_scale, observe=seen)
     torch.testing.assert_close(seen.logits(), forced(model, codes, LABELS, starts, cfg_scale), atol=1e-4, rtol=0)
     assert bool(starts.all())  # every token is its own patch
 
@@ -155,7 +184,7 @@ def test_llamagen_sampling_sees_the_logits_of_teacher_forcing(cfg_scale: float) 
 def test_both_kinds_of_entropy_model_place_patches_as_their_stored_entropies_do(start_token: bool) -> None:
     model, entropy_model = dpar(), unconditional(start_token=start_token)
     threshold = usual_entropy(entropy_model)
-    codes, starts = sample(model, entropy_model, LABELS, threshold=threshold)
+    codes, starts = sample_with(model, entropy_model, LABELS, threshold=threshold)
     expected = patch_starts(entropy_model.entropy(codes), threshold, 4, WIDTH)
     assert starts.tolist() == expected.tolist()
 
@@ -163,13 +192,13 @@ def test_both_kinds_of_entropy_model_place_patches_as_their_stored_entropies_do(
 @pytest.mark.parametrize("length", [1.0, 1.81, 3.5])
 def test_static_sampling_has_static_boundaries_and_needs_no_entropy_model(length: float) -> None:
     model, seen = dpar(), Seen()
-    codes, starts = sample(model, None, LABELS, static_length=length, observe=seen)
+    codes, starts = sample_with(model, None, LABELS, static_length=length, observe=seen)
     assert starts.tolist() == [static_starts(N, length).tolist()] * len(LABELS)
     torch.testing.assert_close(seen.logits(), forced(model, codes, LABELS, starts, 1.0), atol=1e-4, rtol=0)
 
 
 def test_with_the_gate_off_length_and_rows_decide() -> None:
-    _, starts = sample(dpar(), None, LABELS, threshold=math.inf, max_length=2)
+    _, starts = sample_with(dpar(), None, LABELS, threshold=math.inf, max_length=2)
     expected = patch_starts(np.zeros((len(LABELS), N), np.float32), math.inf, 2, WIDTH)
     assert starts.tolist() == expected.tolist()
 
@@ -178,7 +207,7 @@ def test_with_the_gate_off_length_and_rows_decide() -> None:
 def test_greedy_tokens_equal_llamagens_own(gpt_tiny: tuple[LlamaGen, dict[str, Any]], cfg_scale: int) -> None:
     model, arrays = gpt_tiny
     labels = torch.from_numpy(arrays["greedy_labels"])
-    codes, _ = sample(model, None, labels, cfg_scale=float(cfg_scale), temperature=0)
+    codes, _ = sample_with(model, None, labels, cfg_scale=float(cfg_scale), temperature=0)
     assert codes.tolist() == arrays[f"greedy_cfg{cfg_scale}"].tolist()
 
 
@@ -187,17 +216,17 @@ def test_an_image_depends_on_seed_and_index_not_on_the_batch(cfg_scale: float) -
     model, entropy_model = dpar(), llamagen()
     rule: dict[str, Any] = {"threshold": usual_entropy(entropy_model), "cfg_scale": cfg_scale, "seed": 5}
     indices = [7, 0, 12_345, 3]
-    together, their_starts = sample(model, entropy_model, LABELS, indices=indices, **rule)
+    together, their_starts = sample_with(model, entropy_model, LABELS, indices=indices, **rule)
     for b, index in enumerate(indices):
-        alone, its_starts = sample(model, entropy_model, LABELS[b : b + 1], indices=[index], **rule)
+        alone, its_starts = sample_with(model, entropy_model, LABELS[b : b + 1], indices=[index], **rule)
         assert alone.tolist() == together[b : b + 1].tolist()
         assert its_starts.tolist() == their_starts[b : b + 1].tolist()
 
 
 def test_a_llamagen_image_depends_on_seed_and_index_not_on_the_batch() -> None:
     model = llamagen()
-    together, _ = sample(model, None, LABELS, indices=[4, 5, 6, 7])
-    alone, _ = sample(model, None, LABELS[2:3], indices=[6])
+    together, _ = sample_with(model, None, LABELS, indices=[4, 5, 6, 7])
+    alone, _ = sample_with(model, None, LABELS[2:3], indices=[6])
     assert alone.tolist() == together[2:3].tolist()
 
 
@@ -207,13 +236,12 @@ def test_a_llamagen_image_depends_on_seed_and_index_not_on_the_batch() -> None:
         lambda order: st.sets(st.integers(1, 16), max_size=5).map(lambda cuts: np.split(order, sorted(cuts)))
     ),
     in_flight=st.integers(1, 17),
-    gather=st.floats(0, 1),
     family=st.sampled_from(["dpar", "llamagen"]),
     cfg_scale=st.sampled_from([1.0, 2.0]),
     top_p=st.sampled_from([1.0, 0.9]),
 )
 def test_the_same_images_come_out_of_batches_of_any_size_and_order(
-    batches: list[Any], in_flight: int, gather: float, family: str, cfg_scale: float, top_p: float
+    batches: list[Any], in_flight: int, family: str, cfg_scale: float, top_p: float
 ) -> None:
     model: Any = dpar(encoder_layers=2) if family == "dpar" else llamagen(7)
     entropy_model = unconditional() if family == "dpar" else None
@@ -222,7 +250,7 @@ def test_the_same_images_come_out_of_batches_of_any_size_and_order(
 
     def run(indices: Any, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
         seen = Seen()
-        codes, starts = sample(
+        codes, starts = sample_with(
             model,
             entropy_model,
             labels[indices],
@@ -235,60 +263,40 @@ def test_the_same_images_come_out_of_batches_of_any_size_and_order(
         )
         return codes, starts, seen.logits()
 
-    together = run(np.arange(17), gather=0.0)  # all march in step
+    together = run(np.arange(17))
     for indices in batches:
-        for ours, theirs in zip(run(indices, batch=in_flight, gather=gather), together, strict=True):
+        for ours, theirs in zip(run(indices, batch=in_flight), together, strict=True):
             assert torch.equal(ours, theirs[indices])  # logits too, to the last bit
 
 
 def test_where_there_is_no_onednn_an_image_does_not_depend_on_the_batch_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpar.onednn.available", lambda: False)
+    monkeypatch.setattr("dpar.cpu_kernels.available", lambda: False)
     model, entropy_model, labels = dpar(), llamagen(), torch.arange(9) % CLASSES
     rule: dict[str, Any] = {"threshold": usual_entropy(entropy_model), "cfg_scale": 2.0}
-    together, _ = sample(model, entropy_model, labels, **rule)
+    together, _ = sample_with(model, entropy_model, labels, **rule)
     for batch in (1, 4):
-        assert torch.equal(sample(model, entropy_model, labels, batch=batch, **rule)[0], together)
+        assert torch.equal(sample_with(model, entropy_model, labels, batch=batch, **rule)[0], together)
 
 
-@pytest.mark.parametrize("gather", [0.0, 0.5, 1.0])
-def test_the_patch_transformer_runs_as_often_as_gather_says(gather: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("cache", "sampling"):
+def test_the_patch_transformer_runs_only_for_images_that_start_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cpu_kernels", "steppers"):
         monkeypatch.setattr(f"dpar.{module}.padded", lambda rows: rows)  # so that rows are images
-    model, entropy_model, labels = dpar(), llamagen(), torch.arange(24) % CLASSES
+    model, entropy_model, labels = dpar(), unconditional(), torch.arange(24) % CLASSES
     patch_steps, token_steps = [], []
-    model.decoder_layers()[0].patch_proj.register_forward_hook(lambda part, args, out: patch_steps.append(len(out)))
-    model.output.register_forward_hook(lambda part, args, out: token_steps.append(len(out)))
+    model.decoder_layers()[0].patch_norm.register_forward_hook(lambda part, args, out: patch_steps.append(len(out)))
+    model.norm.register_forward_hook(lambda part, args, out: token_steps.append(len(out)))
+    monkeypatch.setattr("dpar.cpu_kernels.available", lambda: False)  # so that the hooked modules run
     rule: dict[str, Any] = {"threshold": usual_entropy(entropy_model), "row_reset": False, "max_length": None}
-    _, starts = sample(model, entropy_model, labels, batch=8, gather=gather, **rule)
-    if gather == 0:  # in step: three times eight images
-        assert len(token_steps) == 3 * N
-        assert set(token_steps) == {8}
-        assert len(patch_steps) == sum(int(part.any(dim=0).sum()) for part in starts.split(8))
-    else:  # fuller steps of the patch transformer, more of the tokens
-        assert min(patch_steps[: len(patch_steps) // 2]) >= gather * 8  # while all slots are taken
-        assert len(token_steps) > 3 * N
-    assert sum(token_steps) == 24 * N
-
-
-@pytest.mark.parametrize(
-    ("size", "watcher", "waits"), [("l", "xs", True), ("xl", "xs", True), ("l", "b", False), ("b", "xs", False)]
-)
-def test_images_wait_for_each_other_where_most_weights_are_the_patch_transformers(
-    size: str, watcher: str, waits: bool
-) -> None:
-    model_config, watcher_config = preset(f"dpar-{size}"), preset(f"llamagen-{watcher}", classes=0)
-    assert isinstance(model_config, DPARConfig)
-    assert isinstance(watcher_config, LlamaGenConfig)
-    with torch.device("meta"):
-        model, entropy_model = DPAR(model_config), LlamaGen(watcher_config)
-    assert (usual_gather(model, entropy_model, 3) > 0) == waits
-    assert usual_gather(model, entropy_model, 2.9) == 0  # the last images would wait for themselves
+    _, starts = sample_with(model, entropy_model, labels, batch=8, **rule)
+    assert token_steps == [8] * 3 * N
+    begun = [int(count) for part in starts.split(8) for count in part.sum(dim=0) if count]
+    assert patch_steps == begun
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 24, 30])
 def test_finished_images_are_counted_as_they_come(batch: int) -> None:
     finished: list[int] = []
-    sample(llamagen(), None, torch.zeros(24, dtype=torch.long), batch=batch, advance=finished.append)
+    sample_with(llamagen(), None, torch.zeros(24, dtype=torch.long), batch=batch, advance=finished.append)
     assert sum(finished) == 24
     assert max(finished) == min(batch, 24)
 
@@ -301,7 +309,7 @@ def test_a_wide_model_gives_the_same_images_in_batches_of_any_size() -> None:
 
     def run(begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         seen = Seen()
-        found = sample(
+        found = sample_with(
             model,
             entropy_model,
             torch.zeros(end - begin).long(),
@@ -321,14 +329,16 @@ def test_a_wide_model_gives_the_same_images_in_batches_of_any_size() -> None:
 
 def test_another_seed_or_index_gives_another_image() -> None:
     model, labels = llamagen(), torch.zeros(3, dtype=torch.long)
-    codes, _ = sample(model, None, labels, indices=[0, 1, 2])
-    other, _ = sample(model, None, labels, indices=[0, 1, 2], seed=1)
+    codes, _ = sample_with(model, None, labels, indices=[0, 1, 2])
+    other, _ = sample_with(model, None, labels, indices=[0, 1, 2], seed=1)
     assert len({tuple(row) for row in [*codes.tolist(), *other.tolist()]}) == 6
 
 
 def test_images_are_numbered_from_zero_when_no_indices_are_given() -> None:
     model = llamagen()
-    assert sample(model, None, LABELS)[0].tolist() == sample(model, None, LABELS, indices=range(4))[0].tolist()
+    assert (
+        sample_with(model, None, LABELS)[0].tolist() == sample_with(model, None, LABELS, indices=range(4))[0].tolist()
+    )
 
 
 def test_uniforms_are_a_function_of_seed_index_and_position() -> None:
@@ -344,7 +354,7 @@ def test_uniforms_are_a_function_of_seed_index_and_position() -> None:
 def test_drawing_inverts_the_cumulative_distribution() -> None:
     p = torch.tensor([0.0, 0.125, 0.0, 0.5, 0.375, 0.0], dtype=torch.float64)
     u = torch.tensor([0.0, 0.1249, 0.1251, 0.6249, 0.6251, LAST_BELOW_ONE], dtype=torch.float64)
-    tokens = draw(p.log().expand(6, 6), u, Choice())
+    tokens = draw(p.log().expand(6, 6), u, SamplingOptions())
     assert tokens.dtype == torch.int64
     assert tokens.tolist() == [1, 1, 3, 3, 4, 4]
 
@@ -352,7 +362,7 @@ def test_drawing_inverts_the_cumulative_distribution() -> None:
 def test_shares_of_evenly_spaced_numbers_are_the_probabilities() -> None:
     p = torch.tensor([0.07, 0.4, 0.03, 0.5], dtype=torch.float64)
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    tokens = draw(p.log().expand(1000, 4), u, Choice())
+    tokens = draw(p.log().expand(1000, 4), u, SamplingOptions())
     assert tokens.bincount().tolist() == [70, 400, 30, 500]
 
 
@@ -368,8 +378,8 @@ def test_no_token_of_zero_probability_is_drawn(
     weights: list[float], u: float, top_k: int, top_p: float, temperature: float
 ) -> None:
     logits = torch.tensor([weights], dtype=torch.float64).log()
-    choice = Choice(top_k=top_k, top_p=top_p, temperature=temperature)
-    token = int(draw(logits, torch.tensor([u], dtype=torch.float64), choice))
+    options = SamplingOptions(top_k=top_k, top_p=top_p, temperature=temperature)
+    token = int(draw(logits, torch.tensor([u], dtype=torch.float64), options))
     kept = keep_likeliest((logits / temperature).softmax(-1), top_k, top_p)[0]
     assert kept[token] > 0
     assert weights[token] > 0
@@ -377,14 +387,14 @@ def test_no_token_of_zero_probability_is_drawn(
 
 def test_temperature_divides_the_logits() -> None:
     logits, u = torch.randn(500, 7), torch.rand(500, dtype=torch.float64)
-    cooled = draw(logits, u, Choice(temperature=0.25))
-    assert cooled.tolist() == draw(logits * 4, u, Choice()).tolist()
-    assert cooled.tolist() != draw(logits, u, Choice()).tolist()
+    cooled = draw(logits, u, SamplingOptions(temperature=0.25))
+    assert cooled.tolist() == draw(logits * 4, u, SamplingOptions()).tolist()
+    assert cooled.tolist() != draw(logits, u, SamplingOptions()).tolist()
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
     logits = torch.randn(50, 7)
-    assert draw(logits, torch.rand(50).double(), Choice(temperature=0)).tolist() == logits.argmax(-1).tolist()
+    assert draw(logits, torch.rand(50).double(), SamplingOptions(temperature=0)).tolist() == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -410,7 +420,10 @@ def test_the_likeliest_tokens_are_kept(top_k: int, top_p: float, kept: list[floa
 
 def test_a_top_k_of_one_samples_greedily() -> None:
     model = llamagen()
-    assert sample(model, None, LABELS, top_k=1)[0].tolist() == sample(model, None, LABELS, temperature=0)[0].tolist()
+    assert (
+        sample_with(model, None, LABELS, top_k=1)[0].tolist()
+        == sample_with(model, None, LABELS, temperature=0)[0].tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -428,20 +441,20 @@ def test_a_top_k_of_one_samples_greedily() -> None:
     ],
 )
 def test_guidance_goes_as_its_schedule_says(schedule: Any, power: float, scales: list[float]) -> None:
-    guidance = Guidance(scale=3.0, schedule=schedule, power=power)
-    assert [guidance.at(i, 4) for i in range(4)] == pytest.approx(scales)
+    guidance = SamplingOptions(cfg_scale=3.0, cfg_schedule=schedule, cfg_power=power)
+    assert [guidance.guidance_at(i, 4) for i in range(4)] == pytest.approx(scales)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "power-cosine"])
 def test_scheduled_guidance_weighs_the_halves_of_teacher_forcing(schedule: Any) -> None:
     model, seen = llamagen(), Seen()
-    codes, starts = sample(model, None, LABELS, cfg_scale=3.0, cfg_schedule=schedule, cfg_power=2.0, observe=seen)
+    codes, starts = sample_with(model, None, LABELS, cfg_scale=3.0, cfg_schedule=schedule, cfg_power=2.0, observe=seen)
     conditional, unconditional = (
         forced(model, codes, LABELS, starts, 1.0),
         forced(model, codes, LABELS * 0 + CLASSES, starts, 1.0),
     )
-    guidance = Guidance(scale=3.0, schedule=schedule, power=2.0)
-    scales = torch.tensor([guidance.at(i, N) for i in range(N)])[:, None]
+    guidance = SamplingOptions(cfg_scale=3.0, cfg_schedule=schedule, cfg_power=2.0)
+    scales = torch.tensor([guidance.guidance_at(i, N) for i in range(N)])[:, None]
     expected = unconditional + scales * (conditional - unconditional)
     torch.testing.assert_close(seen.logits(), expected, atol=1e-4, rtol=0)
 
@@ -459,7 +472,7 @@ def test_log_probabilities_of_a_sample_are_those_of_teacher_forcing(family: str,
     model: Any = dpar() if family == "dpar" else llamagen()
     rule: dict[str, Any] = {"static_length": 1.81} if family == "dpar" else {}
     seen = Seen()
-    codes, starts = sample(model, None, LABELS, observe_log_prob=seen, **rule, **how)
+    codes, starts = sample_with(model, None, LABELS, observe_log_prob=seen, **rule, **how)
     torch.testing.assert_close(seen.logits(), own_log_probs(model, codes, starts), atol=1e-4, rtol=0)
 
 
@@ -471,28 +484,30 @@ def test_known_tokens_are_kept_and_all_others_sampled_after_them(share: float, s
     keep = torch.rand(known.shape, generator=rng) < share
     seen, threshold = Seen(), usual_entropy(entropy_model)
     rule: dict[str, Any] = {"threshold": threshold, "cfg_scale": cfg_scale, "seed": seed}
-    codes, starts = sample(model, entropy_model, LABELS, known=known, keep=keep, observe=seen, **rule)
+    codes, starts = sample_with(model, entropy_model, LABELS, known=known, keep=keep, observe=seen, **rule)
     assert torch.equal(codes[keep], known[keep])
     assert starts.tolist() == patch_starts(entropy_model.entropy(codes), threshold, 4, WIDTH).tolist()
     logits = seen.logits()
     torch.testing.assert_close(logits, forced(model, codes, LABELS, starts, cfg_scale), atol=1e-4, rtol=0)
     noise = torch.from_numpy(uniforms(seed, range(len(LABELS)), N))
-    drawn = torch.stack([draw(logits[:, i], noise[:, i], Choice()) for i in range(N)], dim=1)
+    drawn = torch.stack([draw(logits[:, i], noise[:, i], SamplingOptions()) for i in range(N)], dim=1)
     assert torch.equal(codes[~keep], drawn[~keep])
 
 
 def test_an_image_all_of_which_is_known_comes_back_with_its_likelihood() -> None:
     model, seen = dpar(), Seen()
     known = torch.randint(V, (len(LABELS), N))
-    codes, starts = sample(model, None, LABELS, static_length=2.0, known=known, keep=known >= 0, observe_log_prob=seen)
+    codes, starts = sample_with(
+        model, None, LABELS, static_length=2.0, known=known, keep=known >= 0, observe_log_prob=seen
+    )
     assert torch.equal(codes, known)
     torch.testing.assert_close(seen.logits(), own_log_probs(model, known, starts), atol=1e-4, rtol=0)
 
 
 def test_keeping_nothing_changes_nothing() -> None:
     model, known = llamagen(), torch.zeros(len(LABELS), N, dtype=torch.long)
-    codes, _ = sample(model, None, LABELS, known=known, keep=known > 0)
-    assert torch.equal(codes, sample(model, None, LABELS)[0])
+    codes, _ = sample_with(model, None, LABELS, known=known, keep=known > 0)
+    assert torch.equal(codes, sample_with(model, None, LABELS)[0])
 
 
 class Products(TorchDispatchMode):
@@ -514,13 +529,13 @@ def test_a_sample_costs_the_multiply_accumulates_that_are_counted(
 ) -> None:
     if on_onednn and not available():
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr("dpar.onednn.available", lambda: on_onednn)
-    for module in ("cache", "sampling"):
+    monkeypatch.setattr("dpar.cpu_kernels.available", lambda: on_onednn)
+    for module in ("cpu_kernels", "steppers"):
         monkeypatch.setattr(f"dpar.{module}.padded", lambda rows: rows)  # rows of padding are no part of the method
     model, entropy_model = dpar(encoder_layers=2), unconditional()
     threshold = usual_entropy(entropy_model)
     with Products() as products:
-        _, starts = sample(model, entropy_model, LABELS, threshold=threshold, cfg_scale=2.0 if guided else 1.0)
+        _, starts = sample_with(model, entropy_model, LABELS, threshold=threshold, cfg_scale=2.0 if guided else 1.0)
     patches = int(starts.sum()) / len(LABELS)
     assert 5 < patches < N
     counted = count(model.config, N / patches).sampling(count(entropy_model.config), guidance=guided)
@@ -534,8 +549,8 @@ def test_a_sample_costs_the_multiply_accumulates_that_are_counted(
 def test_sampling_leaves_no_gradients_and_no_trace_in_the_model() -> None:
     model = dpar()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    codes, _ = sample(model, None, LABELS, static_length=2.0)
-    again, _ = sample(model, None, LABELS, static_length=2.0)
+    codes, _ = sample_with(model, None, LABELS, static_length=2.0)
+    again, _ = sample_with(model, None, LABELS, static_length=2.0)
     assert codes.tolist() == again.tolist()
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -551,7 +566,6 @@ def test_sampling_leaves_no_gradients_and_no_trace_in_the_model() -> None:
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
         ({"top_p": 1.01}, "top_p is 1.01; it must be above 0 and at most 1"),
         ({"batch": 0}, "batch is 0; it must be at least 1"),
-        ({"gather": 1.5}, "gather is 1.5; it must be from 0 to 1"),
         ({"top_p": math.nan}, "top_p is nan"),
         ({"cfg_scale": 0.0}, "cfg_scale is 0.0; it must be above 0"),
         ({"cfg_scale": math.nan}, "cfg_scale is nan"),
@@ -568,7 +582,7 @@ def test_sampling_leaves_no_gradients_and_no_trace_in_the_model() -> None:
 )
 def test_settings_out_of_range_are_refused(settings_: dict[str, Any], fault: str) -> None:
     with pytest.raises(ModelError, match=fault):
-        sample(llamagen(), None, LABELS, **settings_)
+        sample_with(llamagen(), None, LABELS, **settings_)
 
 
 @pytest.mark.parametrize(
@@ -582,22 +596,24 @@ def test_settings_out_of_range_are_refused(settings_: dict[str, Any], fault: str
 )
 def test_labels_that_the_model_does_not_have_are_refused(labels: Tensor, fault: str) -> None:
     with pytest.raises(ModelError, match=fault):
-        sample(llamagen(), None, labels)
+        sample_with(llamagen(), None, labels)
 
 
 def test_an_entropy_model_without_a_start_token_is_not_sampled_from() -> None:
     with pytest.raises(ModelError, match="without a start token is an entropy model; it cannot sample"):
-        sample(unconditional(), None, torch.zeros(2, dtype=torch.long))
+        sample_with(unconditional(), None, torch.zeros(2, dtype=torch.long))
 
 
 def test_a_threshold_without_an_entropy_model_is_refused() -> None:
     with pytest.raises(ModelError, match="an entropy model is needed"):
-        sample(dpar(), None, LABELS, threshold=2.0)
+        sample_with(dpar(), None, LABELS, threshold=2.0)
 
 
-def test_an_entropy_model_without_a_threshold_is_refused() -> None:
-    with pytest.raises(ModelError, match="threshold is needed with an entropy model"):
-        sample(dpar(), llamagen(), LABELS)
+def test_dpar_without_a_rule_or_a_threshold_is_refused() -> None:
+    with pytest.raises(ModelError, match="a DPAR model needs a patch rule"):
+        sample(dpar(), LABELS, unconditional())
+    with pytest.raises(ModelError, match="the patch rule has no threshold"):
+        sample(dpar(), LABELS, unconditional(), PatchRule())
 
 
 @pytest.mark.parametrize(
@@ -607,7 +623,7 @@ def test_an_entropy_model_of_other_tokens_is_refused(name: str, value: int) -> N
     other = llamagen(**{name: value})
     assert dataclasses.asdict(other.config)[name] == value
     with pytest.raises(ModelError, match=f"the entropy model's {name} is {value}, the model's {value - 1}"):
-        sample(dpar(), other, LABELS, threshold=2.0)
+        sample_with(dpar(), other, LABELS, threshold=2.0)
 
 
 @pytest.mark.parametrize(
@@ -620,4 +636,4 @@ def test_an_entropy_model_of_other_tokens_is_refused(name: str, value: int) -> N
 )
 def test_a_rule_that_cannot_be_meant_is_refused(settings_: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
-        sample(dpar(), None, LABELS, **settings_)
+        sample_with(dpar(), None, LABELS, **settings_)

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
 import dpar
-from dpar import DPAR, LlamaGen
+from dpar import DPAR, LlamaGen, PatchRule
 from dpar.flops import count
 from dpar.sampling import sample
 from dpar.tokenizer import VQTokenizer, psnr
@@ -35,6 +34,7 @@ from pipeline.originals import load_originals
 from pipeline.patchify import patchify
 from pipeline.reconstruction import ssim
 from pipeline.results import write_results
+from pipeline.run import FORMAT_VERSIONS
 from pipeline.settings import EvalSettings, PatchifySettings, TokenizeSettings, TrainSettings
 from pipeline.tokenize import tokenize
 from pipeline.train import train
@@ -138,16 +138,15 @@ def test_bits_per_token_of_a_sample_are_what_its_sampling_cost(home: Path, tmp_p
     labels = torch.tensor([0, 1, 1, 0, 1])
     seen = torch.zeros(len(labels), model.config.n_tokens, model.config.codebook_size)
 
-    def see(images: NDArray[np.int64], positions: NDArray[np.int64], logits: torch.Tensor) -> None:
-        seen[images, positions] = logits
+    def see(images: slice, position: int, logits: torch.Tensor) -> None:
+        seen[images, position] = logits
 
     codes, starts = sample(
         model,
-        LlamaGen.from_pretrained(home / "entropy") if kind is DPAR else None,
         labels,
-        cfg_scale=1.0,
+        LlamaGen.from_pretrained(home / "entropy") if kind is DPAR else None,
+        PatchRule(**RULE) if kind is DPAR else None,
         observe=see,
-        **(RULE if kind is DPAR else {}),
     )
     chosen = seen.log_softmax(dim=-1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
     cost = -chosen.double() / np.log(2)
@@ -260,7 +259,7 @@ def test_thresholds_lengths_and_guidance_make_one_table(home: Path, tmp_path: Pa
         for scale in (1.0, 3.0)
     ]
     longest = next(c for c in found["cells"] if c["threshold"] == 9.0 and c["max_length"] is None)
-    assert longest["mean_length"] == N / (SIDE + 1)  # a patch per row, and token 1's
+    assert longest["mean_length"] == N / (SIDE + 1)  # a patch per row, and one for token 1
     assert {path.name for path in (tmp_path / "scores").glob("*.png")} == {
         "quality-vs-guidance.png",
         "quality-vs-patch-length.png",
@@ -275,10 +274,10 @@ def test_bits_per_token_of_a_row_are_by_its_own_rule(home: Path, tmp_path: Path)
     found = run(home, tmp_path / "scores", threshold=(low, high), max_length=(3, 0), row_reset=False, samples=0)
     assert found["cells"] == []
     assert [(row["threshold"], row["max_length"]) for row in found["held_out"]] == [
-        (threshold, length) for threshold in (low, high) for length in (0, 3)
+        (threshold, length) for threshold in (low, high) for length in (None, 3)
     ]
     for row in found["held_out"]:
-        rule = {"threshold": row["threshold"], "max_length": row["max_length"], "row_reset": False}
+        rule = {"threshold": row["threshold"], "max_length": row["max_length"] or 0, "row_reset": False}
         moved = tmp_path / row["name"]
         manifest = patchify(home / "patches", moved, PatchifySettings(**rule, **CPU), QUIET)
         assert manifest is not None
@@ -405,10 +404,10 @@ def test_text_in_tables_is_no_formula_and_no_escape_code(tmp_path: Path) -> None
     (tmp_path / "cells" / "a" / "cell.json").write_text(json.dumps(cell | {"decode_precision": "fp32"}))
     write_results(tmp_path, {}, QUIET)
     table = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert r"| \x1b[31m\|red |" in table
+    assert r"| \u001b[31m\|red |" in table
     with open(tmp_path / "results.csv", encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file)
-    assert (row["name"], row["checkpoint"], row["max_length"]) == ("'=1+1", r"\x1b[31m|red", "-1")
+    assert (row["name"], row["checkpoint"], row["max_length"]) == ("'=1+1", r"\u001b[31m|red", "-1")
 
 
 def test_checkpoints_make_a_table_against_training_flops(home: Path, tmp_path: Path) -> None:
@@ -509,14 +508,13 @@ def test_without_the_originals_there_are_likelihood_and_samples_but_no_distance(
     assert (tmp_path / "scores" / "cells" / "cfg-1.5" / "samples.png").exists()
 
 
-@pytest.mark.parametrize(("kind", "version"), [("tokenizer", 1), ("entropy", 2)])
-def test_what_is_no_run_of_train_is_refused(home: Path, tmp_path: Path, kind: str, version: int) -> None:
+@pytest.mark.parametrize("kind", ["tokenizer", "entropy"])
+def test_what_is_no_run_of_train_is_refused(home: Path, tmp_path: Path, kind: str) -> None:
     with pytest.raises(StageError, match=r"is no run: it has no run\.json"):
         run(home, tmp_path / "a", "codes")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(
-        json.dumps({"kind": kind, "format_version": version, "settings": {}, "inputs": {}})
-    )
+    record = {"format_version": FORMAT_VERSIONS[kind], "kind": kind, "settings": {}, "inputs": {}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     with pytest.raises(StageError, match=f"a run of `dpar {kind}`; one of `dpar train` is needed"):
         evaluate(tmp_path / "run", tmp_path / "a", EvalSettings(reference=home / "patches", **CPU), QUIET)
 

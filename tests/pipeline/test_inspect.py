@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import dpar
-from dpar.patching import patch_lengths, patch_starts, static_starts
+from dpar.patching import PatchRule, patch_lengths, patch_starts, static_starts
 from dpar.tokenizer import VQConfig, VQTokenizer
 from pipeline.errors import StageError
 from pipeline.generate import decode
@@ -87,7 +87,7 @@ def build(
     }
     rule = {"threshold": THRESHOLD, "max_length": MAX_LENGTH, "row_reset": True, "strategy": "entropy"}
     if strategy == "static":
-        rule = {"threshold": None, "max_length": 0, "row_reset": False, "strategy": "static", "static_length": 1.81}
+        rule = PatchRule.static(1.81).to_dict()
     settings = codes_settings if kind == "codes" else {"codes_settings": codes_settings, **rule}
     writer = ArtifactBuild(out, settings=settings, n_shards=2, container=container)
     for index, here in enumerate((slice(0, 5), slice(5, None))):
@@ -370,3 +370,52 @@ def test_tables_have_as_many_cells_in_a_row_as_in_the_header(made: Path, tmp_pat
 def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(StageError):
         InspectSettings(**wrong)
+
+
+FORGED: dict[str, tuple[dict[str, Any], str]] = {
+    "a threshold of words": ({"settings": {"threshold": "7"}}, "field settings.threshold is '7', expected a finite"),
+    "an endless limit": ({"settings": {"max_length": -1}}, "field settings makes no patch rule: max_length is -1"),
+    "a static rule without a length": (
+        {"settings": {"strategy": "static"}},
+        "makes no patch rule: a static rule needs",
+    ),
+    "settings of codes in a list": ({"settings": {"codes_settings": []}}, "settings.codes_settings is [], expected"),
+    "lengths in a list": ({"statistics": {"lengths": [1]}}, "field statistics.lengths is [1], expected an object"),
+    "a length of words": (
+        {"statistics": {"lengths": {"two": 1}}},
+        "lengths counts 'two', expected up to 64",
+    ),
+    "a length without end": ({"statistics": {"lengths": {"9" * 9: 1}}}, "statistics.lengths counts '999999999'"),
+    "no lengths": ({"statistics": {"lengths": {}}}, "field statistics.lengths is empty"),
+    "no classes": ({"statistics": {"classes": []}}, "field statistics.classes is empty"),
+    "a class without numbers": (
+        {"statistics": {"classes": [{"class": "cat"}]}},
+        "field statistics.classes[0].images is missing, expected an integer of at least 1",
+    ),
+    "a mean of words": ({"statistics": {"mean_length": "2"}}, "field statistics.mean_length is '2', expected a finite"),
+}
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_a_manifest_whose_settings_or_statistics_are_of_another_type_is_one_message(
+    made: Path, tmp_path: Path, forged: str
+) -> None:
+    changes, says = FORGED[forged]
+    path = build(made, tmp_path / "a")[0] / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name, values in changes.items():
+        manifest[name] |= values
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ArtifactError) as refusal:
+        look(tmp_path / "a")
+    assert str(refusal.value).startswith(f"{path}: field ")
+    assert says in str(refusal.value)
+
+
+@pytest.mark.parametrize("tokenizer", [{}, {"path": 3, "fingerprint": ""}, {"path": "x", "fingerprint": None}])
+def test_a_tokenizer_that_is_not_recorded_is_one_message(made: Path, tmp_path: Path, tokenizer: dict[str, Any]) -> None:
+    path = build(made, tmp_path / "a")[0] / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(manifest | {"tokenizer": tokenizer}), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"manifest\.json: field tokenizer\.(path|fingerprint) is "):
+        look(tmp_path / "a", tmp_path / "look")

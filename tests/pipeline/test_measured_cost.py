@@ -18,6 +18,7 @@ from dpar.flops import count
 from dpar.presets import preset
 from pipeline import trainer
 from pipeline.patchify import patchify
+from pipeline.pictures import LINE_PX
 from pipeline.progress import Progress
 from pipeline.settings import EntropySettings, PatchifySettings, TokenizeSettings, TrainSettings
 from pipeline.tokenize import tokenize
@@ -137,6 +138,7 @@ def test_each_validation_draws_a_sheet_of_as_many_samples_as_asked_for(
     two, ten = (Image.open(tmp_path / run / "sheets" / names[0]).size for run in ("a", "b"))
     assert ten[0] > 3 * two[0]
     assert ten[1] > 1.5 * two[1]  # eight a row
+    assert two[1] == 12 + 256 + LINE_PX + 12  # each with the name of its class below
     one, other = ((tmp_path / run / "model-ema" / "model.safetensors").read_bytes() for run in ("a", "b"))
     assert one == other  # drawing changes nothing
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 import dpar
 from dpar import LlamaGen, LlamaGenConfig
-from dpar.patching import patch_starts, static_starts, token_entropy
+from dpar.patching import PatchRule, patch_starts, static_starts, token_entropy
 from pipeline.convert import convert
 from pipeline.errors import StageError
 from pipeline.patch_statistics import count_patches, merge_counts, summary
@@ -180,7 +180,7 @@ def test_entropies_are_those_of_the_models_teacher_forced_logits(
     assert rows.entropy is not None
     with torch.no_grad():
         logits = LlamaGen.from_pretrained(home / "entropy")(torch.from_numpy(codes.codes.reshape(-1, N).astype(int)))
-    expected = token_entropy(logits).numpy().reshape(*rows.entropy.shape[:-1], N - 1)  # token 0 is not predicted
+    expected = token_entropy(logits).numpy().reshape(*rows.entropy.shape[:2], N - 1)  # token 0 is not predicted
     assert np.isinf(rows.entropy[..., 0]).all()
     np.testing.assert_allclose(rows.entropy[..., 1:].astype(float), expected, rtol=2**-10)
     assert rows.entropy[..., 1:].std() > 0.05
@@ -206,7 +206,7 @@ def test_boundaries_are_the_rule_on_stored_entropies(
     manifest = run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), **rule)
     expected = patch_starts(entropy_of(tmp_path / "a"), 3.0, max_length or None, GRID[1], row_reset)
     np.testing.assert_array_equal(starts_of(tmp_path / "a"), expected)
-    assert rule.items() <= manifest.settings.items()
+    assert (rule | {"max_length": max_length or None}).items() <= manifest.settings.items()
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -282,7 +282,7 @@ def test_the_summary_names_the_spread_over_images_and_the_extreme_classes() -> N
     ]
 
 
-@pytest.mark.parametrize("target", [1.2, 1.81, 2.5, 2.9])
+@pytest.mark.parametrize("target", [1.2, 1.81, 2.5])
 def test_a_target_length_is_reached_within_one_percent_on_all_data(home: Path, tmp_path: Path, target: float) -> None:
     manifest = run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), target_length=target)
     starts = starts_of(tmp_path / "a")
@@ -301,7 +301,7 @@ def test_a_target_length_is_reached_from_a_sample_of_the_images_too(home: Path, 
 
 @pytest.mark.parametrize(
     ("rule", "longest"),
-    [({}, "3.000"), ({"row_reset": False}, "4.000"), ({"max_length": 2}, "2.000"), ({"max_length": 1}, "1.000")],
+    [({}, "2.667"), ({"row_reset": False}, "3.429"), ({"max_length": 2}, "1.846"), ({"max_length": 1}, "1.000")],
 )
 def test_a_target_length_out_of_reach_is_refused_with_the_range(
     home: Path, tmp_path: Path, rule: dict[str, Any], longest: str
@@ -311,7 +311,7 @@ def test_a_target_length_out_of_reach_is_refused_with_the_range(
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(("row_reset", "target"), [(True, 5.9), (False, 20.0)])
+@pytest.mark.parametrize(("row_reset", "target"), [(True, 4.7), (False, 11.0)])
 def test_without_a_limit_lengths_reach_to_a_row_and_to_the_whole_image(
     home: Path, tmp_path: Path, row_reset: bool, target: float
 ) -> None:
@@ -344,9 +344,9 @@ def test_no_threshold_comes_nearer_to_the_target_than_the_one_found(
     def length(threshold: float) -> float:
         return entropy.size / int(patch_starts(entropy, threshold, max_length, GRID[1], row_reset).sum())
 
-    reachable = [length(threshold) for threshold in np.arange(1, levels + 2) / 2]
+    reachable = [length(threshold) for threshold in np.arange(levels + 1) / 2]
     try:
-        found = find_threshold(entropy, target, max_length, GRID[1], row_reset)
+        found = find_threshold(entropy, target, PatchRule(max_length=max_length, row_reset=row_reset), GRID[1])
     except StageError:
         assert target > 1.01 * max(reachable)
         return

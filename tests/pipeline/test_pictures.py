@@ -9,6 +9,7 @@ from jinja2 import UndefinedError
 from PIL import Image
 
 from pipeline.pictures import (
+    captioned,
     color_bar,
     colors,
     data_uri,
@@ -118,6 +119,16 @@ def test_titles_of_any_length_stay_inside_the_sheet(title: str) -> None:
     whole = pixels(sheet([[Image.new("RGB", (120, 80), "grey")]], [title], [title]))
     for border in (whole[:4], whole[-4:], whole[:, :4], whole[:, -4:]):
         assert border.min() == 255
+
+
+def test_a_caption_of_any_length_is_drawn_to_its_last_letter() -> None:
+    picture = Image.new("RGB", (256, 20), (9, 9, 9))
+    name = "n02106662 German shepherd, " * 20
+    one, other = (captioned(picture, name + letter) for letter in "xy")
+    assert one.width == 256
+    assert one.crop((0, 0, 256, 20)).tobytes() == picture.tobytes()
+    assert one.tobytes() != other.tobytes()
+    assert captioned(picture, "dog").height < one.height
 
 
 def test_a_sheet_with_too_few_titles_is_refused() -> None:

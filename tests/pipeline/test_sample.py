@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import dpar
-from dpar import DPAR, LlamaGen
+from dpar import DPAR, LlamaGen, PatchRule, SamplingOptions
 from dpar.errors import ModelError
 from dpar.patching import static_starts
 from dpar.sampling import sample
@@ -154,10 +154,10 @@ def test_codes_and_boundaries_are_the_librarys_under_the_training_datas_rule(hom
     run(home, tmp_path / "out", cfg_scale=1.7)
     codes, starts = sample(
         DPAR.from_pretrained(home / "dpar" / "model"),
-        LlamaGen.from_pretrained(home / "entropy"),
         torch.tensor([0, 0, 1, 1, 2, 2]),
-        cfg_scale=1.7,
-        **RULE,
+        LlamaGen.from_pretrained(home / "entropy"),
+        PatchRule(**RULE),
+        SamplingOptions(cfg_scale=1.7),
     )
     np.testing.assert_array_equal(held(tmp_path / "out")["codes"], codes.numpy())
     np.testing.assert_array_equal(held(tmp_path / "out")["starts"], starts.numpy())
@@ -294,12 +294,10 @@ def test_guidance_schedules_are_the_librarys(home: Path, tmp_path: Path, schedul
     run(home, tmp_path / "out", cfg_scale=3.0, cfg_schedule=schedule, cfg_power=2.0, per_class=1, png=False)
     codes, _ = sample(
         DPAR.from_pretrained(home / "dpar" / "model"),
-        LlamaGen.from_pretrained(home / "entropy"),
         torch.tensor([0, 1, 2]),
-        cfg_scale=3.0,
-        cfg_schedule=schedule,
-        cfg_power=2.0,
-        **RULE,
+        LlamaGen.from_pretrained(home / "entropy"),
+        PatchRule(**RULE),
+        SamplingOptions(cfg_scale=3.0, cfg_schedule=schedule, cfg_power=2.0),
     )
     np.testing.assert_array_equal(held(tmp_path / "out")["codes"], codes.numpy())
 
@@ -450,7 +448,7 @@ def test_weights_inside_a_run_are_sampled_with_what_the_run_knows(home: Path, tm
 
 def test_a_run_without_weights_yet_is_one_message(home: Path, tmp_path: Path) -> None:
     record = json.loads((home / "dpar" / "run.json").read_text(encoding="utf-8"))
-    RunFolder(tmp_path / "new", record["kind"], record["settings"], record["inputs"])
+    RunFolder(tmp_path / "new", record["kind"], record["settings"], record["inputs"]).close()
     with pytest.raises(StageError, match=f"the run {tmp_path}/new has no weights yet: its first checkpoint is still"):
         sample_pictures(tmp_path / "new", tmp_path / "out", SampleSettings(**CPU), QUIET)
 

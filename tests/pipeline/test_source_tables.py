@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -184,16 +185,71 @@ def test_rows_without_a_usable_image_are_unusable_one_by_one(tmp_path: Path) -> 
     assert source.load(3).tobytes() == decoded(0)
 
 
-def test_images_kept_as_paths_are_read_from_there_and_a_lost_one_stops(tmp_path: Path) -> None:
-    (tmp_path / "1.png").write_bytes(png(1))
-    images = [{"bytes": None, "path": str(tmp_path / "1.png")}]
-    kept = pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
-    datasets.Dataset(pa.table({"image": kept, "label": [0]})).save_to_disk(tmp_path / "x")
-    source = open_source(str(tmp_path / "x"))
-    assert source.load(0).tobytes() == decoded(1)
-    (tmp_path / "1.png").unlink()
+KEPT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+def kept_as_paths(folder: Path, *paths: object) -> Source:
+    kept = pa.array([{"bytes": None, "path": str(path)} for path in paths], KEPT)
+    datasets.Dataset(pa.table({"image": kept, "label": [0] * len(paths)})).save_to_disk(folder)
+    return open_source(str(folder))
+
+
+def test_images_kept_as_paths_are_read_from_the_data_sets_folder_and_a_lost_one_stops(tmp_path: Path) -> None:
+    image = tmp_path / "x" / "images" / "1.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(png(1))
+    source = kept_as_paths(tmp_path / "x", image, "images/1.png")
+    assert pixels(source) == [decoded(1)] * 2
+    image.unlink()
     with pytest.raises(StageError, match="put it back"):
         source.load(0)
+
+
+def test_a_row_cannot_name_a_file_outside_the_data_sets_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(png(1))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "x" / "deep").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "x" / "pipe.png")
+    paths = [
+        "/dev/zero",
+        tmp_path / "secret.png",
+        "../secret.png",
+        "link.png",
+        "deep/secret.png",
+        "pipe.png",
+        "",
+        ".",
+        "../a\0b",
+    ]
+    kept = pa.array([{"bytes": None, "path": str(path)} for path in paths], KEPT)
+    parquet = write_parquet(tmp_path / "x" / "a.parquet", {"image": kept, "label": [0] * len(paths)})
+    for source in (open_source(parquet), kept_as_paths(tmp_path / "x", *paths)):
+        for i in range(len(paths)):
+            with pytest.raises(UnusableImage, match=r"leads out of the data set's folder|not a regular file"):
+                source.load(i)
+
+
+def test_a_file_replaced_under_its_name_is_another_listing(tmp_path: Path) -> None:
+    for folder in ("parquet", "saved"):
+        found = set()
+        for colours in ([1, 2], [3, 4]):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            rows = {"image": [png(colour) for colour in colours], "label": [0, 0]}
+            if folder == "parquet":
+                data = write_parquet(tmp_path / folder / "a.parquet", rows)
+            else:
+                data = str(tmp_path / folder)
+                datasets.Dataset(pa.table(rows)).save_to_disk(data)
+            found.add(open_source(data).describe()["listing_sha256"])
+        assert len(found) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_named_pipe_for_a_table_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.parquet")
+    with pytest.raises(StageError, match=r"a\.parquet: not a regular file"):
+        open_source(str(tmp_path / "a.parquet"))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])

@@ -25,7 +25,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.errors import StageError
-from pipeline.sources import LeftOut, Source, UnusableImage, open_source
+from pipeline.sources import LeftOut, Source, UnusableImage, locations, open_source
 
 
 def jpeg(colour: int = 0) -> bytes:
@@ -82,7 +82,6 @@ def assert_same(a: Source, b: Source) -> None:
     assert keys(a) == keys(b)
     assert labels(a) == labels(b)
     assert pixels(a) == pixels(b)
-    assert a.describe()["listing_sha256"] == b.describe()["listing_sha256"]
 
 
 IMAGES = {
@@ -525,3 +524,49 @@ def test_a_description_is_json_and_reopens_the_source_from_anywhere(
     described = json.loads(json.dumps(source.describe()))
     monkeypatch.chdir(os.path.dirname(tmp_path))
     assert_same(open_source(described["location"], split=described["split"]), source)
+
+
+def test_another_tar_under_the_same_name_is_another_listing(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    found = []
+    for files in ({"cat/1.png": jpeg(1), "dog/2.png": jpeg(2)}, {"dog/2.png": jpeg(2), "cat/1.png": jpeg(1)}):
+        path.write_bytes(tar_of(files))
+        os.utime(path, ns=(10**18, 10**18))
+        found.append(open_source(str(path)))
+    os.utime(path, ns=(10**18, 10**18 + 1))
+    found.append(open_source(str(path)))
+    assert keys(found[0]) == keys(found[1]) == keys(found[2])
+    assert len({str(source.describe()["listing_sha256"]) for source in found}) == 3
+    with pytest.raises(StageError, match=r"a\.tar: has been changed since its images were listed.*--overwrite"):
+        found[1].load(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_named_pipe_for_a_tar_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    for data in ("a.tar", "*.tar", ""):
+        with pytest.raises(StageError, match=r"a\.tar: not a regular file"):
+            open_source(str(tmp_path / data))
+
+
+@pytest.mark.parametrize(
+    "braces",
+    [
+        "{0..99999999999}",
+        "{0..99999}{0..99999}",
+        "{x{0..9999}{0..9999},y}",
+        "{" + "{,}" * 40 + ",z}",
+        "{a,b}" * 40,
+    ],
+)
+def test_braces_that_stand_for_too_many_names_are_refused_before_they_are_made(tmp_path: Path, braces: str) -> None:
+    for data in (f"{tmp_path}/{braces}.tar", f"https://example.org/{braces}.tar"):
+        with pytest.raises(StageError, match="its braces stand for more than 1,000,000 names"):
+            open_source(data)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{0..9}", "{a,b}{1,2,3}", "{a{0..3},b{5..1..2}}x{,}", "{x}", "{{1..2}}", r"\{1,2\}"]
+)
+def test_names_of_braces_are_counted_as_they_are_made(pattern: str) -> None:
+    assert locations._count_names(pattern) == len(locations.expand(pattern))

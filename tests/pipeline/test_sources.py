@@ -546,17 +546,40 @@ def test_a_named_pipe_is_left_out_instead_of_waited_for(tmp_path: Path) -> None:
     assert open_source(str(tmp_path)).left_out == (LeftOut("cat/2.png", "not a regular file"),)
 
 
-def test_a_listing_depends_on_the_names_alone(tmp_path: Path) -> None:
+def test_a_listing_depends_on_names_sizes_and_times_of_change_alone(tmp_path: Path) -> None:
     names = [f"{c}/{i}.png" for c in ("b", "a", "ä", "a b") for i in (10, 9, 1)]
     for root, order in (("x", names), ("y", names[::-1])):
         for name in order:
-            save(tmp_path / root / name)
+            os.utime(save(tmp_path / root / name), ns=(10**18, 10**18))
     first, second = (open_source(str(tmp_path / root)) for root in "xy")
     assert keys(first) == keys(second)
     assert labels(first) == labels(second) == sorted(labels(first))
     assert first.describe()["listing_sha256"] == second.describe()["listing_sha256"]
     save(tmp_path / "y" / "a" / "11.png")
     assert open_source(str(tmp_path / "y")).describe()["listing_sha256"] != first.describe()["listing_sha256"]
+
+
+def test_a_picture_replaced_under_its_name_is_another_listing(tmp_path: Path) -> None:
+    path = tmp_path / "cat" / "1.png"
+    found = set()
+    for colour, changed in ((1, 0), (2, 1)):
+        save(path, Image.new("RGB", (8, 6), (colour, 0, 0)))
+        os.utime(path, ns=(changed, changed))
+        found.add(open_source(str(tmp_path)).describe()["listing_sha256"])
+    path.write_bytes(path.read_bytes() + b" ")
+    os.utime(path, ns=(1, 1))
+    source = open_source(str(tmp_path))
+    found.add(source.describe()["listing_sha256"])
+    assert len(found) == 3
+    path.unlink()
+    assert source.describe()["listing_sha256"] in found  # of when it was first asked for
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_an_image_that_is_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "1.png")
+    with pytest.raises(StageError, match="not a regular file"):
+        read_image(tmp_path / "1.png")
 
 
 def test_a_description_is_json_and_names_the_listing(tmp_path: Path) -> None:

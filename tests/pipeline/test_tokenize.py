@@ -7,6 +7,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rich.console import Console
 import dpar
 from dpar.tokenizer import VQConfig, VQTokenizer, from_uint8
 from pipeline.errors import StageError
-from pipeline.progress import Progress
+from pipeline.progress import Progress, Task
 from pipeline.settings import TokenizeSettings
 from pipeline.sources import open_source
 from pipeline.tokenize import tokenize
@@ -281,6 +282,36 @@ def test_images_added_to_the_source_are_noticed(home: Path, tmp_path: Path) -> N
             tokenize(str(tmp_path / "data"), tmp_path / "a", chosen(home), QUIET)
     with pytest.raises(ValueError, match="listing was"):
         tokenize(str(tmp_path / "data"), tmp_path / "a", chosen(home), QUIET)
+
+
+def test_a_picture_replaced_between_a_stop_and_the_next_run_is_noticed(home: Path, tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / "data" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / "data" / "cat" / f"{i}.png")
+    settings = chosen(home, shard_size=1)
+    with pytest.raises(InterruptedError):
+        tokenize(str(tmp_path / "data"), tmp_path / "a", settings, Stopping(quiet=True))
+    assert list((tmp_path / "a" / BUILD).glob("[0-9]*.json"))
+    Image.new("RGB", (20, 20), (9, 9, 9)).save(tmp_path / "data" / "cat" / "3.png")
+    with pytest.raises(ValueError, match=r"listing was .* and is now .*--overwrite"):
+        tokenize(str(tmp_path / "data"), tmp_path / "a", settings, QUIET)
+
+
+class Stopping(Progress):
+    """Stops the run at its third image, when the first is written."""
+
+    @contextmanager
+    def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
+        with super().task(title, total, unit) as task:
+            advance = task.advance
+
+            def stop(n: int = 1, note: str = "") -> None:
+                advance(n, note)
+                if task._done == 3:
+                    raise InterruptedError
+
+            task.advance = stop  # type: ignore[method-assign]
+            yield task
 
 
 @pytest.mark.slow

@@ -124,13 +124,30 @@ def test_other_settings_or_data_over_a_run_are_refused_with_both_values(patches:
     run(patches, tmp_path / "a", steps=1)
     before = digests(tmp_path / "a")
     with pytest.raises(StageError) as refusal:
-        run(patches, tmp_path / "a", steps=2, lr=5e-4)
+        run(patches, tmp_path / "a", steps=1, lr=5e-4, batch=2)
     assert "lr was 0.001 and is now 0.0005" in str(refusal.value)
-    assert "steps was 1 and is now 2" in str(refusal.value)
+    assert "batch was 4 and is now 2" in str(refusal.value)
     build(tmp_path / "other", seed=7)
     with pytest.raises(StageError, match="artifact was"):
         run(tmp_path / "other", tmp_path / "a", steps=1)
     assert digests(tmp_path / "a") == before
+
+
+def test_more_steps_train_on_to_the_weights_of_one_long_run_and_fewer_are_refused(
+    patches: Path, tmp_path: Path
+) -> None:
+    run(patches, tmp_path / "a", steps=2)
+    run(patches, tmp_path / "a", steps=4)
+    run(patches, tmp_path / "b", steps=4)
+    assert largest_difference(tmp_path / "a", tmp_path / "b") == 0
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    history = json.loads((tmp_path / "a" / "run.json").read_text())["history"]
+    assert [start["step"] for start in history] == [0, 2]
+    assert history[1]["changed"] == {"steps": [2, 4]}
+    run(patches, tmp_path / "a", steps=None, epochs=1.5)  # six steps
+    assert metrics(tmp_path / "a")[-1]["step"] == 6
+    with pytest.raises(StageError, match="steps was None and is now 3"):
+        run(patches, tmp_path / "a", steps=3)
 
 
 def test_settings_that_do_not_decide_the_result_may_change(patches: Path, tmp_path: Path) -> None:
@@ -275,8 +292,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
     model = untrained()
     backwards = iter(range(99))
     model.norm.weight.register_hook(lambda gradient: gradient * (math.inf if next(backwards) in (1, 3) else 1))
-    folder = RunFolder(tmp_path / "a", "train", {}, {})
-    fit(model, Objective(artifact=artifact, validation=None), folder, settings, QUIET)
+    with RunFolder(tmp_path / "a", "train", {}, {}) as folder:
+        fit(model, Objective(artifact=artifact, validation=None), folder, settings, QUIET)
 
     def tensors(step: int) -> dict[str, torch.Tensor]:
         (path,) = (tmp_path / "a" / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")

@@ -1,5 +1,6 @@
 """Checkpoints under kills, signals and full disks."""
 
+import io
 import json
 import random
 import resource
@@ -14,11 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from pipeline.checkpoints import damage, whole
 from pipeline.errors import StageError
+from pipeline.progress import Progress
+from pipeline.train import train
+from shards.manifest import file_sha256
 from tests.pipeline.training import (
     build,
+    chosen,
     command,
     digests,
     ends,
@@ -138,6 +144,60 @@ def test_a_checkpoint_without_one_of_its_files_gives_way_and_none_left_is_an_err
         path.unlink()
     with pytest.raises(StageError, match=r"all checkpoints in .* are damaged"):
         run(patches, tmp_path / "a", **settings)
+
+
+@pytest.mark.parametrize("change", ["a bit", "a block of zeros"])
+def test_a_checkpoint_whose_bytes_changed_gives_way_to_the_one_before_with_a_message(
+    patches: Path, tmp_path: Path, change: str
+) -> None:
+    settings = {"steps": 4, "checkpoint_every": 2}
+    run(patches, tmp_path / "a", **settings)
+    before = digests(tmp_path / "a")
+    (newest,) = (tmp_path / "a" / "checkpoints" / "step-00000004").glob("*.safetensors")
+    content = bytearray(newest.read_bytes())
+    if change == "a bit":
+        content[-1000] ^= 1
+    else:
+        content[-5000:] = bytes(5000)
+    newest.write_bytes(content)
+    with pytest.raises(StageError, match=r"step-00000004 is damaged: .* has changed since it was written"):
+        whole(newest.parent, "model.")
+    messages = io.StringIO()
+    train(patches, tmp_path / "a", chosen(**settings), Progress(Console(file=messages, width=500)))
+    assert f"step-00000004 is damaged: {newest.name} has changed since it was written" in messages.getvalue()
+    assert "the one before it serves" in messages.getvalue()
+    assert digests(tmp_path / "a") == before
+
+
+def test_the_seal_holds_the_sha256_of_each_file_and_sizes_alone_still_serve(patches: Path, tmp_path: Path) -> None:
+    run(patches, tmp_path / "a", steps=2)
+    (checkpoint,) = (tmp_path / "a" / "checkpoints").iterdir()
+    seal = json.loads((checkpoint / "checkpoint.json").read_text())
+    shards = list(checkpoint.glob("*.safetensors"))
+    expected = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in shards}
+    assert seal["files"] == expected
+    seal["files"] = {name: sealed["bytes"] for name, sealed in expected.items()}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(seal))
+    assert damage(checkpoint) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[]", r"is [], expected an object"),
+        ('{"notes": {"step": "two"}, "files": {}}', "field notes.step is 'two', expected an integer"),
+        ('{"notes": {"step": 3}, "files": {}}', "step is 3, expected that of the folder's name"),
+        ('{"notes": {"step": 2}, "files": {"a": 1e400}}', "field files.a is inf, expected"),
+        ("[" * 100_000, "is not valid JSON"),
+    ],
+)
+def test_a_seal_with_wrong_values_makes_a_damaged_checkpoint(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "step-00000002" / "checkpoint.json").write_text(content)
+    fault = damage(tmp_path / "step-00000002")
+    assert fault is not None
+    assert "checkpoint.json" in fault
+    assert says in fault
 
 
 @pytest.mark.slow

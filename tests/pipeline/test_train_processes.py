@@ -18,6 +18,7 @@ from tests.pipeline.training import (
     EXACT,
     build,
     chosen,
+    command,
     digests,
     ends,
     largest_difference,
@@ -112,19 +113,99 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(patches: Path, tmp_p
     assert metrics(out)[-1]["step"] == step
 
 
-@pytest.mark.slow
-def test_ctrl_c_under_torchrun_saves_one_step_in_all_processes(patches: Path, tmp_path: Path) -> None:
-    out = tmp_path / "stopped"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    settings = options(chosen(steps=500, checkpoint_every=1000))
-    process = subprocess.Popen(
-        [*launcher, "-m", "cli", "train", str(patches), str(out), *settings],
+def torchrun(patches: Path, out: Path, module: str = "torch.distributed.run", **values: Any) -> Any:
+    """``dpar train`` in two processes that torchrun, or ours, starts."""
+    launcher = [sys.executable, "-m", module, "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*launcher, "-m", "cli", "train", str(patches), str(out), *options(chosen(**values))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500"},
-        cwd=tmp_path,
+        cwd=patches.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_or_of_the_first_is_printed_once(patches: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    run(patches, out, steps=1)
+    for values in ({"steps": 1, "lr": 5e-4}, {"steps": 1, "batch": 3}):  # found by the first one; by all
+        process = torchrun(patches, out, **values)
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 1
+        assert [line[:7] for line in errors.splitlines()].count("Error: ") == 1, errors
+        assert "another process of this run has ended" not in errors
+
+
+@pytest.mark.slow
+def test_a_share_that_one_process_finds_changed_makes_all_resume_from_the_checkpoint_before(
+    patches: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a"
+    settings: dict[str, Any] = {"steps": 2, "checkpoint_every": 1, "fsdp": True}
+    ends(together(patches, out, **settings))
+    before = digests(out)
+    share = out / "checkpoints" / "step-00000002" / "shard-00002-model-00001-of-00001.safetensors"
+    content = bytearray(share.read_bytes())
+    content[-100] ^= 1
+    share.write_bytes(content)
+    messages, _ = ends(together(patches, out, **settings))
+    assert f"step-00000002 is damaged: {share.name} has changed since it was written" in messages
+    assert digests(out) == before
+
+
+@pytest.mark.slow
+def test_a_second_command_on_a_run_is_refused_and_a_killed_one_blocks_nothing(patches: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    first = command(patches, out, steps=500, checkpoint_every=1000)
+    while first.poll() is None and lines_of(out) < 1:
+        time.sleep(0.01)
+    (refusal,) = ends([command(patches, out, steps=500, checkpoint_every=1000)], 1)
+    assert f"Error: {out} is in use by process {first.pid} on " in refusal
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    ends([command(patches, out, steps=2, override=True)])
+    assert [line["step"] for line in metrics(out)] == [1, 2]
+
+
+@pytest.mark.slow
+def test_dpar_torchrun_ends_with_the_status_of_the_signal_or_the_error_and_no_traceback(
+    patches: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a"
+    process = torchrun(patches, out, "pipeline.torchrun", steps=500, checkpoint_every=1000)
+    while process.poll() is None and lines_of(out) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 75, errors
+    assert errors.count("Stopped. Step ") == 1
+    assert "Traceback" not in errors
+    (name,) = saved(out)
+    assert metrics(out)[-1]["step"] == int(name.removeprefix("step-"))
+    process = torchrun(patches, out, "pipeline.torchrun", steps=500, batch=3)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_one_process_prints_the_summary_and_only_one_holds_the_run(patches: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    process = torchrun(patches, out, steps=2)
+    printed, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert printed.count("step 2, bits/token") == 1
+    assert errors.count("weights: ") == 1
+    assert "Warning: `broadcast_buffers`" not in errors
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_saves_one_step_in_all_processes(patches: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    process = torchrun(patches, out, steps=500, checkpoint_every=1000)
     while process.poll() is None and lines_of(out) < 3:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)

@@ -61,6 +61,19 @@ def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
     assert one == other
 
 
+def test_more_steps_train_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    train_tokenizer("builtin:photos", tmp_path / "vq", dataclasses.replace(SMALL, steps=2), QUIET)
+    train_tokenizer("builtin:photos", tmp_path / "vq", dataclasses.replace(SMALL, steps=3), QUIET)
+    assert [line["step"] for line in read_metrics(tmp_path / "vq")] == [2, 3]
+    assert [path.name for path in sorted((tmp_path / "vq" / "checkpoints").iterdir())][-1] == "step-00000003"
+
+
+def test_several_processes_of_torchrun_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(StageError, match="trains in one process; start it without torchrun"):
+        train_tokenizer("builtin:photos", tmp_path / "vq", SMALL, QUIET)
+
+
 def test_bf16_weights_take_half_the_space_and_load_as_float32(tmp_path: Path) -> None:
     settings = dataclasses.replace(SMALL, steps=1)
     full = train_tokenizer("builtin:photos", tmp_path / "a", settings, QUIET)

@@ -495,6 +495,26 @@ def test_an_input_left_out_is_one_line_of_two_fields_whatever_its_name(key: str,
     assert fields == [key, reason]
 
 
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@x", "\x1b[31mred", "a\tb\nc"])
+def test_an_input_left_out_is_no_formula_and_no_terminal_code_in_the_listing(tmp_path: Path, name: str) -> None:
+    build = opened(tmp_path / "a", n_shards=1)
+    build.add(0, shard_rows(0), left_out=[LeftOut(key=name, reason=name)])
+    build.finish(make_manifest)
+    _, line = (tmp_path / "a" / LEFT_OUT).read_text(encoding="utf-8").splitlines()
+    key, reason = line.split("\t")
+    assert key == reason
+    assert key[0] not in "=+-@"
+    assert key.isprintable()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": ' + "9" * 400 + "}"])
+def test_damaged_settings_of_an_unfinished_artifact_are_named(tmp_path: Path, text: str) -> None:
+    opened(tmp_path / "a").close()
+    (tmp_path / "a" / BUILD / "settings.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"settings\.json is damaged"):
+        opened(tmp_path / "a")
+
+
 def test_a_shards_size_is_in_the_manifest(tmp_path: Path) -> None:
     manifest = run(tmp_path / "a")
     assert manifest is not None

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -6,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
 SIZES = (5, 0, 4, 1)  # rows a shard
 GRID, VIEWS, N = (2, 5), 3, 10
 TOTAL = sum(SIZES)
+CLASSES = tuple(str(i) for i in range(100))
 PICKS = st.lists(st.tuples(st.integers(0, TOTAL - 1), st.integers(0, VIEWS - 1)), max_size=25)
 
 
@@ -28,7 +31,7 @@ def shard_rows(index: int, kind: Kind) -> Rows:
     shape = (SIZES[index], VIEWS, N)
     return Rows(
         keys=[f"{index}/ä {i}.jpg" for i in range(SIZES[index])],
-        labels=rng.integers(0, 2**31, SIZES[index]).astype(np.int32),
+        labels=rng.integers(0, len(CLASSES), SIZES[index]).astype(np.int32),
         codes=rng.integers(0, 2**16, shape).astype(np.uint16),
         entropy=rng.random(shape).astype(np.float16) if kind == "patches" else None,
         starts=rng.random(shape) < 0.5 if kind == "patches" else None,
@@ -51,7 +54,7 @@ def write_artifact(
             grid=grid,
             codebook_size=2**16,
             views=rows[0].codes.shape[1],
-            class_names=("a",),
+            class_names=CLASSES,
             rows=sum(len(part) for part in rows),
             shards=shards,
             settings={},
@@ -149,20 +152,37 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-40]), "is damaged"),
     "empty": (lambda path: path.write_bytes(b""), "is damaged"),
     "not text": (lambda path: path.write_bytes(b"\xff\xfe\x00"), "is damaged"),
-    "a list": (lambda path: path.write_text("[]"), "is damaged"),
-    "without a field": (lambda path: drop(path, "grid"), "grid"),
-    "a field too many": (lambda path: change(path, colour="red"), "colour"),
-    "a grid of words": (lambda path: change(path, grid=["x", 2]), "is damaged"),
-    "half a grid": (lambda path: change(path, grid=[2]), "is damaged"),
-    "shards of words": (lambda path: change(path, shards=["x"]), "is damaged"),
+    "a list": (lambda path: path.write_text("[]"), "is [], expected an object"),
+    "nested too deep": (lambda path: path.write_text("[" * 10**5), "is not valid JSON"),
+    "a number of 400 digits": (lambda path: change(path, rows=10**400), "has more than 64 bits"),
+    "a number of 65 bits": (lambda path: change(path, settings={"limit": 2**63}), "has more than 64 bits"),
+    "text that is not Unicode": (lambda path: change(path, class_names=["\ud800"]), "is not valid JSON"),
+    "without a field": (lambda path: drop(path, "grid"), "field grid is missing, expected a list of 2"),
+    "without a version": (lambda path: drop(path, "format_version"), "format version 'missing'"),
+    "a field too many": (lambda path: change(path, colour="red"), "field 'colour' is unknown, expected only kind, "),
+    "a grid of words": (lambda path: change(path, grid=["x", 2]), "field grid[0] is 'x', expected an integer"),
+    "half a grid": (lambda path: change(path, grid=[2]), "field grid is [2], expected a list of 2"),
+    "three sides": (lambda path: change(path, grid=[2, 5, 1]), "field grid is [2, 5, 1], expected a list of 2"),
+    "a grid of nothing": (lambda path: change(path, grid=[0, 5]), "field grid[0] is 0, expected an integer of at"),
+    "a grid without end": (lambda path: change(path, grid=[2**40, 2**40]), "values a row"),
+    "no codes": (lambda path: change(path, codebook_size=0), "codebook_size is 0, expected an integer of at least 1"),
+    "shards of words": (lambda path: change(path, shards=["x"]), "field shards[0] is 'x', expected an object"),
+    "a number of shards": (lambda path: change(path, shards=3), "field shards is 3, expected a list"),
+    "null settings": (lambda path: change(path, settings=None), "field settings is null, expected an object"),
+    "rows as text": (lambda path: change(path, rows="10"), "field rows is '10', expected an integer of at least 0"),
+    "rows as a fraction": (lambda path: change(path, rows=10.0), "field rows is 10.0, expected an integer"),
+    "true views": (lambda path: change(path, views=True), "field views is True, expected an integer of at least 1"),
+    "a class without a name": (lambda path: change(path, class_names=["a", None]), "class_names[1] is null, expected"),
+    "a shard's rows as text": (lambda path: change_shard(path, rows="5"), "field shards[0].rows is '5', expected"),
+    "a shard's size as text": (lambda path: change_shard(path, bytes=""), "shards[0].bytes is '', expected an integer"),
     "another version": (lambda path: change(path, format_version=99), "format version 99; this version reads 2"),
+    "another kind": (lambda path: change(path, kind="pixels"), "kind is 'pixels', expected one of codes, patches"),
     "an older rule": (lambda path: change(path, format_version=1), r"make the patches again with `dpar patchify`"),
-    "another kind": (lambda path: change(path, kind="pixels"), "kind is 'pixels'; this version reads codes, patches"),
     "a row too many": (lambda path: change(path, rows=TOTAL + 1), f"hold {TOTAL} rows together, and it says"),
-    "a shard elsewhere": (lambda path: change_shard(path, name="../a/00000.arrow"), "is no plain file name"),
-    "a shard of a bad name": (lambda path: change_shard(path, name=".."), "is no plain file name"),
+    "a shard elsewhere": (lambda path: change_shard(path, name="../a/00000.arrow"), "is not a plain file name"),
+    "a shard of a bad name": (lambda path: change_shard(path, name=".."), "is not a plain file name"),
     "a shard twice": (lambda path: change_shard(path, name="00001.arrow"), "a shard is listed twice"),
-    "a shard of less than nothing": (lambda path: change_shard(path, rows=-5), "fewer than no rows"),
+    "a shard of less than nothing": (lambda path: change_shard(path, rows=-5), "field shards[0].rows is -5, expected"),
     "another container": (lambda path: change(path, container="zip"), "container is 'zip'"),
 }
 
@@ -389,3 +409,169 @@ def test_the_fingerprint_is_of_what_is_held_not_of_what_made_it(tmp_path: Path) 
         prints.add(open_artifact(tmp_path / name).manifest.fingerprint())
     prints.add(open_artifact(make(tmp_path / "tar", "webdataset")).manifest.fingerprint())
     assert len(prints) == 5
+
+
+def tampered(home: Path, container: Container, kind: Kind = "codes") -> Path:
+    """The first shard of a new artifact; its size and SHA-256 in the manifest are not looked at."""
+    make(home, container, kind)
+    change_shard(home / MANIFEST, bytes=None)
+    (path,) = home.glob("00000.*")
+    return path
+
+
+def arrow_shard(path: Path, compression: str | None = None, **columns: Any) -> None:
+    rows = SIZES[0]
+    values = pa.array(np.zeros(rows * VIEWS * N, np.uint16))
+    held = {
+        "key": pa.array([f"{i}" for i in range(rows)]),
+        "label": pa.array([0] * rows, pa.int32()),
+        "codes": pa.FixedSizeListArray.from_arrays(values, VIEWS * N),
+    }
+    batch = pa.record_batch({name: column for name, column in {**held, **columns}.items() if column is not None})
+    with pa.ipc.new_file(path, batch.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        writer.write_batch(batch)
+
+
+ARROW_DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
+    "keys that are numbers": ({"key": pa.array(range(5))}, "its key are int64, not string"),
+    "a row without a key": ({"key": pa.array(["a", None, "c", "d", "e"])}, "a row has no key"),
+    "a row without a label": ({"label": pa.array([0, None, 1, 1, 1], pa.int32())}, "a row has no label"),
+    "labels that are text": ({"label": pa.array(list("abcde"))}, "its label are string, not int32"),
+    "no labels": ({"label": None}, "label"),
+    "no keys": ({"key": None}, "key"),
+}
+
+
+@pytest.mark.parametrize("damage", ARROW_DAMAGE)
+def test_an_arrow_shard_that_lies_about_itself_is_one_message(tmp_path: Path, damage: str) -> None:
+    columns, says = ARROW_DAMAGE[damage]
+    path = tampered(tmp_path / "a", "arrow")
+    arrow_shard(path, **columns)
+    artifact = open_artifact(tmp_path / "a")
+    for read in (lambda: artifact.keys(np.arange(5)), lambda: artifact.shard_rows(0)):
+        with pytest.raises(ArtifactError, match=f"{re.escape(str(path))} is damaged") as refusal:
+            read()
+        assert re.search(says, str(refusal.value))
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_a_compressed_arrow_shard_is_one_message_whole_or_damaged(tmp_path: Path, compression: str) -> None:
+    path = tampered(tmp_path / "a", "arrow")
+    noise = np.random.default_rng(0).integers(0, 2**16, SIZES[0] * VIEWS * N).astype(np.uint16)
+    arrow_shard(path, compression, codes=pa.FixedSizeListArray.from_arrays(pa.array(np.sort(noise)), VIEWS * N))
+    whole = path.read_bytes()
+    for at in (None, *range(0, len(whole), 7)):
+        data = bytearray(whole)
+        if at is not None:
+            data[at] ^= 255
+        path.write_bytes(data)
+        with pytest.raises(ArtifactError, match=r"00000\.arrow (is damaged: |\(its size is )") as refusal:
+            open_artifact(tmp_path / "a").shard_rows(0)
+        if at is None:
+            assert "are compressed" in str(refusal.value)
+
+
+@pytest.mark.parametrize("ends", [[0, 1, 2, 3, 4, 2**31 - 1], [0, 4, 1, 3, 2, 5], [-(2**20), 1, 2, 3, 4, 5], None])
+def test_an_arrow_shard_whose_keys_lead_elsewhere_or_are_not_utf8_is_one_message(
+    tmp_path: Path, ends: list[int] | None
+) -> None:
+    path = tampered(tmp_path / "a", "arrow")
+    arrow_shard(path)
+    data = path.read_bytes()
+    written, forged = np.arange(6, dtype=np.int32).tobytes(), np.array(ends or [0], np.int32).tobytes()
+    if ends is None:
+        written, forged = b"01234", b"01\xff34"
+    assert data.count(written) == 1
+    path.write_bytes(data.replace(written, forged))
+    with pytest.raises(ArtifactError, match=f"{re.escape(str(path))} is damaged"):
+        open_artifact(tmp_path / "a").keys(np.arange(5))
+
+
+@pytest.mark.parametrize(
+    "size", [b"-0000000010", b"+0000000010", b"0000000_010", b"\x80" + b"\0" * 10, b"\xff" * 11, b"        10 "]
+)
+def test_a_size_in_a_tar_shard_that_is_not_plain_octal_is_one_message(tmp_path: Path, size: bytes) -> None:
+    path = tampered(tmp_path / "a", "webdataset")
+    data = bytearray(path.read_bytes())
+    data[1024 + 124 : 1024 + 135] = size  # of the second member
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=rf"{path} is damaged: the size at byte 1148 is not a number in octal"):
+        open_artifact(tmp_path / "a").shard_rows(0)
+
+
+@pytest.mark.parametrize(
+    ("found", "forged"),
+    [
+        (rb'"key"', b'"kex"'),
+        (rb'"label"', b'"lapel"'),
+        (rb'"0/', b'"\xff/'),
+        (rb'"label": \d\d', b'"label": []'),
+        (rb'"key": "........', rb'"key": "\\ud800xx'),
+    ],
+)
+@pytest.mark.parametrize("read", ["gather", "keys", "shard_rows", "stream"])
+def test_a_tar_shard_whose_json_is_not_what_was_written_is_one_message(
+    tmp_path: Path, found: bytes, forged: bytes, read: str
+) -> None:
+    path = tampered(tmp_path / "a", "webdataset")
+    data = path.read_bytes()
+    changed = re.sub(found, forged, data, count=1)
+    assert changed != data
+    assert len(changed) == len(data)
+    path.write_bytes(changed)
+    artifact, zero = open_artifact(tmp_path / "a"), np.array([0])
+    reads = {
+        "gather": lambda: artifact.gather(zero, zero),
+        "keys": lambda: artifact.keys(zero),
+        "shard_rows": lambda: artifact.shard_rows(0),
+        "stream": lambda: artifact.stream(zero, np.zeros(5, np.int64)),
+    }
+    with pytest.raises(ArtifactError, match=rf"{path} is damaged: "):
+        reads[read]()
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_codes_above_the_codebook_are_one_message_wherever_they_are_read(tmp_path: Path, container: Container) -> None:
+    change(make(tmp_path / "a", container) / MANIFEST, codebook_size=7)
+    artifact, zero = open_artifact(tmp_path / "a"), np.array([0])
+    for read in (
+        lambda: artifact.gather(zero, zero),
+        lambda: artifact.shard_rows(0),
+        lambda: artifact.stream(zero, np.zeros(5, np.int64)),
+    ):
+        with pytest.raises(ArtifactError, match=r"shard .*a.* holds code \d+; the codebook ends at 6"):
+            read()
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("label", [-1, 100, 2**31 - 1])
+def test_labels_past_the_classes_are_one_message_wherever_they_are_read(
+    tmp_path: Path, container: Container, label: int
+) -> None:
+    rows = dataclasses.replace(shard_rows(0, "codes"), labels=np.array([0, 1, label, 3, 4], np.int32))
+    write_artifact(tmp_path / "a", container, [rows], kind="codes")
+    artifact, every = open_artifact(tmp_path / "a"), np.arange(5)
+    for read in (lambda: artifact.gather(every, every * 0), lambda: artifact.shard_rows(0)):
+        with pytest.raises(ArtifactError, match=rf"holds label {label}; the classes end at 99"):
+            read()
+
+
+def test_rows_that_a_shard_is_too_small_for_are_refused_before_anything_is_reserved(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    change_shard(tmp_path / "a" / MANIFEST, bytes=None, rows=10**15)
+    change(tmp_path / "a" / MANIFEST, rows=10**15 + TOTAL - SIZES[0])
+    with pytest.raises(ArtifactError, match=r"00000\.arrow \(its size is \d+ bytes, too few for 10{15} rows\)"):
+        open_artifact(tmp_path / "a")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_named_pipe_for_a_shard_is_refused_instead_of_waited_for(tmp_path: Path, container: Container) -> None:
+    path = tampered(tmp_path / "a", container)
+    artifact = open_artifact(tmp_path / "a")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ArtifactError, match="not a regular file"):
+        artifact.shard_rows(0)
+    with pytest.raises(ArtifactError, match=rf"{path.name} \(cannot be opened: not a regular file\)"):
+        open_artifact(tmp_path / "a")

@@ -1,13 +1,12 @@
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpar.cache import KVCache, Places, pad_rows
-from dpar.onednn import available, onednn
+from dpar.cpu_kernels import pad_rows
+from dpar.kv_cache import KVCache, Places
 
 HEADS, HEAD_DIM, CAPACITY = 3, 16, 40
 
@@ -59,36 +58,3 @@ def test_a_row_attends_alike_to_the_last_bit_alone_and_among_rows_that_are_elsew
         theirs = among.at(Places.of(rows, positions[rows], total=6))(*(x[i, rows] for x in (q, k, v)))
         ours = alone.at(Places.of(np.array([0]), np.array([i]), total=1))(q[i, :1], k[i, :1], v[i, :1])
         assert torch.equal(ours, theirs[:1])
-
-
-@pytest.mark.parametrize("on_onednn", [True, False])
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("fan_in", "fan_out"), [(48, 100), (768, 2304), (1024, 2816), (2816, 1024)])
-def test_a_matrix_product_gives_a_row_the_same_bits_among_any_number_of_rows(
-    threads: int, fan_in: int, fan_out: int, on_onednn: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if on_onednn and not available():
-        pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr("dpar.onednn.available", lambda: on_onednn)
-    linear = torch.nn.Linear(fan_in, fan_out, bias=False)
-    x = torch.randn(40, fan_in, generator=torch.Generator().manual_seed(0))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad(), onednn(linear):
-            assert ("forward" in vars(linear)) == on_onednn
-            alone = torch.cat([linear(pad_rows(row))[:1] for row in x.split(1)])
-            for rows in range(2, len(x) + 1):
-                among = linear(pad_rows(x[-rows:]))[:rows]
-                assert torch.equal(among, alone[-rows:]), f"{rows} rows"
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(("on_onednn", "rows"), [(True, [2, 2, 3, 8, 9, 13, 16]), (False, [8, 8, 8, 8, 12, 16, 16])])
-def test_padding_makes_the_rows_that_a_library_treats_alike(
-    on_onednn: bool, rows: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dpar.onednn.available", lambda: on_onednn)
-    assert [len(pad_rows(torch.ones(given, 2))) for given in (1, 2, 3, 8, 9, 13, 16)] == rows
-    assert pad_rows(torch.ones(3, 2)).sum() == 6

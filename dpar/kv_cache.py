@@ -4,11 +4,10 @@
     places = Places.of(rows, positions, total=16, device=device)
     out = block(pad_rows(x), table, cache.at(places))[:7]        # x (7, 1, width): a new token of each of 7 rows
 
-On CPU a row's float32 numbers do not depend, to the last bit, on what else is in the batch. Matrix products choose
-their order of summation by the number of rows: oneDNN's (:mod:`dpar.onednn`) for a single row, other libraries' for
-more, so :func:`pad_rows` gives them numbers of rows that they treat alike. Products of attention choose it by the
-number of keys and by where they lie in memory, so caches are read in multiples of 32. This is how the same image comes
-out of batches of 1 and of 16: one flipped bit in a distribution of 16384 tokens can change a token.
+On CPU a row's float32 result is bit-identical in any batch, so that the same image comes out of batches of 1 and of 16:
+one flipped bit in a distribution of 16384 tokens can change a token. Matrix products choose their order of summation by
+the number of rows, so :func:`dpar.cpu_kernels.pad_rows` gives them numbers of rows that they treat alike. Products of
+attention choose it by the number of keys and by where they lie in memory, so caches are read in multiples of 32.
 """
 
 from __future__ import annotations
@@ -21,11 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpar import onednn
 from dpar.attention import Attend
 
-LEAST_ROWS = 2  # of oneDNN's products
-OTHER_LEAST_ROWS, OTHER_ROWS = 8, 4  # others have so many at least, and multiples of 4
 SEEN, HIDDEN = np.float32(0), np.float32("-inf")  # of masks
 KEYS = 32  # keys that are attended to come in multiples of this; the surplus is masked
 
@@ -33,18 +29,6 @@ KEYS = 32  # keys that are attended to come in multiples of this; the surplus is
 def round_up(number: int, multiple: int) -> int:
     """The next multiple of ``multiple``, or ``number`` where it is one."""
     return -(-number // multiple) * multiple
-
-
-def padded(rows: int) -> int:
-    """How many rows :func:`pad_rows` makes of so many."""
-    if onednn.available():
-        return max(LEAST_ROWS, rows)
-    return max(OTHER_LEAST_ROWS, round_up(rows, OTHER_ROWS))
-
-
-def pad_rows(x: Tensor) -> Tensor:
-    """x (R, ...) with rows of zeros at the end, so many that a row's products have the same bits in any batch."""
-    return with_rows(x, padded(x.shape[0]))
 
 
 @dataclass(frozen=True)
@@ -67,6 +51,11 @@ class Places:
     stretches: tuple[Stretch, ...]  # CPU: what is attended to at once
     keys: int  # the most that a row attends to
     mask: Tensor | None  # 0 or -inf, float32, added to scores: CPU (R, 1, keys); else (rows of the cache, 1, keys)
+
+    @classmethod
+    def together_at(cls, position: int, total: int, device: torch.device | str = "cpu") -> Places:
+        """All rows of caches with ``total`` rows, at one position."""
+        return cls.of(np.arange(total), np.full(total, position), total, device)
 
     @classmethod
     def of(

@@ -1,0 +1,28 @@
+"""Settings that no machine can serve are refused before anything is read or written."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.errors import StageError
+from pipeline.settings import TokenizerSettings, TokenizeSettings, TrainSettings
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "says"),
+    [
+        (TrainSettings, {"batch": 1_000_000_007}, "--batch is 1000000007; it must be at most 65536"),
+        (TrainSettings, {"micro_batch": 1_000_000_007}, "--micro-batch is 1000000007; it must be at most 65536"),
+        (TrainSettings, {"seed": 2**31}, "--seed is 2147483648; it must be at most 2147483647"),
+        (TrainSettings, {"steps": 10**5000}, "--steps is a number of too many digits; it must be at most 2147483647"),
+        (TrainSettings, {"lr": float("inf")}, "--lr is inf; it must be at least 0"),
+        (TrainSettings, {"lr": float("nan")}, "--lr is nan; it must be at least 0"),
+        (TokenizeSettings, {"tokenizer": "vq", "batch": 10**9}, "--batch is 1000000000; it must be at most 65536"),
+        (TokenizerSettings, {"image_size": 10**9}, "--image-size is 1000000000; it must be at most 65536"),
+    ],
+)
+def test_numbers_beyond_any_use_are_refused_with_the_bound(
+    settings: type[Any], values: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(StageError, match=says):
+        settings(**values)
