@@ -469,8 +469,9 @@ def test_an_entropy_model_of_the_same_tokenizer_is_taken_wherever_that_lies(home
     moved = {"path": "elsewhere/vq", "fingerprint": TOKENIZER["fingerprint"]}
     entropy = save_entropy_run(tmp_path / "run", moved)
     assert run(home / "arrow", tmp_path / "out", entropy_model=str(entropy), threshold=2.0).rows == sum(SIZES)
-    (entropy / "run.json").write_text(json.dumps({"format_version": 2, "kind": "entropy", "inputs": []}))
-    with pytest.raises(StageError, match=r"run\.json is damaged: it names no tokenizer"):
+    record = {"format_version": 2, "kind": "entropy", "settings": {}, "inputs": {"tokenizer": 3}}
+    (entropy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(StageError, match=r"run\.json.*tokenizer"):
         run(home / "arrow", tmp_path / "other", entropy_model=str(entropy), threshold=2.0)
 
 
