@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
+import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
-from safetensors import SafetensorError
+import torch
 from safetensors.torch import load_file, save_file
 
 from dpar.errors import ModelError
 
 if TYPE_CHECKING:
-    import torch
     from _typeshed import DataclassInstance
     from torch import nn
 
@@ -30,6 +33,9 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMATS = {"dpar": 2, "llamagen": 1, "vq": 1}  # of config.json, by model type
 RUN, RUN_WEIGHTS = "run.json", "model"  # a training run, and where in it its newest weights are
 BUILTIN = {"builtin:photos": "photos-vq-8"}  # ship in dpar/weights, whose README.md says how they were made
+LARGEST_CONFIG = 2**20  # bytes of config.json
+LARGEST_DEPTH = 1024  # layers; building more takes minutes, and no model has them
+LARGEST_SIZE = 2**24  # of a whole number in it; products of two still count tensors in 64 bits
 Config = TypeVar("Config")
 Grid = tuple[int, int]  # rows and columns of tokens
 
@@ -82,9 +88,10 @@ class Pretrained(Generic[Config]):
     @classmethod
     def from_weights(cls, weights: Weights) -> Self:
         """The model of :func:`read_weights`; see :meth:`from_pretrained`."""
-        model = cls(weights.make_config(cls.config_class))  # type: ignore[call-arg]  # a module's
+        config = weights.meta_model(cls).config
+        model = cls(config)  # type: ignore[call-arg]  # a module's
         module: nn.Module = model  # type: ignore[assignment]
-        load_tensors(module, weights.tensors, weights.source)
+        module.load_state_dict(weights.tensors)
         module.eval()
         return model
 
@@ -100,8 +107,44 @@ class Weights:
     config_source: str  # likewise of the values
 
     def make_config(self, config_class: type[Any]) -> Any:
-        """The config; raises ModelError for values that it does not know or refuses."""
-        return _config(config_class, self.values, self.config_source)
+        """Return the config.
+
+        Raises:
+            ModelError: a value is unknown, of another type, or refused; or it asks for more layers than have tensors.
+        """
+        config = _config(config_class, self.values, self.config_source)
+        for field, prefix in config_class.layer_prefixes.items():
+            value = getattr(config, field)
+            wanted, stored = len(value) if isinstance(value, tuple) else value, count_layers(self.tensors, prefix)
+            if wanted > LARGEST_DEPTH:
+                raise ModelError(
+                    f"{self.config_source}: {field} asks for {wanted} layers; at most {LARGEST_DEPTH} are read"
+                )
+            if wanted > stored:
+                raise ModelError(
+                    f"{self.config_source}: {field} asks for {wanted} layers; {self.source} has tensors of {stored} "
+                    f"({prefix}0 and so on)"
+                )
+        return config
+
+    def meta_model(self, model_class: type[Any]) -> Any:
+        """Return a model of these sizes on the meta device, where it takes no memory.
+
+        Sizes are checked against the tensors there, before a model is allocated.
+
+        Raises:
+            ModelError: as :meth:`make_config`; or the tensors are not exactly those of such a model.
+        """
+        config = self.make_config(model_class.config_class)
+        try:
+            with torch.device("meta"):
+                model = model_class(config)
+        except ModelError as error:
+            raise ModelError(f"{self.config_source}: {error}") from error
+        except RuntimeError as error:  # more entries than 64 bits count
+            raise ModelError(f"{self.config_source}: no model can have these sizes ({_first_line(error)})") from error
+        check_tensors(model, self.tensors, self.source)
+        return model
 
 
 def read_weights(
@@ -130,7 +173,7 @@ def read_weights(
     values = read_config(folder)
     found = values.pop("model_type", None)
     if wanted is not None and found != wanted:
-        raise ModelError(f"{folder} holds a {found!r} model; a {wanted!r} model is needed here")
+        raise ModelError(f"{folder} holds a {shown(found)} model; a {wanted!r} model is needed here")
     _check_format(folder / CONFIG, str(found), values.pop("format", None))
     if rope is not None and values.get("rope") != rope:
         raise ModelError(f"{folder} has rotary positions {values.get('rope')!r}; {rope!r} were asked for")
@@ -151,9 +194,11 @@ def read_weights(
 def _check_format(path: Path, kind: str, version: object) -> None:
     """Raises ModelError unless config.json of a model of this ``kind`` has the format version that is read here."""
     reads = FORMATS.get(kind)
-    if version == reads or reads is None:  # an unknown kind gets its own message from who wanted a model
+    if reads is None:  # an unknown kind gets its own message from who wanted a model
         return
-    what = f"{path} has format version {version!r}; this version reads {reads} of a {kind!r} model"
+    if version == reads and not isinstance(version, bool):
+        return
+    what = f"{path} has format version {shown(version)}; this version reads {reads} of a {kind!r} model"
     if kind == "dpar" and version == 1:
         raise ModelError(f"{what}. Version 1 was another architecture: train the model again with `dpar train`")
     raise ModelError(what)
@@ -169,6 +214,12 @@ def _read_file(path: Path, wanted: str | None, heads: int | None, grid: Grid | N
         what = llamagen_files.describe(found.model_type, found.sizes)
         needed = llamagen_files.TITLES[wanted]
         raise ModelError(f"{path} is {what}; {needed} is needed here")
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in found.tensors.values())
+    if claimed > path.stat().st_size:  # views of one entry claim any size
+        raise ModelError(
+            f"{path} has tensors of {claimed:,} bytes in a file of {path.stat().st_size:,}; it is damaged, or not a "
+            "checkpoint that was saved in full"
+        )
     return Weights(
         model_type=found.model_type,
         values=found.sizes,
@@ -238,26 +289,31 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
         raise ModelError(f"no model at {folder}: there is no such file")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        except HFValidationError as error:
+            raise ModelError(f"no model at {shown(name, quote=False)}: there is no such directory") from error
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise ModelError(f"{name} is no local directory, and the Hub did not give it: {error}") from error
-    raise ModelError(f"no model at {folder}: there is no such directory")
+    raise ModelError(f"no model at {shown(name, quote=False)}: there is no such directory")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The parsed ``config.json`` of a model directory."""
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = folder / CONFIG
+    if not path.is_file():
         hint = (
             f"; if {WEIGHTS} is a checkpoint of DPAR's authors, name that file" if (folder / WEIGHTS).is_file() else ""
         )
-        raise ModelError(f"{folder} is not a model directory: it has no {CONFIG}{hint}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{folder / CONFIG} cannot be read: {error}") from error
+        raise ModelError(f"{folder} is not a model directory: it has no {CONFIG}{hint}")
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise ModelError(f"{path} cannot be read: {path.stat().st_size:,} bytes are too many for a {CONFIG}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{folder / CONFIG} is not a JSON object")
     return values
@@ -277,8 +333,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{path.parent} holds no weights yet: {path.name} is missing")
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a whole safetensors file: {error}") from error
+    except Exception as error:  # safetensors tells damaged files by many classes of exception
+        raise ModelError(f"{path} is not a whole safetensors file: {_first_line(error)}") from error
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
@@ -291,15 +347,27 @@ def check_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: s
     """Raises ModelError, with a list, where ``tensors`` are not exactly those of ``module``, which may be on meta."""
     own = module.state_dict()
     faults = [f"missing {name}" for name in own if name not in tensors]
-    faults += [f"unexpected {name}" for name in tensors if name not in own]
+    faults += [f"unexpected {shown(name, quote=False)}" for name in tensors if name not in own]
     faults += [
         f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
         for name in own
         if name in tensors and tensors[name].shape != own[name].shape
     ]
+    faults += [
+        f"{name} holds {str(tensors[name].dtype).removeprefix('torch.')}, not floating-point numbers"
+        for name in own
+        if name in tensors and not tensors[name].is_floating_point()
+    ]
     if faults:
-        shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise ModelError(f"{source} does not fit a {type(module).__name__}: {shown}")
+        listed = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+        raise ModelError(f"{source} does not fit a {type(module).__name__}: {listed}")
+
+
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    """Return how many layers have tensors, from 0 without a gap: names begin with ``prefix``, a number and a dot."""
+    pattern = re.compile(re.escape(prefix) + r"([0-9]{1,9})\.")
+    numbers = {int(match[1]) for name in names if (match := pattern.match(name))}
+    return next(i for i in itertools.count() if i not in numbers)
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
@@ -311,11 +379,48 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
 
 def _config(config_class: type[Any], values: dict[str, Any], source: str) -> Any:
     known = {f.name for f in dataclasses.fields(config_class)}
-    unknown = sorted(set(values) - known)
+    unknown = [shown(name, quote=False) for name in sorted(set(values) - known)]
     if unknown:
         raise ModelError(f"{source} has settings that {config_class.__name__} does not know: {', '.join(unknown)}")
+    hints = typing.get_type_hints(config_class)
+    for name, value in values.items():
+        if (needed := _needed(hints[name], value)) is not None:
+            raise ModelError(f"{source}: {name} is {shown(value)}; it must be {needed}")
     # JSON has no tuples; a dataclass field that is one comes back as a list.
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return config_class(**given)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from error
+
+
+def _needed(hint: Any, value: object) -> str | None:
+    """Return what a config field of this type hint takes, or None if ``value`` is such a value."""
+    choices = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        whole = isinstance(value, (list, tuple)) and all(_needed(choices[0], item) is None for item in value)
+        return None if whole else "a list of whole numbers"
+    if typing.get_origin(hint) is typing.Literal:
+        return None if isinstance(value, str) and value in choices else f"one of {', '.join(choices)}"
+    if hint is bool:
+        return None if isinstance(value, bool) else "true or false"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_SIZE
+    if hint is float:
+        return None if number else "a number"
+    assert hint is int, hint
+    return None if number and isinstance(value, int) else f"a whole number of at most {LARGEST_SIZE:,}"
+
+
+def shown(value: object, *, quote: bool = True) -> str:
+    """Return a value from a file as a message shows it: in one short line, control characters escaped."""
+    if isinstance(value, int) and abs(value) > 10**40:  # which Python may refuse to print
+        return "a number of more than 40 digits"
+    text = value if isinstance(value, str) and value.isprintable() and not quote else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _first_line(error: BaseException) -> str:
+    return shown(next(iter(str(error).splitlines()), type(error).__name__), quote=False)
 
 
 def _write(path: Path, text: str) -> None:

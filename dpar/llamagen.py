@@ -44,6 +44,7 @@ class SequenceConfig:
     dropout: float = 0.1  # on tokens, residual branches and feed-forward, in training
 
     head_multiple: ClassVar[int] = 8  # what rotary positions need the width of a head to divide by
+    layer_prefixes: ClassVar[dict[str, str]] = {}  # what the names of tensors of each depth begin with, by its field
 
     def __post_init__(self) -> None:
         for name in ("codebook_size", "grid_height", "grid_width", "width", "heads"):
@@ -78,6 +79,7 @@ class LlamaGenConfig(SequenceConfig):
     start_token: bool = True  # False: nothing in front of the tokens, and no classes (the DPAR authors' entropy model)
 
     head_multiple: ClassVar[int] = 4  # rows and columns, in pairs; LlamaGen-3B has 100 a head
+    layer_prefixes: ClassVar[dict[str, str]] = {"layers": "layers."}
 
     def __post_init__(self) -> None:
         super().__post_init__()

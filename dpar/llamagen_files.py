@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpar.checkpoint import read_tensors
+from dpar.checkpoint import count_layers, read_tensors, shown
 from dpar.errors import ModelError
 from dpar.rope import token_table, with_condition
 
@@ -186,13 +186,31 @@ def _not_a_checkpoint(path: Path, head: bytes) -> str | None:
         of = f" of a file of {int(size[1]):,} bytes" if size else ""
         return f"a Git LFS pointer{of}, not the file itself (`git lfs pull` fetches it)"
     if head.startswith(b"PK\x03\x04"):
-        whole = zipfile.is_zipfile(path)
-        return None if whole else f"a broken-off download: a zip file of {path.stat().st_size:,} bytes without its end"
+        return _not_pytorchs_zip(path)
     if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
         return "a web page, not the file that was to be downloaded"
     if not any(byte < 9 for byte in head):
         return "a text file"
     return None if head.startswith(b"\x80") else "no file that PyTorch wrote"
+
+
+def _not_pytorchs_zip(path: Path) -> str | None:
+    """What a zip file is that PyTorch cannot have written; None if it can have."""
+    size = path.stat().st_size
+    try:
+        if not zipfile.is_zipfile(path):
+            return f"a broken-off download: a zip file of {size:,} bytes without its end"
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # zipfile tells damaged files by many classes of exception
+        return f"a damaged zip file ({shown(str(error), quote=False)})"
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        return (
+            f"a zip file that PyTorch did not write: its {size:,} bytes unpack to {unpacked:,}, "
+            "and PyTorch does not compress"
+        )
+    return None
 
 
 def _state_dict(held: Any, path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -202,14 +220,21 @@ def _state_dict(held: Any, path: Path) -> tuple[dict[str, Tensor], str | None]:
         return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
     if isinstance(held, dict):
-        for key in KEYS:
-            if is_state(held.get(key)):
-                return _bare_names(held[key]), key
-        if is_state(held):
-            return _bare_names(held), None
-        names = ", ".join(str(name) for name in list(held)[:5]) or "nothing"
+        key = next((key for key in KEYS if is_state(held.get(key))), None)
+        if key is not None or is_state(held):
+            tensors = _bare_names(held if key is None else held[key])
+            odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
+            if odd:
+                raise ModelError(f"{path}: {shown(odd[0], quote=False)} is sparse, quantised or empty; {NEEDED}")
+            return tensors, key
+        names = ", ".join(shown(str(name), quote=False) for name in list(held)[:5]) or "nothing"
         raise ModelError(f"{path} holds no state dict under {', '.join(KEYS)}, nor a bare one (it holds {names})")
     raise ModelError(f"{path} holds a {type(held).__name__}; {NEEDED}")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one block of numbers in memory."""
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
 def _bare_names(tensors: dict[Any, Tensor]) -> dict[str, Tensor]:
@@ -244,11 +269,11 @@ def _other(tensors: dict[str, Tensor]) -> str:
         return "LlamaGen's text-to-image GPT, which reads captions and not classes"
     if any(name.startswith("encoder.0.block.") for name in tensors):
         return "the weights of a directory written by save_pretrained; name the directory"
-    return f"another model (its tensors: {', '.join(list(tensors)[:3])} …)"
+    return f"another model (its tensors: {', '.join(shown(name, quote=False) for name in list(tensors)[:3])} …)"
 
 
 def _vq_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    levels = _count(tensors, r"encoder\.conv_blocks\.(\d+)\.")
+    levels = count_layers(tensors, "encoder.conv_blocks.")
     stages = [f"encoder.conv_blocks.{i}.res.0.conv1.weight" for i in range(levels)]
     needed = ["quantize.embedding.weight", "encoder.conv_in.weight", "encoder.conv_out.weight", *stages]
     codebook, first, last, *widths = _shapes(tensors, needed, "VQTokenizer", path)
@@ -260,7 +285,7 @@ def _vq_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
         "codebook_dim": codebook[1],
         "channels": first[0],
         "channel_multipliers": tuple(width[0] // first[0] for width in widths),
-        "residual_blocks": _count(tensors, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        "residual_blocks": count_layers(tensors, "encoder.conv_blocks.0.res."),
         "latent_channels": last[0],
     }
 
@@ -274,32 +299,41 @@ def _gpt_sizes(tensors: dict[str, Tensor], said: dict[str, Any], path: Path) -> 
     else:
         needed = ["tok_embeddings.weight", class_table]
         tokens, labels = _shapes(tensors, needed, "DPAR" if is_dpar else "LlamaGen", path)
-        if said.get("num_classes") == labels[0]:
+        if _said_number(said, "num_classes", path) == labels[0]:
             raise ModelError(f"{path} was trained without a guidance class (class dropout 0); one with it is needed")
         sizes = {"codebook_size": tokens[0], "classes": labels[0] - 1, "width": tokens[1]}
-    return sizes if is_dpar else sizes | {"layers": _count(tensors, r"layers\.(\d+)\.")}
+    return sizes if is_dpar else sizes | {"layers": count_layers(tensors, "layers.")}
 
 
 def _dpar_depths(tensors: dict[str, Tensor]) -> dict[str, int]:
     """Layers of the three parts of a DPAR, by the authors' names."""
     return {
-        "encoder_layers": _count(tensors, r"local_encoder\.layers\.(\d+)\."),
-        "patch_layers": _count(tensors, r"layers\.(\d+)\."),
-        "decoder_layers": _count(tensors, r"local_decoder\.layers\.(\d+)\."),
+        "encoder_layers": count_layers(tensors, "local_encoder.layers."),
+        "patch_layers": count_layers(tensors, "layers."),
+        "decoder_layers": count_layers(tensors, "local_decoder.layers."),
     }
 
 
 def _rope(said: dict[str, Any], asked: str | None, path: Path) -> str:
     """Rotary positions of a DPAR's patches: those that this module wrote down, or those asked for."""
     stored = said.get("rope")
+    if stored is not None and not isinstance(stored, str):
+        raise ModelError(f"{path}: rope in its training arguments is {shown(stored)}; a name is needed")
     if stored is not None and asked not in (None, stored):
         raise ModelError(f"{path} has rotary positions {stored!r}; {asked!r} were asked for")
-    return str(stored or asked or "dynamic")
+    return stored or asked or "dynamic"
 
 
-def _count(tensors: dict[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that ``pattern`` finds in the tensors' names."""
-    return 1 + max((int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=-1)
+def _said_number(said: dict[str, Any], name: str, path: Path) -> int | None:
+    """A whole number above 0 among the training arguments; None if they have no such argument, or null."""
+    value: int | None = said.get(name)
+    if value is not None and not _is_size(value):
+        raise ModelError(f"{path}: {name} in its training arguments is {shown(value)}; a whole number is needed")
+    return value
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _shapes(tensors: dict[str, Tensor], names: list[str], model: str, path: Path) -> list[tuple[int, ...]]:
@@ -318,17 +352,18 @@ def _rotary(freqs_cis: Tensor | None, width: int, path: Path) -> tuple[int, int]
     if freqs_cis is None:
         return None
     side = math.isqrt(max(freqs_cis.shape[0] - 1, 0)) if freqs_cis.ndim == 3 else 0
-    if side == 0 or side * side + 1 != freqs_cis.shape[0] or width % max(2 * freqs_cis.shape[1], 1):
+    pairs = freqs_cis.shape[1] if freqs_cis.ndim == 3 else 0
+    if side == 0 or side * side + 1 != freqs_cis.shape[0] or 0 in (pairs, width) or width % (2 * pairs):
         raise ModelError(f"{path}: freqs_cis is {tuple(freqs_cis.shape)}; (1 + N, head width / 2, 2) is needed")
-    return width // (2 * freqs_cis.shape[1]), side
+    return width // (2 * pairs), side
 
 
 def _heads(rotary: tuple[int, int] | None, said: dict[str, Any], width: int, asked: int | None, path: Path) -> int:
     found: int | None
     if rotary is not None:
         found = rotary[0]
-    elif isinstance(said.get("n_head"), int):
-        found = int(said["n_head"])
+    elif (heads := _said_number(said, "n_head", path)) is not None:
+        found = heads
     else:
         found = NAMES.get(str(said.get("gpt_model")), HEADS.get(width))
     if found is None:
@@ -351,10 +386,12 @@ def _grid(
     source = "freqs_cis"
     if rotary is not None:
         found = (rotary[1], rotary[1])
-    elif isinstance(said.get("grid"), list):
-        found, source = (int(said["grid"][0]), int(said["grid"][1])), "its training arguments"
-    elif isinstance(said.get("image_size"), int):
-        side = said["image_size"] // int(said.get("downsample_size") or 16)
+    elif (stored := said.get("grid")) is not None:
+        if not (isinstance(stored, list) and len(stored) == 2 and all(map(_is_size, stored))):
+            raise ModelError(f"{path}: grid in its training arguments is {shown(stored)}; two whole numbers are needed")
+        found, source = (stored[0], stored[1]), "its training arguments"
+    elif (pixels := _said_number(said, "image_size", path)) is not None:
+        side = pixels // (_said_number(said, "downsample_size", path) or 16)
         found, source = (side, side), "its training arguments"
     elif named := re.findall(r"_(256|384|512)(?!\d)", path.name):
         side = int(named[-1]) // 16

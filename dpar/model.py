@@ -11,7 +11,7 @@ transformer, z_i the decoder's ``stream``, c the class embedding. ``docs/method.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,12 @@ class DPARConfig(SequenceConfig):
     patch_query: PatchQuery = "max"  # first query of a patch: elementwise maximum, or mean, of its tokens
     offset_embedding: bool = False  # whether the cross-attention is told a token's place in its patch
     decoder_start: DecoderStart = "learned"  # decoder's first input: a learned vector, or the class embedding
+
+    layer_prefixes: ClassVar[dict[str, str]] = {
+        "encoder_layers": "encoder.",
+        "patch_layers": "layers.",
+        "decoder_layers": "decoder.",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

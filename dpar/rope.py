@@ -11,8 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dpar.errors import ModelError
+
 PatchRope = Literal["dynamic", "dynamic-compact", "2d"]
 BASE = 10_000.0
+LARGEST_TABLE = 2**24  # entries of a table of all tokens, 64 MiB: 512×512 tokens at 64 entries per head
 # Which end of the patch each group of column pairs is about.
 COLUMN_GROUPS: dict[PatchRope, tuple[str, ...]] = {
     "dynamic": ("first", "last", "last", "first"),
@@ -31,7 +34,15 @@ def token_table(grid_height: int, grid_width: int, head_dim: int) -> Tensor:
     """Cosines and sines of every grid position in raster order: (H_g · W_g, head_dim / 2, 2), float32.
 
     The first half of the pairs turns with the row, the second with the column.
+
+    Raises:
+        ModelError: the table would not fit memory. A model's tensors do not depend on its grid, so nothing else would.
     """
+    if grid_height * grid_width * head_dim > LARGEST_TABLE:
+        raise ModelError(
+            f"a grid of {grid_height}×{grid_width} tokens with {head_dim} entries per head is too large: there is room "
+            f"for {LARGEST_TABLE:,} entries in all"
+        )
     row = torch.arange(grid_height).repeat_interleave(grid_width)
     column = torch.arange(grid_width).repeat(grid_height)
     return _cos_sin(torch.cat([angles(row, head_dim // 4), angles(column, head_dim // 4)], dim=-1))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,11 @@ class VQConfig:
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # one a resolution; VQ-8 is (1, 2, 2, 4)
     residual_blocks: int = 2  # a resolution in the encoder; the decoder has one more
     latent_channels: int = 256
+
+    layer_prefixes: ClassVar[dict[str, str]] = {
+        "channel_multipliers": "encoder.conv_blocks.",
+        "residual_blocks": "encoder.conv_blocks.0.res.",
+    }
 
     def __post_init__(self) -> None:
         for name in ("codebook_size", "codebook_dim", "channels", "residual_blocks", "latent_channels"):

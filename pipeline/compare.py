@@ -23,7 +23,7 @@ from pipeline.patchify import find_threshold, spread_views
 from pipeline.progress import Progress, stops_with
 from pipeline.settings import PatchifySettings
 from pipeline.versions import made_by
-from pipeline.weights import fingerprint_of, load_entropy_model
+from pipeline.weights import fingerprint_of, load_entropy_model, same_tokenizer
 from shards.manifest import write_json
 from shards.reader import Artifact, open_artifact
 
@@ -46,7 +46,8 @@ def compare(codes: Path, out: Path, settings: PatchifySettings, progress: Progre
         ``models`` (one for each: path, fingerprint, parameters, GMACs an image, mean entropy, threshold, mean length,
         share of tokens that start a patch), and over the tokens where neither the first token nor a row's decides:
         ``agreement``, the share with the same decision; ``agreement_by_chance``, what independent models of these
-        rates would have; ``shared_starts``, starts of both among starts of either; ``entropy_correlation`` (Pearson).
+        rates would have; ``shared_starts``, starts of both among starts of either; ``entropy_correlation`` (Pearson's;
+        None if a model's entropies are all equal).
 
     Raises:
         StageError, ModelError, ArtifactError: input, weights, output or settings cannot be used.
@@ -56,6 +57,8 @@ def compare(codes: Path, out: Path, settings: PatchifySettings, progress: Progre
     if out.exists() and not out.is_dir():
         raise StageError(f"{out} is a file; name a directory to write to")
     artifact = open_artifact(codes, verify=settings.verify, share=(rank(), world_size()))
+    for name in settings.compare:
+        same_tokenizer(name, artifact.manifest.tokenizer, str(artifact.folder))
     rows, views = spread_views(artifact.manifest, settings.sample)
     measured = [_measure(name, artifact, rows, views, settings, progress) for name in settings.compare]
     grid_width = artifact.manifest.grid[1]
@@ -123,7 +126,7 @@ def _measure(
 
 def _agreement(
     starts: list[NDArray[np.bool_]], entropy: list[NDArray[np.float16]], grid_width: int, row_reset: bool
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     decided = np.arange(starts[0].shape[1]) > 0
     if row_reset:
         decided &= np.arange(starts[0].shape[1]) % grid_width != 0
@@ -135,8 +138,15 @@ def _agreement(
         "agreement": float((first == second).mean()),
         "agreement_by_chance": rates[0] * rates[1] + (1 - rates[0]) * (1 - rates[1]),
         "shared_starts": int((first & second).sum()) / either if either else 1.0,
-        "entropy_correlation": float(np.corrcoef(levels[0], levels[1])[0, 1]),
+        "entropy_correlation": _correlation(*levels),
     }
+
+
+def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
+    """Pearson's correlation; None if either is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
 
 
 def lines(result: dict[str, Any]) -> list[str]:
@@ -147,9 +157,11 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{m['patches_per_image']:.1f} patches an image"
         for m in result["models"]
     ]
+    value = result["entropy_correlation"]
+    correlation = "no number (one is constant)" if value is None else f"{value:.3f}"
     said.append(
         f"of the boundaries that entropy decides they agree on {result['agreement']:.1%} "
         f"({result['agreement_by_chance']:.1%} would be chance); {result['shared_starts']:.1%} of the starts of either "
-        f"are of both; entropies correlate at {result['entropy_correlation']:.3f}, on {result['sequences']} sequences"
+        f"are of both; entropies correlate at {correlation}, on {result['sequences']} sequences"
     )
     return said

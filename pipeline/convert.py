@@ -15,20 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 
 from dpar import llamagen_files
-from dpar.checkpoint import (
-    CARD,
-    CONFIG,
-    WEIGHTS,
-    Weights,
-    check_tensors,
-    fingerprint,
-    read_weights,
-    weights_path,
-    write_weights,
-)
+from dpar.checkpoint import CARD, CONFIG, WEIGHTS, Weights, fingerprint, read_weights, weights_path, write_weights
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.tokenizer import VQTokenizer
@@ -76,10 +65,7 @@ def convert(src: str, dst: Path, settings: ConvertSettings, progress: Progress |
     weights = read_weights(path, heads=settings.heads, grid=settings.grid, rope=settings.rope)
     if weights.model_type not in MODELS:
         raise StageError(f"{src} holds a {weights.model_type!r} model; there are {', '.join(MODELS)}")
-    with torch.device("meta"):
-        model_class = MODELS[weights.model_type]
-        model = model_class(weights.make_config(model_class.config_class))
-    check_tensors(cast("nn.Module", model), weights.tensors, weights.source)
+    model = weights.meta_model(MODELS[weights.model_type])
     values = dataclasses.asdict(cast("DataclassInstance", model.config))
     if _holds(dst, weights, values):
         progress.say(f"{dst} holds this model already")

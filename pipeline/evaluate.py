@@ -4,11 +4,13 @@
 
     OUT/results.json, .csv, .md   all numbers, and what made them
     OUT/quality-vs-*.png          against guidance, patch length and training FLOPs, where there are several of them
+    OUT/likelihood/NAME.json      each row of the held-out table: bits per token, patches and GMACs per image
     OUT/cells/NAME/               each cell of the table: its codes as an artifact, its numbers, its sheets
     OUT/reference.npz             the reference's statistics
 
-A cell is a combination of checkpoint, threshold, longest patch and guidance. RUN may also be a LlamaGen that was
-trained elsewhere: its own file, or a directory of weights without a run.
+A row of the held-out table is a combination of checkpoint, threshold and longest patch; the held-out images are cut
+anew by its rule, from their stored entropies. A cell is a row with a guidance scale. RUN may also be a LlamaGen that
+was trained elsewhere: its own file, or a directory of weights without a run.
 
 Bits per token are exact. The distance between samples and reference is FID with ``--features inception``; on the
 tokenizer's own features it goes by another name and compares only with its like. Any number of processes may work on
@@ -31,7 +33,9 @@ import numpy as np
 
 from dpar.flops import TRAINING_FLOPS_A_MAC, count
 from dpar.llamagen import LlamaGen
-from pipeline.device import rank, world_size
+from dpar.model import DPAR
+from dpar.patching import PatchRule
+from pipeline.device import precision_name, rank, world_size
 from pipeline.errors import StageError
 from pipeline.features import (
     Extractor,
@@ -63,6 +67,7 @@ CHUNK = 500  # images held in memory at once
 DISTANCE = {"inception": "FID", "tokenizer": "tokenizer Fréchet distance"}
 RECONSTRUCTION = {"inception": "rFID", "tokenizer": "tokenizer reconstruction distance"}
 PREFIX = {"inception": "", "tokenizer": "tokenizer_"}  # of precision and recall
+FORMAT = 2  # of what OUT holds; in 1 bits per token were by the stored boundaries in every row
 
 # Settings that do not decide a number, or that name a cell of the table.
 FREE = {"cfg_scale", "threshold", "max_length", "checkpoint", "batch", "shard_size", "device", "sheet_per_class"}
@@ -84,7 +89,7 @@ def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | 
     """
     job = _Evaluation(run, out, settings, progress or Progress())
     with stops_with(f"Stopped. What was scored is kept in {out}; run the same command again to go on."):
-        likelihoods = [job.likelihood(candidate) for candidate in job.candidates]
+        likelihoods = [job.likelihood(row) for row in job.rows]
         found = likelihoods[0] | job.reconstruction()
         job.sample_cells(likelihoods)
         return write_results(out, found | {"identity": job.identity, "made_by": made_by()}, job.progress)
@@ -99,6 +104,23 @@ class Candidate:
     step: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the held-out table."""
+
+    candidate: Candidate
+    threshold: float | None  # nats; None is the training data's
+    max_length: int | None  # 0 is no limit; None is the training data's
+
+    @property
+    def name(self) -> str:
+        """Of its file, and the beginning of its cells' names; empty for the run's newest weights and own rule."""
+        parts = [self.candidate.name] if self.candidate.name else []
+        parts += [] if self.threshold is None else [f"threshold-{_number(self.threshold)}"]
+        parts += [] if self.max_length is None else [f"max-length-{self.max_length}"]
+        return "-".join(parts)
+
+
 class _Evaluation:
     """What :func:`evaluate` works on, checked before anything is computed."""
 
@@ -107,8 +129,14 @@ class _Evaluation:
         place = settings.held_out or (settings.reference if (settings.reference / MANIFEST).is_file() else None)
         self.artifact: Artifact | None = None if place is None else _open(place)
         self.candidates = _candidates(run, settings)
+        choices = list(itertools.product(settings.threshold or (None,), settings.max_length or (None,)))
+        self.rows = [
+            Row(candidate=candidate, threshold=threshold, max_length=length)
+            for candidate in self.candidates
+            for threshold, length in choices
+        ]
         self._loaded: tuple[Candidate, Generator] | None = None
-        generator = self.generator(self.candidates[0])
+        generator = self.generator(self.rows[0])
         if self.artifact is not None:
             name = str(self.artifact.folder)
             fits(generator.model, self.artifact.manifest, name)
@@ -120,31 +148,62 @@ class _Evaluation:
             else TokenizerFeatures(generator.tokenizer, generator.tokenizer_origin["fingerprint"], settings.batch)
         )
         self.source = open_reference(settings.reference, self.extract, settings.fetch_originals)
+        images, compares = self.source.images, settings.samples > 0 or settings.save_reference is not None
+        if compares and self.source.measured is None and images is not None and len(images) < 2:
+            raise StageError(f"{settings.reference} holds {len(images)} images; a reference needs at least 2")
+        self._rules = {choice: self._rule(generator.with_rule(*choice), *choice) for choice in choices}
         self.identity = self._identity()
         take_folder(out, "eval.json", self.identity, "holds results of other weights or settings")
         self._warn()
 
-    def generator(self, candidate: Candidate) -> Generator:
-        """The model of a candidate, with all that sampling needs."""
+    def generator(self, row: Row) -> Generator:
+        """The model of a row, with all that sampling needs, and its rule."""
+        candidate = row.candidate
         if self._loaded is None or self._loaded[0] != candidate:
             self._loaded = None  # one model in memory at a time
-            generator = Generator.load(self.run, self.settings, self.artifact, candidate.path)
-            for threshold, length in itertools.product(self._thresholds(), self._lengths()):
-                generator.with_rule(threshold, length)  # refuses what cannot be
-            self._loaded = (candidate, generator)
-        return self._loaded[1]
+            self._loaded = (candidate, Generator.load(self.run, self.settings, self.artifact, candidate.path))
+        return self._loaded[1].with_rule(row.threshold, row.max_length)
 
-    def _thresholds(self) -> tuple[float | None, ...]:
-        return self.settings.threshold or (None,)
+    def _rule(self, generator: Generator, threshold: float | None, max_length: int | None) -> PatchRule | None:
+        """The rule by which the held-out images are cut into patches; None leaves them as they are stored.
 
-    def _lengths(self) -> tuple[int | None, ...]:
-        return self.settings.max_length or (None,)
+        Raises:
+            StageError: a rule was asked for, and they have no entropies of the run's entropy model.
+        """
+        wanted = generator.rule
+        if self.artifact is None or wanted is None:
+            return None
+        manifest, folder = self.artifact.manifest, self.artifact.folder
+        stored = wanted == PatchRule.from_dict(manifest.settings)
+        if wanted.strategy == "static":  # which needs no entropies
+            return None if stored else wanted
+        theirs, ours = manifest.entropy_model, generator.entropy_origin
+        assert ours is not None  # or the rule would be static
+        asked = (threshold, max_length, self.settings.row_reset) != (None, None, None)
+        if stored and theirs is None:  # samples of the run
+            return None
+        if theirs is not None and theirs["fingerprint"] == ours["fingerprint"]:
+            if not (stored or asked):
+                self.progress.say(f"{folder} is cut by the run's patch rule, which is not the one that it is stored by")
+            return None if stored else wanted
+        why = "it holds no entropies"
+        if theirs is not None:
+            why = f"its entropies are of {theirs['path']} ({theirs['fingerprint'][:12]})"
+        why += f", and the run's entropy model is {ours['path']} ({ours['fingerprint'][:12]})"
+        if not asked:
+            self.progress.say(f"bits per token are by the boundaries stored in {folder}, not by the run's: {why}")
+            return None
+        raise StageError(
+            f"{folder} cannot be cut by --threshold, --max-length or --row-reset: {why}. `dpar patchify` its codes "
+            "with that model, or leave these options out"
+        )
 
     def _identity(self) -> dict[str, Any]:
         """What decides the results, apart from which cells are asked for."""
         chosen = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in FREE}
         newest = None if self.settings.checkpoint else weights_fingerprint(str(self.run))
         identity: dict[str, Any] = {"run": str(self.run), "weights": newest, "reference": self.source.fingerprint}
+        identity["format"] = FORMAT
         identity["held_out"] = None if self.artifact is None else self.artifact.manifest.fingerprint()
         identity["features_of"] = self.extract.weights
         as_json: dict[str, Any] = json.loads(json.dumps(identity | chosen, default=str))
@@ -165,37 +224,55 @@ class _Evaluation:
                     "many images"
                 )
 
-    def likelihood(self, candidate: Candidate) -> dict[str, Any]:
-        """Exact bits per token on the held-out artifact, and what the model costs on it."""
+    def likelihood(self, row: Row) -> dict[str, Any]:
+        """Exact bits per token on the held-out artifact, cut by the row's rule, and what the model costs on it."""
+        candidate = row.candidate
         weights = weights_fingerprint(candidate.path or str(self.run))
-        path = self.out / "likelihood" / f"{candidate.name or 'newest'}.json"
+        path = self.out / "likelihood" / f"{row.name or 'newest'}.json"
         artifact, settings = self.artifact, self.settings
+        rule = self._rules[row.threshold, row.max_length]
         images = 0 if artifact is None else len(artifact)
         parts = Parts(path.with_suffix(""), -(-images // CHUNK), path.is_file)
-        with self.progress.task("bits per token", images, "images") as task:
+        with self.progress.task(" ".join(["bits per token", row.name]).strip(), images, "images") as task:
             for index in parts.missing():
                 assert artifact is not None  # or there would be no parts
                 rows = np.arange(index * CHUNK, min((index + 1) * CHUNK, images))
-                model = self.generator(candidate).model
-                nats, labels, patches = nats_per_token(model, artifact, rows, settings.batch, settings.precision)
+                model = self.generator(row).model
+                nats, labels, patches = nats_per_token(
+                    model, artifact, rows, settings.batch, settings.precision, rule=rule
+                )
                 parts.save(index, nats=nats, labels=labels, patches=np.array([patches]))
                 task.advance(len(rows))
 
         def measure() -> dict[str, Any]:
-            config = self.generator(candidate).model.config
+            model = self.generator(row).model
+            config = model.config
             if artifact is None:
                 return {"weights": weights, "tokens_per_image": config.n_tokens}
+            applied = {}
+            if isinstance(model, DPAR):
+                applied = (rule or PatchRule.from_dict(artifact.manifest.settings)).to_dict()
             names = artifact.manifest.class_names
             patches = int(parts.joined("patches").sum())
             found = Likelihood.of(parts.joined("nats"), parts.joined("labels"), patches, names)
+            if not math.isfinite(found.bits_per_token):
+                raise StageError(
+                    f"{candidate.path or self.run} has no finite bits per token on {artifact.folder}: its weights hold "
+                    "NaN or infinity, or numbers too large for --precision"
+                )
             cost = count(config, config.n_tokens / found.patches)
             pairs = zip(names, found.bits_by_class, strict=True)
             return {
                 "weights": weights,
+                "name": row.name,
+                "checkpoint": candidate.name or None,
+                "step": candidate.step,
+                **{name: applied.get(name) for name in ("threshold", "max_length", "row_reset", "static_length")},
                 "bits_per_token": found.bits_per_token,
                 "bits_by_class": {name: bits for name, bits in pairs if not math.isnan(bits)},
                 "held_out_images": found.images,
                 "patches_per_image": found.patches,
+                "mean_length": config.n_tokens / found.patches,
                 "tokens_per_image": config.n_tokens,
                 "gmacs_per_image": cost.linear / 1e9,
                 "parameters": cost.parameters,
@@ -204,9 +281,7 @@ class _Evaluation:
         found = once(path, measure)
         shutil.rmtree(parts.folder, ignore_errors=True)
         if found["weights"] != weights:
-            raise StageError(
-                f"{self.out} holds results of other weights called {candidate.name}; name another directory"
-            )
+            raise StageError(f"{self.out} holds results of other weights called {row.name}; name another directory")
         return found
 
     def reconstruction(self) -> dict[str, Any]:
@@ -215,7 +290,7 @@ class _Evaluation:
             return {}
         path = self.out / "reconstruction.json"
         artifact, folder = self.artifact, self.out / "originals"
-        generator = self.generator(self.candidates[0])
+        generator = self.generator(self.rows[0])
         try:
             with self.progress.task("compare reconstructions", len(artifact), "images") as task:
                 parts = reconstruct(
@@ -234,15 +309,18 @@ class _Evaluation:
 
         def finish() -> dict[str, Any]:
             originals = parts.joined("pool")
-            if isinstance(self.source.images, Originals) and self.source.images.artifact.folder == artifact.folder:
+            images, several = self.source.images, len(artifact) > 1  # one image has no covariance
+            if several and isinstance(images, Originals) and images.artifact.folder == artifact.folder:
                 self._save(Reference.of(originals))
-            statistics = (Statistics.of(originals), Statistics.of(parts.joined("decoded")))
-            return {
+            found = {
                 "originals": len(artifact),
                 "reconstruction_psnr_db": float(parts.joined("psnr").mean()),
                 "reconstruction_ssim": float(parts.joined("ssim").mean()),
-                RECONSTRUCTION[self.extract.name]: frechet_distance(*statistics),
             }
+            if several:
+                statistics = (Statistics.of(originals), Statistics.of(parts.joined("decoded")))
+                found[RECONSTRUCTION[self.extract.name]] = frechet_distance(*statistics)
+            return found
 
         found = once(path, finish)
         shutil.rmtree(folder, ignore_errors=True)
@@ -291,13 +369,11 @@ class _Evaluation:
                 measured.save(target, self._provenance())
         if not s.samples:
             return
-        for candidate, likelihood in zip(self.candidates, likelihoods, strict=True):
-            grid = itertools.product(self._thresholds(), self._lengths(), s.cfg_scale)
-            for threshold, length, scale in grid:
-                folder = self.out / "cells" / _cell_name(candidate, threshold, length, scale)
+        for row, likelihood in zip(self.rows, likelihoods, strict=True):
+            for scale in s.cfg_scale:
+                folder = self.out / "cells" / "-".join(filter(None, [row.name, f"cfg-{_number(scale)}"]))
                 if not (folder / "cell.json").is_file():
-                    generator = self.generator(candidate).with_rule(threshold, length)
-                    self._cell(folder, candidate, generator, scale, likelihood, reference)
+                    self._cell(folder, row.candidate, self.generator(row), scale, likelihood, reference)
                 for parts in ("seconds", "features"):
                     shutil.rmtree(folder / parts, ignore_errors=True)
 
@@ -345,15 +421,22 @@ class _Evaluation:
                 "name": folder.name,
                 "checkpoint": candidate.name or None,
                 "step": candidate.step,
-                "training_flops": self._training_flops(candidate, likelihood),
+                "training_flops": self._training_flops(candidate, generator.model),
                 "cfg_scale": scale,
+                "cfg_schedule": s.cfg_schedule,
                 "threshold": None if generator.rule is None else generator.rule.threshold,
                 "max_length": None if generator.rule is None else generator.rule.max_length,
                 "samples": s.samples,
+                "labels": s.labels,
+                "features": s.features,
+                "decode_precision": precision_name(generator.device, s.decode_precision),
                 "tokens_per_image": n_tokens,
                 "patches_per_image": patches,
                 "mean_length": n_tokens / patches,
                 "bits_per_token": likelihood.get("bits_per_token"),
+                "held_out_patches_per_image": likelihood.get("patches_per_image"),
+                "held_out_mean_length": likelihood.get("mean_length"),
+                "gmacs_per_image": likelihood.get("gmacs_per_image"),
                 # of one process; codes that were there already were sampled nobody knows how fast
                 "images_per_second": s.samples / float(seconds.joined("seconds").sum()) if whole else None,
             }
@@ -376,7 +459,7 @@ class _Evaluation:
                 found |= {f"{prefix}precision": pair[0], f"{prefix}recall": pair[1]}
         return found
 
-    def _training_flops(self, candidate: Candidate, likelihood: dict[str, Any]) -> float | None:
+    def _training_flops(self, candidate: Candidate, model: DPAR | LlamaGen) -> float | None:
         """What training up to the candidate's step has cost (paper section 4.3), where that is known."""
         home = run_of(self.run)
         if home is None or candidate.step is None:
@@ -384,13 +467,15 @@ class _Evaluation:
         measured = [
             line["training_gflops_per_image"] for line in read_metrics(home) if "training_gflops_per_image" in line
         ]
+        record = read_run(home)
+        length = 1.0 if isinstance(model, LlamaGen) else record["inputs"].get("mean_patch_length")
         if measured:
             image = measured[-1] * 1e9
-        elif "gmacs_per_image" in likelihood:
-            image = TRAINING_FLOPS_A_MAC * likelihood["gmacs_per_image"] * 1e9
+        elif length is not None:
+            image = TRAINING_FLOPS_A_MAC * count(model.config, length).linear
         else:
             return None
-        return float(image * candidate.step * read_run(home)["settings"]["batch"])
+        return float(image * candidate.step * record["settings"]["batch"])
 
 
 def _open(place: Path) -> Artifact:
@@ -418,11 +503,9 @@ def _candidates(run: Path, settings: EvalSettings) -> list[Candidate]:
     return list(found.values())
 
 
-def _cell_name(candidate: Candidate, threshold: float | None, max_length: int | None, scale: float) -> str:
-    parts = [candidate.name] if candidate.name else []
-    parts += [] if threshold is None else [f"threshold-{threshold:g}"]
-    parts += [] if max_length is None else [f"max-length-{max_length}"]
-    return "-".join([*parts, f"cfg-{scale:g}"])
+def _number(value: float) -> str:
+    """A number in a name: short, and another one for every number."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def _check_tokenizer(generator: Generator, artifact: Artifact) -> None:

@@ -70,6 +70,8 @@ class InceptionFeatures:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise StageError("--features inception needs torch-fidelity: pip install 'dpar[eval]'") from error
+        if weights is not None and not weights.is_file():
+            raise StageError(f"Inception's weights could not be had in {weights}: there is no such file")
         try:
             with tempfile.TemporaryDirectory() as folder:
                 path = None
@@ -150,10 +152,19 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Fréchet distance between two Gaussians: Heusel et al., 2017.
 
     |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½); the trace of the root is the sum of the roots of the eigenvalues.
+
+    Raises:
+        StageError: it is not finite.
     """
     move = a.mu.astype(np.float64) - b.mu.astype(np.float64)
-    roots = np.sqrt(np.linalg.eigvals(a.sigma @ b.sigma).astype(np.complex128)).real.sum()
-    return float(move @ move + np.trace(a.sigma) + np.trace(b.sigma) - 2 * roots)
+    product = a.sigma @ b.sigma
+    if not np.isfinite(product).all():
+        raise StageError("the distance cannot be computed: features, or their covariances, are not finite")
+    roots = np.sqrt(np.linalg.eigvals(product).astype(np.complex128)).real.sum()
+    distance = float(move @ move + np.trace(a.sigma) + np.trace(b.sigma) - 2 * roots)
+    if not np.isfinite(distance):
+        raise StageError("the distance cannot be computed: features are not finite, or too large")
+    return distance
 
 
 def inception_score(logits: NDArray[np.float32]) -> tuple[float, float] | None:

@@ -6,6 +6,7 @@ likelihood = bits_per_token(model, artifact, batch=32, precision="auto")
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from dpar.cpu_kernels import prepare_forward
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.packing import PatchLayout
+from dpar.patching import PatchRule
 from pipeline.device import autocast, rank, world_size
 from pipeline.errors import StageError
 from pipeline.parallel import total
@@ -124,8 +126,15 @@ def nats_per_token(
     batch: int,
     precision: Precision,
     unconditional: bool = False,
+    rule: PatchRule | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
-    """Mean nats a token and label of view 0 of each of ``rows``, and the patches of all of them."""
+    """Mean nats a token and label of view 0 of each of ``rows``, and the patches of all of them.
+
+    With ``rule`` the boundaries are placed anew, by the stored entropies; None takes them as stored.
+
+    Raises:
+        StageError: there is a rule that reads entropies, and an image without them.
+    """
     device = model.output.weight.device
     was_training = model.training
     runner = prepared(model.eval(), precision)
@@ -135,6 +144,10 @@ def nats_per_token(
     for begin in range(0, len(rows), batch):
         here = rows[begin : begin + batch]
         drawn = artifact.gather(here, np.zeros_like(here))
+        if rule is not None:
+            if drawn.entropy is None or (rule.needs_entropy and np.isnan(drawn.entropy).any()):
+                raise StageError(f"{artifact.folder} holds no entropies; its boundaries cannot be moved")
+            drawn = dataclasses.replace(drawn, starts=rule.starts(drawn.entropy, artifact.manifest.grid[1]))
         codes = torch.from_numpy(drawn.codes).to(device)
         labels = torch.from_numpy(drawn.labels).to(device)
         if unconditional:

@@ -11,7 +11,11 @@ Neither direction holds all images in memory, and nothing in a file is unpickled
 from __future__ import annotations
 
 import contextlib
+import lzma
+import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +23,19 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from dpar.checkpoint import shown
 from pipeline.errors import StageError
 from pipeline.share import replacing
 
 IMAGES, LABELS = "arr_0", "arr_1"
+LARGEST_IMAGE = 2**28  # pixels
+# What zipfile, its decompressors and NumPy's header parser raise for files that are damaged, encrypted, or too new.
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, MemoryError, SyntaxError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+
+Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, whether in columns, type
 
 
 @contextlib.contextmanager
@@ -67,7 +80,7 @@ class NpzImages:
         """Reads the header of ``arr_0``.
 
         Raises:
-            StageError: there is no such array, or it does not hold colour images in uint8.
+            StageError: there is no such array, or it does not hold at least 2 colour images in uint8.
         """
         self.path = path
         with self._open() as (_, shape):
@@ -91,34 +104,50 @@ class NpzImages:
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
         """The member, at its first byte of pixels, and its shape."""
-        with open_npz(self.path) as archive:
-            try:
-                with archive.open(f"{IMAGES}.npy") as file:
-                    shape, in_columns, kind = _header(file)
-                    if len(shape) != 4 or shape[3] != 3 or kind != np.uint8 or in_columns:
-                        raise StageError(
-                            f"{self.path}: {IMAGES} is {shape} {kind}; colour images, (n, H, W, 3) uint8, are needed"
-                        )
-                    yield file, shape  # type: ignore[misc]  # a zip member reads and seeks as a file does
-            except (KeyError, ValueError, zipfile.BadZipFile) as error:
-                raise StageError(f"{self.path}: its {IMAGES} cannot be read: {error}") from error
+        with open_npz(self.path) as archive, open_array(archive, IMAGES) as (file, header):
+            shape, in_columns, kind = header
+            if len(shape) != 4 or shape[3] != 3 or kind != np.uint8 or in_columns:
+                raise StageError(
+                    f"{self.path}: {IMAGES} is {shape} {kind}; colour images, (n, H, W, 3) uint8, are needed"
+                )
+            if shape[0] < 2:
+                raise StageError(f"{self.path} holds {shape[0]} images; a reference needs at least 2")
+            if not 0 < shape[1] * shape[2] <= LARGEST_IMAGE:
+                raise StageError(f"{self.path}: its images are {shape[1]}×{shape[2]}; no such size can be scored")
+            if archive.getinfo(f"{IMAGES}.npy").file_size < math.prod(shape):
+                raise StageError(f"{self.path} is cut short: it has no room for {shape[0]} images")
+            yield file, shape
 
 
 @contextlib.contextmanager
 def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive that an ``.npz`` file is.
+    """The archive that an ``.npz`` file is, for the length of the block.
 
     Raises:
-        StageError: it is not there, or no such archive.
+        StageError: it is missing or damaged; or what the block reads is damaged, encrypted, or packed in a way that
+            cannot be read.
     """
+    if not path.exists():
+        raise StageError(f"there is no file {path}")
+    if not path.is_file():
+        raise StageError(f"{path} is not a regular file; an .npz file is needed")
     try:
         archive = zipfile.ZipFile(path)
-    except FileNotFoundError:
-        raise StageError(f"there is no file {path}") from None
-    except (OSError, zipfile.BadZipFile) as error:
-        raise StageError(f"{path} is no .npz file: {error}") from error
+    except UNREADABLE as error:
+        raise StageError(f"{path} is no .npz file: {_reason(error)}") from error
     with archive:
-        yield archive
+        try:
+            yield archive
+        except StageError:
+            raise
+        except UNREADABLE as error:
+            raise StageError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, in one short line: it may quote the file."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # a KeyError quotes its text
+    return shown(str(text) or type(error).__name__, quote=False)
 
 
 def array_names(path: Path) -> set[str]:
@@ -127,8 +156,31 @@ def array_names(path: Path) -> set[str]:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
-def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, in_columns, kind = read(file)
-    return shape, in_columns, kind
+@contextlib.contextmanager
+def open_array(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[BinaryIO, Header]]:
+    """An array's member, at its first byte of values, and its header: shape, whether in columns, and type."""
+    with archive.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        yield file, read(file)  # type: ignore[misc]  # a zip member reads and seeks as a file does
+
+
+def read_floats(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """An array of this shape, in float64; memory is taken for no other.
+
+    Raises:
+        StageError: it has another shape, or holds anything but finite floating-point numbers.
+    """
+    with open_array(archive, name) as (file, (stored, in_columns, kind)):
+        if stored != shape:
+            raise StageError(f"{archive.filename}: {name} is {stored}; {shape} is needed")
+        if kind.kind != "f":
+            raise StageError(f"{archive.filename}: {name} holds {kind}; floating-point numbers are needed")
+        wanted = math.prod(shape) * kind.itemsize
+        held = file.read(wanted)
+    if len(held) != wanted:
+        raise StageError(f"{archive.filename} is cut short: {name} is not all there")
+    values = np.frombuffer(held, kind).reshape(shape, order="F" if in_columns else "C").astype(np.float64)
+    if not np.isfinite(values).all():
+        raise StageError(f"{archive.filename}: {name} holds numbers that are not finite")
+    return values

@@ -30,7 +30,7 @@ from pipeline.progress import Progress, Task, stops_with
 from pipeline.settings import PatchifySettings
 from pipeline.thresholds import warn_if_out_of_reach
 from pipeline.versions import made_by
-from pipeline.weights import fingerprint_of, load_entropy_model
+from pipeline.weights import fingerprint_of, load_entropy_model, same_tokenizer
 from shards.build import ArtifactBuild
 from shards.manifest import BUILD, FORMAT_VERSIONS, MANIFEST, Manifest, ShardInfo, write_json
 from shards.reader import Artifact, open_artifact
@@ -52,7 +52,8 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
         The artifact's manifest; None where other processes have shards still to write.
 
     Raises:
-        StageError, ModelError, ArtifactError: input, weights, output or settings cannot be used.
+        StageError, ModelError, ArtifactError: input, weights, output or settings cannot be used; the entropy model was
+            trained on codes of another tokenizer, as far as its run records it.
         Stopped: the user pressed Ctrl-C.
     """
     progress = progress or Progress()
@@ -178,6 +179,7 @@ class EntropyMeter:
         elif settings.entropy_model is not None:
             model = load_entropy_model(settings.entropy_model)
             fits(model, manifest, str(artifact.folder), unconditional=True)
+            same_tokenizer(settings.entropy_model, manifest.tokenizer, str(artifact.folder))
             device = choose_device(settings.device)
             self.model = prepared(model.to(device), settings.precision)
             self.precision, self.batch = precision_name(device, settings.precision), settings.batch

@@ -17,6 +17,20 @@ PLOTS = (
 LABELS = {"cfg_scale": "guidance", "threshold": "threshold", "max_length": "max length", "checkpoint": ""}
 
 
+def how_sampled(cells: list[dict[str, Any]]) -> str:
+    """How the samples of these cells were drawn and looked at, in a line."""
+    settings = {
+        "samples": "{} per row",
+        "labels": "{} labels",
+        "cfg_scale": "guidance {}",
+        "cfg_schedule": "{} guidance",
+        "decode_precision": "decoded in {}",
+        "features": "features of {}",
+    }
+    values = {name: list(dict.fromkeys(_short(cell[name]) for cell in cells)) for name in settings}
+    return ", ".join(form.format(" or ".join(values[name])) for name, form in settings.items())
+
+
 def plot_cells(cells: list[dict[str, Any]], out: Path, progress: Progress) -> None:
     """Writes a plot for each quantity that takes several values; says so where matplotlib is not installed."""
     scored = [cell for cell in cells if "distance" in cell]
@@ -45,6 +59,7 @@ def plot_cells(cells: list[dict[str, Any]], out: Path, progress: Progress) -> No
         axes.set_xlabel(label)
         axes.set_ylabel(f"{scored[0]['distance']} (lower is better)")
         axes.grid(alpha=0.3)
+        axes.set_title(how_sampled(scored), fontsize="x-small")
         if telling:
             figure.legend(loc="outside right upper", fontsize="small")
         with replacing(out / name) as part:

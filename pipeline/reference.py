@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from PIL import Image
 
 from pipeline.errors import StageError
 from pipeline.features import Extractor, Statistics
-from pipeline.npz import IMAGES, NpzImages, array_names
+from pipeline.npz import IMAGES, NpzImages, array_names, open_array, open_npz, read_floats
 from pipeline.originals import load_originals
 from pipeline.share import replacing
 from pipeline.sources import UnusableImage
@@ -33,6 +34,9 @@ from shards.manifest import MANIFEST, file_sha256
 from shards.reader import Artifact, open_artifact
 
 NEIGHBOURS_OF = 10_000  # images of the reference that precision and recall look at
+SYMMETRY = 1e-3  # how far from symmetric a covariance may be, as a part of its numbers; float16 has this precision
+LARGEST_COVARIANCE = 1e100  # whose products are still finite
+LARGEST_PROVENANCE = 2**20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,32 +71,65 @@ class Reference:
         Raises:
             StageError: they are other features', or damaged.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                mu, sigma = file["mu"], file["sigma"]
-                features = file.get("features")
-                record = json.loads(str(file["provenance"])) if "provenance" in file else {}
-        except (OSError, ValueError, KeyError) as error:
-            raise StageError(f"{path}: its statistics cannot be read: {error}") from error
-        if (
-            mu.ndim != 1
-            or sigma.shape != (len(mu), len(mu))
-            or (features is not None and features.shape[1:] != mu.shape)
-        ):
-            raise StageError(f"{path}: mu is {mu.shape} and sigma {sigma.shape}; (d,) and (d, d) are needed")
-        if extract is not None:
-            theirs = (record.get("features", "inception"), len(mu))
-            if theirs != (extract.name, extract.dimension):
+        with open_npz(path) as archive:
+            names = archive.namelist()
+            shapes = {}
+            for name in ("mu", "sigma", "features"):
+                if f"{name}.npy" in names:
+                    with open_array(archive, name) as (_, (shape, _, _)):
+                        shapes[name] = shape
+            width, record = (shapes["mu"][0] if shapes["mu"] else 0), _provenance(archive)
+            if shapes["mu"] != (width,) or shapes.get("sigma") != (width, width):
                 raise StageError(
-                    f"{path} has statistics of {theirs[1]} {theirs[0]} features; --features {extract.name} has "
-                    f"{extract.dimension}"
+                    f"{path}: mu is {shapes['mu']} and sigma {shapes.get('sigma')}; (d,) and (d, d) are needed"
                 )
-            if record.get("weights", extract.weights) != extract.weights:
-                raise StageError(
-                    f"{path} was measured with other weights of the {extract.name} features "
-                    f"({record['weights'][:12]}, here {extract.weights[:12]}); distances would mean nothing"
-                )
+            if extract is not None:
+                theirs = (record.get("features", "inception"), width)
+                if theirs != (extract.name, extract.dimension):
+                    raise StageError(
+                        f"{path} has statistics of {theirs[1]} {theirs[0]} features; --features {extract.name} has "
+                        f"{extract.dimension}"
+                    )
+                if (weights := record.get("weights", extract.weights)) != extract.weights:
+                    raise StageError(
+                        f"{path} was measured with other weights of the {extract.name} features "
+                        f"({weights[:12]}, here {extract.weights[:12]}); distances would mean nothing"
+                    )
+            mu, sigma = read_floats(archive, "mu", (width,)), read_floats(archive, "sigma", (width, width))
+            _check_covariance(sigma, path)
+            features = None
+            if "features" in shapes:
+                rows = min(shapes["features"][0], NEIGHBOURS_OF) if shapes["features"] else 0
+                features = read_floats(archive, "features", (rows, width)).astype(np.float32)
         return cls(statistics=Statistics(mu, sigma, record.get("images")), features=features)
+
+
+def _provenance(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """What `Reference.save` wrote of the statistics' origin; empty for other files."""
+    if "provenance.npy" not in archive.namelist():
+        return {}
+    with open_array(archive, "provenance") as (file, (shape, _, kind)):
+        text = ""
+        if shape == () and kind.kind == "U" and kind.itemsize <= LARGEST_PROVENANCE:
+            text = str(np.frombuffer(file.read(kind.itemsize), kind)[0])
+    try:
+        record = json.loads(text)
+        kinds = {"images": int, "features": str, "weights": str}
+        plain = all(type(record[name]) is kind for name, kind in kinds.items() if record.get(name) is not None)
+        if plain and (record.get("images") is None or record["images"] > 1):
+            return {name: record[name] for name in kinds if record.get(name) is not None}
+    except (ValueError, RecursionError, AttributeError):
+        pass
+    raise StageError(f"{archive.filename}: its provenance is damaged; `dpar eval --save-reference` writes it as JSON")
+
+
+def _check_covariance(sigma: NDArray[np.float64], path: Path) -> None:
+    """Raise StageError unless ``sigma`` (d, d) can be a covariance: symmetric, with no negative variance."""
+    largest = float(np.abs(sigma).max(initial=0.0))
+    if largest > LARGEST_COVARIANCE or not np.allclose(sigma, sigma.T, rtol=SYMMETRY, atol=SYMMETRY * largest):
+        raise StageError(f"{path}: sigma is no covariance: it is not symmetric, or its numbers are too large")
+    if float(np.diagonal(sigma).min(initial=0.0)) < 0:
+        raise StageError(f"{path}: sigma is no covariance: it has a negative number on its diagonal")
 
 
 class Images(Protocol):
@@ -138,7 +175,8 @@ def open_reference(path: Path, extract: Extractor, fetch: bool = False) -> Refer
         images = NpzImages(path) if IMAGES in names else None
         measured = Reference.load(path, extract) if {"mu", "sigma"} <= names else None
         if images is None and measured is None:
-            raise StageError(f"{path} has {', '.join(sorted(names))}; a reference needs arr_0, or mu and sigma")
+            listed = ", ".join(repr(name)[1:-1] for name in sorted(names)[:8]) or "nothing"
+            raise StageError(f"{path} has {listed}; a reference needs arr_0, or mu and sigma")
         return ReferenceSource(images=images, measured=measured, artifact=None, fingerprint=file_sha256(path))
     what = "is not there" if not path.exists() else "is none of them"
     raise StageError(f"a reference is an artifact, a folder of images, or an .npz file; {path} {what}")
@@ -169,7 +207,7 @@ class FolderImages:
             StageError: there are none, they differ in size, or one is not in colour or not readable.
         """
         found = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
-        self.paths = sorted(path for path in found if path.suffix.lower() in EXTENSIONS)
+        self.paths = sorted(path for path in found if path.suffix.lower() in EXTENSIONS and path.is_file())
         if len(self.paths) < 2:
             raise StageError(f"{folder} holds {len(self.paths)} images; a reference needs at least 2")
         digest, first = hashlib.sha256(), None

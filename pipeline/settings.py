@@ -436,6 +436,11 @@ class EvalSettings(SamplingSettings):
         at_least(self, 0, "samples")
         at_least(self, 1, "sheet_per_class")
         require(self.samples != 1, "--samples is 1; a distance needs at least 2 images (0 samples none)")
+        if self.save_reference is not None:
+            require(
+                self.save_reference.suffix == ".npz" and not self.save_reference.is_dir(),
+                f"--save-reference is '{self.save_reference}'; it must be a file that ends in .npz",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for _ in share(path, 1, lambda _: path.is_file()):
         with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
-            json.dump(make(), file, indent=1, ensure_ascii=False)
+            json.dump(make(), file, indent=1, ensure_ascii=False, allow_nan=False)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 

@@ -6,13 +6,16 @@ entropy_model = load_entropy_model("runs/entropy", fingerprint=manifest.entropy_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dpar.checkpoint import fingerprint, local_folder, model_type, weights_path
 from dpar.llamagen import LlamaGen, SequenceConfig
 from dpar.model import DPAR
 from dpar.tokenizer import VQTokenizer
 from pipeline.errors import StageError
+from pipeline.run import read_run
 from shards.manifest import Manifest
 
 
@@ -57,6 +60,38 @@ def same_tokens(config: SequenceConfig, manifest: Manifest, name: str, codes: st
             f"{manifest.grid[0]}×{manifest.grid[1]} tokens of {manifest.codebook_size} codes; weights serve the grid "
             "and the codebook that they were trained on alone (positions count rows and columns of that grid)"
         )
+
+
+def same_tokenizer(name: str, tokenizer: Mapping[str, str], codes: str) -> None:
+    """Check that the entropy model called ``name`` was trained on codes of ``tokenizer``, the one of ``codes``.
+
+    A run records the tokenizer of its data. Weights without a run have no such record, so nothing is checked for them.
+
+    Raises:
+        StageError: the run was trained on codes of another tokenizer, with both; its entropies would mean nothing.
+    """
+    path = weights_path(name)
+    trained = _trained_on(Path(path))
+    ours, theirs = (origin.get("fingerprint") for origin in (trained, tokenizer))
+    if ours is None or theirs is None or ours == theirs:
+        return
+    raise StageError(
+        f"{name} was trained on codes of the tokenizer {trained.get('path')} ({ours[:12]}), and {codes} holds codes of "
+        f"{tokenizer.get('path')} ({theirs[:12]}); its entropies of them would mean nothing. `dpar entropy` trains a "
+        f"model on {codes}. If both are one tokenizer in two files, `dpar convert {name} NEW` writes weights without "
+        "this record"
+    )
+
+
+def _trained_on(weights: Path) -> dict[str, str]:
+    """The tokenizer that made a run's data, by the path of its weights; empty for weights without a run."""
+    folders = list(weights.absolute().parents)[:2] if weights.exists() else []  # the Hub has no runs
+    run = next((folder for folder in folders if (folder / "run.json").is_file()), None)
+    try:
+        recorded: Any = {} if run is None else read_run(run)["inputs"]["tokenizer"]
+        return {key: str(recorded[key]) for key in ("path", "fingerprint") if key in recorded}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise StageError(f"{run}/run.json is damaged: it names no tokenizer of its data") from error
 
 
 def fingerprint_of(name: str) -> str:

@@ -141,8 +141,12 @@ def _check_version(kind: object, version: object, path: Path) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes JSON under a temporary name, flushes it to disk, and renames it."""
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    """Writes JSON under a temporary name, flushes it to disk, and renames it.
+
+    Raises:
+        ValueError: a number is not finite. JSON has no such numbers; null stands for what has no value.
+    """
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict", sync: bool = True) -> None:

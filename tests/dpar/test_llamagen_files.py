@@ -282,6 +282,75 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, vq: State) -> None:
     assert argparse.Namespace not in torch.serialization.get_safe_globals()  # allowed while reading, not after
 
 
+# What claims more than the file holds
+
+
+def test_numbers_of_layers_are_those_of_the_tensors_without_a_gap(tmp_path: Path, vq: State, gpt: State) -> None:
+    for state, name in ((vq, "encoder.conv_blocks.999999999.res.0.conv1.weight"), (gpt, "layers.999999999.x")):
+        path = saved(tmp_path / "a.pt", state | {name: torch.zeros(1)})
+        model = VQTokenizer if state is vq else LlamaGen
+        with pytest.raises(ModelError, match=f"unexpected {name}"):
+            model.from_pretrained(path, heads=2, grid=(3, 3))
+
+
+def test_more_layers_than_any_model_has_are_refused_before_they_are_built(tmp_path: Path, gpt: State) -> None:
+    path = saved(tmp_path / "a.pt", gpt | {f"layers.{i}.x": torch.zeros(1) for i in range(2000)})
+    with pytest.raises(ModelError, match="layers asks for 2000 layers; at most 1024 are read"):
+        LlamaGen.from_pretrained(path, heads=2, grid=(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            {"n_head": 2, "grid": [10**9, 10**9]},
+            "a grid of 1000000000×1000000000 tokens .* is too large|grid_height is",
+        ),
+        ({"n_head": 2, "grid": [2**12, 2**12]}, "a grid of 4096×4096 tokens .* is too large"),
+        ({"n_head": 2, "grid": ["3", 3]}, r"grid in its training arguments is \['3', 3\]; two whole numbers"),
+        ({"n_head": 2, "grid": [3]}, "two whole numbers"),
+        ({"n_head": -2}, "n_head in its training arguments is -2; a whole number"),
+        ({"n_head": 10**9}, "heads is"),
+        ({"n_head": True}, "n_head in its training arguments is True"),
+        ({"n_head": 2, "image_size": 48, "downsample_size": "x"}, "downsample_size in its training arguments is 'x'"),
+        ({"n_head": 2, "image_size": 0}, "image_size in its training arguments is 0"),
+        ({"n_head": 2, "num_classes": torch.zeros(3)}, "num_classes in its training arguments is tensor"),
+    ],
+)
+def test_training_arguments_that_cannot_be_are_named(
+    tmp_path: Path, gpt: State, arguments: dict[str, Any], says: str
+) -> None:
+    path = training_file(tmp_path / "a.pt", gpt, **arguments)
+    with pytest.raises(ModelError, match=rf"a\.pt: .*({says})"):
+        LlamaGen.from_pretrained(path)
+
+
+def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "c2i_B_256.pt", shapes_of(768, layers=3))
+    with pytest.raises(ModelError, match=r"c2i_B_256\.pt has tensors of [\d,]+ bytes in a file of [\d,]+"):
+        LlamaGen.from_pretrained(path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_sparse_quantised_and_empty_tensors_are_refused(tmp_path: Path, gpt: State) -> None:
+    odd = {
+        "sparse": torch.zeros(48, 32).to_sparse(),
+        "quantised": torch.quantize_per_tensor(torch.zeros(48, 32), 0.1, 0, torch.qint8),
+        "empty": torch.empty(48, 32, device="meta"),
+    }
+    for tensor in odd.values():
+        path = saved(tmp_path / "a.pt", gpt | {"tok_embeddings.weight": tensor})
+        with pytest.raises(ModelError, match=r"a\.pt"):
+            LlamaGen.from_pretrained(path, heads=2, grid=(3, 3))
+
+
+def test_a_zip_file_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", bytes(2**24))
+    with pytest.raises(ModelError, match=r"a\.pt is a zip file that PyTorch did not write.* unpack to 16,777,216"):
+        LlamaGen.from_pretrained(tmp_path / "a.pt")
+
+
 # Fingerprints, and the way back
 
 

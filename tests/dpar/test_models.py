@@ -1,4 +1,6 @@
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -268,10 +270,117 @@ def test_tensors_that_do_not_fit_are_named(
 
 
 def test_of_many_faults_eight_are_listed_and_the_rest_counted(saved: Path) -> None:
-    change_tensors(saved, dict.clear)
-    n = len(llamagen().state_dict())
-    with pytest.raises(ModelError, match=f"missing .*; and {n - 8} more$"):
+    kept = {f"layers.{i}.attention.wqkv.weight" for i in range(llamagen().config.layers)}
+    change_tensors(saved, lambda tensors: [tensors.pop(name) for name in list(tensors) if name not in kept])
+    missing = len(llamagen().state_dict()) - len(kept)
+    with pytest.raises(ModelError, match=f"missing .*; and {missing - 8} more$"):
         LlamaGen.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "needed"),
+    [
+        ("width", "32", "a whole number of at most 16,777,216"),
+        ("width", 32.0, "a whole number"),
+        ("width", True, "a whole number"),
+        ("width", None, "a whole number"),
+        ("width", [32], "a whole number"),
+        ("width", 2**31, "a whole number"),
+        ("width", 10**400, "a whole number"),
+        ("width", -32, "at least 1"),
+        ("layers", {}, "a whole number"),
+        ("layers", 1000, "asks for 1000 layers; .* has tensors of 2"),
+        ("layers", 10**7, "asks for 10000000 layers; at most 1024 are read"),
+        ("dropout", "0.1", "a number"),
+        ("dropout", math.nan, "a number"),
+        ("dropout", 10**400, "a number"),
+        ("dropout", 1, "at least 0 and under 1"),
+        ("start_token", 1, "true or false"),
+        ("start_token", "no", "true or false"),
+    ],
+)
+def test_a_value_of_a_config_that_cannot_be_is_named_with_its_file(
+    saved: Path, field: str, value: object, needed: str
+) -> None:
+    change_config(saved, **{field: value})
+    with pytest.raises(ModelError, match=rf"weights/config\.json: {field} .*{needed}") as caught:
+        LlamaGen.from_pretrained(saved)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "says"),
+    [
+        (dpar, {"rope": "3d"}, "rope is '3d'; it must be one of dynamic, dynamic-compact, 2d"),
+        (dpar, {"rope": ["2d"]}, r"rope is \['2d'\]; it must be one of"),
+        (dpar, {"patch_layers": 10**9}, "patch_layers is 1000000000; it must be a whole number"),
+        (tokenizer, {"channel_multipliers": [1, "2"]}, "channel_multipliers is .*; it must be a list of whole numbers"),
+        (tokenizer, {"channel_multipliers": 2}, "channel_multipliers is 2; it must be a list of whole numbers"),
+        (tokenizer, {"channel_multipliers": [1] * 50_000}, "channel_multipliers asks for 50000 layers"),
+        (tokenizer, {"residual_blocks": 10**6}, "residual_blocks asks for 1000000 layers"),
+        (tokenizer, {"\x1b[31mred": 1}, r"does not know: '\\x1b\[31mred'"),
+    ],
+)
+def test_choices_and_lists_of_a_config_are_checked_too(
+    tmp_path: Path, make: Callable[[], Any], values: dict[str, object], says: str
+) -> None:
+    model = make()
+    change_config(model.save_pretrained(tmp_path), **values)
+    with pytest.raises(ModelError, match=rf"config\.json.*{says}"):
+        type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("values", [{"width": 2**20}, {"codebook_size": 2**24, "classes": 2**24}])
+def test_sizes_that_the_tensors_do_not_have_are_refused_before_memory_is_taken(
+    saved: Path, values: dict[str, int]
+) -> None:
+    change_config(saved, **values)
+    with pytest.raises(ModelError, match=r"model\.safetensors does not fit a LlamaGen: .* is \("):
+        LlamaGen.from_pretrained(saved)
+
+
+def test_a_grid_that_no_memory_holds_is_refused(saved: Path) -> None:
+    change_config(saved, grid_height=10**6, grid_width=10**6)
+    with pytest.raises(ModelError, match=r"config\.json: a grid of 1000000×1000000 tokens .* too large"):
+        LlamaGen.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "9" * 10_000, '{"width": ', " " * 2**21, "\udcff"])
+def test_a_config_that_is_not_json_is_one_message(saved: Path, content: str) -> None:
+    (saved / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ModelError, match=r"weights/config\.json cannot be read"):
+        LlamaGen.from_pretrained(saved)
+
+
+def test_a_config_that_is_a_pipe_is_not_waited_for(saved: Path) -> None:
+    (saved / "config.json").unlink()
+    os.mkfifo(saved / "config.json")
+    with pytest.raises(ModelError, match=r"it has no config\.json"):
+        LlamaGen.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_tensors_that_are_not_of_floating_point_are_refused(saved: Path, dtype: torch.dtype) -> None:
+    change_tensors(saved, lambda tensors: tensors.update({"norm.weight": torch.ones(32, dtype=dtype)}))
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ModelError, match=f"norm.weight holds {kind}, not floating-point numbers"):
+        LlamaGen.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(("old", "new"), [(b'"F32"', b'"F\xb32"'), (b'"F32"', b'"Q32"'), (b"norm.w", b"norm\x1bw")])
+def test_a_flipped_byte_in_a_header_is_one_message(saved: Path, old: bytes, new: bytes) -> None:
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(old, new[: len(old)], 1))
+    with pytest.raises(ModelError, match=r"model\.safetensors") as caught:
+        LlamaGen.from_pretrained(saved)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["my models/vq", "owner/na--me", "a\x1b[31m/b"])
+def test_what_is_neither_a_directory_nor_a_name_of_the_hub_is_one_message(name: str) -> None:
+    with pytest.raises(ModelError, match=r"no model at .*: there is no such directory") as caught:
+        VQTokenizer.from_pretrained(name)
+    assert str(caught.value).isprintable()
 
 
 def cut(file: Path, size: int) -> None:

@@ -7,11 +7,11 @@ import pytest
 from numpy.typing import NDArray
 
 from cli import in_this_process
-from pipeline.compare import COMPARISON, compare
+from pipeline.compare import COMPARISON, compare, lines
 from pipeline.errors import StageError
 from pipeline.settings import PatchifySettings
 from shards.reader import open_artifact
-from tests.pipeline.test_patchify import GRID, QUIET, N, build_codes, run, save_model
+from tests.pipeline.test_patchify import GRID, QUIET, N, build_codes, run, save_entropy_run, save_model
 
 ROWS = 33
 
@@ -95,6 +95,23 @@ def test_a_model_of_another_codebook_is_refused(home: Path, tmp_path: Path) -> N
     with pytest.raises(StageError, match="its codebook size is 32, the model's 64"):
         compare(home / "codes", tmp_path / "out", settings, QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_another_tokenizer_is_refused_before_any_is_measured(home: Path, tmp_path: Path) -> None:
+    other = save_entropy_run(tmp_path / "run", {"path": "other/vq", "fingerprint": "ab" * 32})
+    settings = chosen(home, threshold=3.0, compare=(str(home / "large"), str(other)))
+    with pytest.raises(StageError, match=r"run was trained on codes of the tokenizer other/vq \(abababababab\)"):
+        compare(home / "codes", tmp_path / "out", settings, QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_entropies_are_all_equal_has_no_correlation(home: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "even", std=0.0)
+    settings = chosen(home, threshold=3.0, compare=(str(home / "large"), str(tmp_path / "even")))
+    found = compare(home / "codes", tmp_path / "out", settings, QUIET)
+    assert found["entropy_correlation"] is None
+    assert json.loads((tmp_path / "out" / COMPARISON).read_text()) == found
+    assert "entropies correlate at no number" in lines(found)[-1]
 
 
 @pytest.mark.parametrize(

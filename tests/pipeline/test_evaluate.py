@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import nn
 
 import dpar
 from dpar import DPAR, LlamaGen, PatchRule
+from dpar.flops import count
 from dpar.sampling import sample
 from dpar.tokenizer import VQTokenizer, psnr
 from pipeline.errors import StageError
@@ -29,9 +31,12 @@ from pipeline.features import (
 from pipeline.generate import decode
 from pipeline.likelihood import bits_per_token
 from pipeline.originals import load_originals
+from pipeline.patchify import patchify
 from pipeline.reconstruction import ssim
+from pipeline.results import write_results
 from pipeline.run import FORMAT_VERSIONS
-from pipeline.settings import EvalSettings, TrainSettings
+from pipeline.settings import EvalSettings, PatchifySettings, TokenizeSettings, TrainSettings
+from pipeline.tokenize import tokenize
 from pipeline.train import train
 from shards.build import ArtifactBuild
 from shards.manifest import Manifest, ShardInfo
@@ -259,6 +264,150 @@ def test_thresholds_lengths_and_guidance_make_one_table(home: Path, tmp_path: Pa
         "quality-vs-guidance.png",
         "quality-vs-patch-length.png",
     }
+
+
+def test_bits_per_token_of_a_row_are_by_its_own_rule(home: Path, tmp_path: Path) -> None:
+    model = DPAR.from_pretrained(home / "dpar-tiny" / "model")
+    entropies = open_artifact(home / "patches").gather(np.arange(10), np.zeros(10, np.int64)).entropy
+    assert entropies is not None
+    low, high = (float(np.quantile(entropies[:, 2:], q)) for q in (0.2, 0.7))
+    found = run(home, tmp_path / "scores", threshold=(low, high), max_length=(3, 0), row_reset=False, samples=0)
+    assert found["cells"] == []
+    assert [(row["threshold"], row["max_length"]) for row in found["held_out"]] == [
+        (threshold, length) for threshold in (low, high) for length in (None, 3)
+    ]
+    for row in found["held_out"]:
+        rule = {"threshold": row["threshold"], "max_length": row["max_length"] or 0, "row_reset": False}
+        moved = tmp_path / row["name"]
+        manifest = patchify(home / "patches", moved, PatchifySettings(**rule, **CPU), QUIET)
+        assert manifest is not None
+        expected = bits_per_token(model, open_artifact(moved), batch=32, precision="fp32")
+        assert row["bits_per_token"] == pytest.approx(expected.bits_per_token, abs=1e-6)
+        assert row["patches_per_image"] == manifest.statistics["patches_per_image"]
+        assert row["mean_length"] == pytest.approx(manifest.statistics["mean_length"])
+        macs = count(model.config, manifest.statistics["mean_length"]).linear
+        assert row["gmacs_per_image"] == pytest.approx(macs / 1e9)
+    assert len({row["bits_per_token"] for row in found["held_out"]}) == 4
+    table = (tmp_path / "scores" / "results.md").read_text(encoding="utf-8")
+    with open(tmp_path / "scores" / "results.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    for row, line in zip(found["held_out"], lines, strict=True):
+        assert f"| {row['bits_per_token']:.4f} |" in table
+        assert float(line["bits_per_token"]) == row["bits_per_token"]
+
+
+def test_cells_have_the_bits_of_their_row_and_more_rows_are_added_to_the_table(home: Path, tmp_path: Path) -> None:
+    one: dict[str, Any] = {"samples": 2}
+    run(home, tmp_path / "scores", threshold=(2.9,), **one)
+    written = tmp_path / "scores" / "likelihood" / "threshold-2.9.json"
+    before = written.stat().st_mtime_ns
+    found = run(home, tmp_path / "scores", threshold=(2.9, 9.0), **one)
+    assert written.stat().st_mtime_ns == before
+    rows = {row["name"]: row for row in found["held_out"]}
+    assert list(rows) == ["threshold-2.9", "threshold-9"]
+    assert rows["threshold-2.9"]["bits_per_token"] != rows["threshold-9"]["bits_per_token"]
+    for cell in found["cells"]:
+        row = rows[cell["name"].removesuffix("-cfg-1.5")]
+        assert cell["bits_per_token"] == row["bits_per_token"]
+        assert cell["held_out_mean_length"] == row["mean_length"]
+        assert cell["held_out_patches_per_image"] == row["patches_per_image"]
+        assert cell["gmacs_per_image"] == row["gmacs_per_image"]
+
+
+def test_thresholds_that_differ_in_the_seventh_digit_are_two_rows(home: Path, tmp_path: Path) -> None:
+    found = run(home, tmp_path / "scores", threshold=(3.0, 3.0000001), samples=0)
+    assert [row["threshold"] for row in found["held_out"]] == [3.0, 3.0000001]
+
+
+def test_held_out_images_stored_with_another_threshold_are_cut_by_the_runs_own(home: Path, tmp_path: Path) -> None:
+    patchify(home / "patches", tmp_path / "moved", PatchifySettings(threshold=9.0, max_length=0, **CPU), QUIET)
+    same, moved = (
+        run(home, tmp_path / f"of-{name}", reference=folder, samples=0)
+        for name, folder in (("same", home / "patches"), ("moved", tmp_path / "moved"))
+    )
+    assert moved["bits_per_token"] == same["bits_per_token"]
+    assert moved["held_out"][0]["threshold"] == RULE["threshold"]
+
+
+def test_without_entropies_of_the_runs_entropy_model_a_threshold_is_one_message(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    static = PatchifySettings(strategy="static", static_length=2.0, **CPU)
+    patchify(home / "codes", tmp_path / "static", static, QUIET)
+    model = LlamaGen.from_pretrained(home / "entropy")
+    nn.init.normal_(model.output.weight, std=0.2)
+    model.save_pretrained(tmp_path / "other")
+    patchify(
+        home / "codes",
+        tmp_path / "foreign",
+        PatchifySettings(entropy_model=str(tmp_path / "other"), **RULE, **CPU),
+        QUIET,
+    )
+    for name, why in (("static", "it holds no entropies"), ("foreign", r"its entropies are of .*other \(\w{12}\)")):
+        for given in ({"threshold": (3.0,)}, {"max_length": (2,)}, {"row_reset": False}):
+            with pytest.raises(StageError, match=f"{name} cannot be cut by --threshold, .*{why}, and the run's"):
+                run(home, tmp_path / "scores", reference=tmp_path / name, samples=0, **given)
+        settings = EvalSettings(reference=tmp_path / name, samples=0, **CPU)
+        found = evaluate(home / "dpar-tiny", tmp_path / f"of-{name}", settings)
+        assert "bits per token are by the boundaries stored in" in capsys.readouterr().err.replace("\n", " ")
+        expected = bits_per_token(
+            DPAR.from_pretrained(home / "dpar-tiny" / "model"),
+            open_artifact(tmp_path / name),
+            batch=32,
+            precision="fp32",
+        )
+        assert found["bits_per_token"] == pytest.approx(expected.bits_per_token, abs=1e-6)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_a_static_run_has_one_row_of_its_length_whatever_the_held_out_boundaries(home: Path, tmp_path: Path) -> None:
+    static = PatchifySettings(strategy="static", static_length=1.8, **CPU)
+    patchify(home / "patches", tmp_path / "static", static, QUIET)
+    save_run(tmp_path / "run", tmp_path / "static", "dpar-tiny", std=0.05)
+    found = run(tmp_path, tmp_path / "scores", "run", reference=home / "patches", samples=0)
+    expected = bits_per_token(
+        DPAR.from_pretrained(tmp_path / "run" / "model"), open_artifact(tmp_path / "static"), batch=32, precision="fp32"
+    )
+    assert [row["static_length"] for row in found["held_out"]] == [1.8]
+    assert found["bits_per_token"] == pytest.approx(expected.bits_per_token, abs=1e-6)
+
+
+def test_every_cell_and_table_says_how_its_samples_were_drawn_and_looked_at(home: Path, tmp_path: Path) -> None:
+    found = run(home, tmp_path / "scores", samples=4, labels="balanced", decode_precision="bf16", cfg_scale=(1.0, 2.0))
+    for cell in found["cells"]:
+        assert (cell["samples"], cell["labels"], cell["features"]) == (4, "balanced", "tokenizer")
+        assert (cell["cfg_schedule"], cell["decode_precision"]) == ("constant", "bf16")
+    line = "Samples: 4 per row, balanced labels, guidance 1 or 2, constant guidance, decoded in bf16, features of"
+    assert line in (tmp_path / "scores" / "results.md").read_text(encoding="utf-8")
+
+
+def test_weights_that_are_not_numbers_are_one_message(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "dpar-tiny", tmp_path / "run")
+    model = DPAR.from_pretrained(tmp_path / "run" / "model")
+    nn.init.constant_(model.output.weight, float("nan"))
+    model.save_pretrained(tmp_path / "run" / "model")
+    with pytest.raises(StageError, match=r"no finite bits per token on .*its weights hold NaN or infinity"):
+        run(tmp_path, tmp_path / "scores", "run", reference=home / "patches", samples=0)
+    assert not (tmp_path / "scores" / "likelihood" / "newest.json").exists()
+
+
+def test_text_in_tables_is_no_formula_and_no_escape_code(tmp_path: Path) -> None:
+    cell: dict[str, Any] = {
+        "name": "=1+1",
+        "checkpoint": "\x1b[31m|red",
+        "step": None,
+        "threshold": None,
+        "max_length": -1,
+    }
+    cell |= {"cfg_scale": 1.0, "samples": 2, "labels": "random", "cfg_schedule": "constant", "features": "tokenizer"}
+    (tmp_path / "cells" / "a").mkdir(parents=True)
+    (tmp_path / "cells" / "a" / "cell.json").write_text(json.dumps(cell | {"decode_precision": "fp32"}))
+    write_results(tmp_path, {}, QUIET)
+    table = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert r"| \u001b[31m\|red |" in table
+    with open(tmp_path / "results.csv", encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["name"], row["checkpoint"], row["max_length"]) == ("'=1+1", r"\u001b[31m|red", "-1")
 
 
 def test_checkpoints_make_a_table_against_training_flops(home: Path, tmp_path: Path) -> None:
@@ -542,7 +691,27 @@ def test_bad_references_are_one_message_before_anything_is_sampled(home: Path, t
     np.savez(tmp_path / "floats.npz", np.zeros((4, SIZE, SIZE, 3), np.float32))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048), np.float16))
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
-    np.savez(tmp_path / "objects.npz", mu=np.array([{}], object), sigma=np.zeros((1, 1)))
+    np.savez(tmp_path / "objects.npz", mu=np.full(64, None, object), sigma=np.eye(64))
+    np.savez(tmp_path / "one.npz", np.zeros((1, SIZE, SIZE, 3), np.uint8))
+    mu, sigma, record = np.zeros(64), np.eye(64), np.array(json.dumps({"features": "tokenizer"}))
+    skewed = sigma + np.triu(np.full((64, 64), 0.1))
+    for name, (a, b) in {
+        "nan": (mu * np.nan, sigma),
+        "infinite": (mu, sigma + np.inf),
+        "complex": (mu + 1j, sigma),
+        "dates": (mu.astype("datetime64[s]"), sigma),
+        "text": (mu.astype(str), sigma),
+        "whole": (mu.astype(int), sigma),
+        "objects": (np.full(64, None, object), sigma),
+        "shape": (mu, np.eye(63)),
+        "flat": (mu[0], sigma),
+        "skewed": (mu, skewed),
+        "huge": (mu, sigma * 1e200),
+        "negative": (mu, -sigma),
+    }.items():
+        np.savez(tmp_path / f"{name}-statistics.npz", mu=a, sigma=b, provenance=record)
+    np.savez(tmp_path / "provenance.npz", mu=mu, sigma=sigma, provenance=np.array('{"images": 1}'))
+    os.mkfifo(tmp_path / "pipe.npz")
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "empty").mkdir()
     for name, says in {
@@ -552,7 +721,22 @@ def test_bad_references_are_one_message_before_anything_is_sampled(home: Path, t
         "floats.npz": r"arr_0 is \(4, 8, 8, 3\) float32; colour images",
         "wide.npz": r"statistics of 2048 inception features; --features tokenizer has 64",
         "other.npz": "has weights; a reference needs arr_0, or mu and sigma",
-        "objects.npz": "its statistics cannot be read",
+        "objects.npz": "statistics of 64 inception features",
+        "one.npz": "holds 1 images; a reference needs at least 2",
+        "nan-statistics.npz": "mu holds numbers that are not finite",
+        "infinite-statistics.npz": "sigma holds numbers that are not finite",
+        "complex-statistics.npz": "mu holds complex128; floating-point numbers are needed",
+        "dates-statistics.npz": r"mu holds datetime64\[s\]; floating-point numbers are needed",
+        "text-statistics.npz": r"mu holds <U\d+; floating-point numbers are needed",
+        "whole-statistics.npz": "mu holds int64; floating-point numbers are needed",
+        "objects-statistics.npz": "mu holds object; floating-point numbers are needed",
+        "shape-statistics.npz": r"mu is \(64,\) and sigma \(63, 63\)",
+        "flat-statistics.npz": r"mu is \(\) and sigma",
+        "skewed-statistics.npz": "sigma is no covariance: it is not symmetric",
+        "huge-statistics.npz": "sigma is no covariance",
+        "negative-statistics.npz": "sigma is no covariance: it has a negative number on its diagonal",
+        "provenance.npz": "its provenance is damaged",
+        "pipe.npz": "pipe.npz is not a regular file",
         "text.npz": "is no .npz file",
         "empty": "holds 0 images",
         "gone": "is not there",
@@ -560,6 +744,24 @@ def test_bad_references_are_one_message_before_anything_is_sampled(home: Path, t
         with pytest.raises(StageError, match=says):
             run(home, tmp_path / "scores", reference=tmp_path / name)
     assert not (tmp_path / "scores").exists()
+
+
+def test_a_reference_of_one_image_serves_bits_per_token_alone(home: Path, tmp_path: Path) -> None:
+    save_photos(tmp_path / "photos", CLASSES[:1], a_class=1)
+    settings = TokenizeSettings(tokenizer=str(home / "vq"), image_size=SIZE, **CPU)
+    tokenize(str(tmp_path / "photos"), tmp_path / "codes", settings, QUIET)
+    save_run(tmp_path / "run", tmp_path / "codes", "llamagen-tiny")
+    found = run(tmp_path, tmp_path / "bits", "run", reference=tmp_path / "codes", samples=0)
+    assert found["held_out_images"] == found["originals"] == 1
+    assert "tokenizer reconstruction distance" not in found
+    with pytest.raises(StageError, match="codes holds 1 images; a reference needs at least 2"):
+        run(tmp_path, tmp_path / "scores", "run", reference=tmp_path / "codes", samples=2)
+
+
+@pytest.mark.parametrize("name", ["", "saved", "."])
+def test_a_place_for_the_reference_that_could_not_be_one_is_wrong_usage(name: str) -> None:
+    with pytest.raises(StageError, match=r"--save-reference is .*; it must be a file that ends in \.npz"):
+        EvalSettings(reference=Path("r"), save_reference=Path(name))
 
 
 def test_few_images_are_said_to_make_the_distance_too_large(

@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,41 @@ def test_a_file_cut_short_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes(held[: len(held) // 2])
     with pytest.raises(StageError, match=r"cut\.npz is no \.npz file"):
         NpzImages(tmp_path / "cut.npz")
+
+
+@pytest.mark.parametrize("fault", ["zlib", "crc", "encrypted", "method", "header", "shape", "many", "bomb"])
+def test_a_damaged_or_unreadable_file_is_one_message(tmp_path: Path, fault: str) -> None:
+    path = tmp_path / "a.npz"
+    save = np.savez_compressed if fault == "zlib" else np.savez
+    save(path, pixels(9))
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02")  # in the archive's directory
+    name = content.index(b"\x93NUMPY") if fault != "zlib" else 0
+    if fault == "zlib":
+        content[60:80] = b"\xff" * 20
+    elif fault == "crc":
+        content[name + 200] ^= 1
+    elif fault == "encrypted":
+        content[entry + 8] |= 1
+        content[6] |= 1
+    elif fault == "method":
+        content[entry + 10] = content[8] = 97
+    elif fault == "header":
+        content[name + 10 : name + 20] = b"{" * 10
+    path.write_bytes(content)
+    if fault in ("shape", "many", "bomb"):
+        shape = {"shape": (0, 4, 4, 3), "many": (10**9, 4, 4, 3), "bomb": (2, 2**20, 2**20, 3)}[fault]
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("arr_0.npy", "w") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            file.write(bytes(10**6))
+    with pytest.raises(StageError, match=r"a\.npz"):
+        NpzImages(path).read(0, 9)
+
+
+def test_what_is_not_a_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(StageError, match=r"a\.npz is not a regular file"):
+        NpzImages(tmp_path / "a.npz")
 
 
 def test_writing_many_images_takes_no_memory_for_all_of_them(tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ from rich.console import Console
 import dpar
 from dpar import LlamaGen, LlamaGenConfig
 from dpar.patching import PatchRule, patch_starts, static_starts, token_entropy
+from pipeline.convert import convert
 from pipeline.errors import StageError
 from pipeline.patch_statistics import count_patches, merge_counts, summary
 from pipeline.patchify import find_threshold, patchify
 from pipeline.progress import Progress, Stopped, Task
-from pipeline.settings import PatchifySettings
+from pipeline.settings import ConvertSettings, PatchifySettings
 from shards.build import ArtifactBuild
 from shards.errors import ArtifactError
 from shards.manifest import Container, Manifest, ShardInfo
@@ -47,11 +48,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def save_model(path: Path, seed: int = 0, **sizes: Any) -> Path:
+def save_model(path: Path, seed: int = 0, std: float = 0.4, **sizes: Any) -> Path:
     torch.manual_seed(seed)
     values: dict[str, Any] = {"codebook_size": V, "grid_height": GRID[0], "grid_width": GRID[1], **sizes}
     model = LlamaGen(LlamaGenConfig(classes=0, start_token=False, width=32, heads=2, layers=2, **values))
-    torch.nn.init.normal_(model.output.weight, std=0.4)
+    torch.nn.init.normal_(model.output.weight, std=std)
     return model.save_pretrained(path)
 
 
@@ -449,6 +450,36 @@ def test_an_entropy_model_of_other_codes_is_refused_with_both_sides(
     with pytest.raises(StageError, match=f"{home}/arrow does not fit the model: its {says}"):
         run(home / "arrow", tmp_path / "a", entropy_model=str(tmp_path / "other"), threshold=3.0)
     assert not (tmp_path / "a").exists()
+
+
+def save_entropy_run(run: Path, tokenizer: dict[str, str], seed: int = 0) -> Path:
+    """A run as `dpar entropy` leaves it, trained on codes of ``tokenizer``."""
+    save_model(run / "model", seed)
+    record = {"format_version": 2, "kind": "entropy", "settings": {}, "inputs": {"tokenizer": tokenizer}}
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    return run
+
+
+def test_an_entropy_model_of_another_tokenizer_is_refused_with_both(home: Path, tmp_path: Path) -> None:
+    run_of_another = save_entropy_run(tmp_path / "run", {"path": "other/vq", "fingerprint": "ab" * 32})
+    for name in (run_of_another, run_of_another / "model"):
+        with pytest.raises(StageError, match=r"other/vq \(abababababab\).*arrow holds codes of vq \(000000000000\)"):
+            run(home / "arrow", tmp_path / "out", entropy_model=str(name), threshold=2.0)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(StageError, match=rf"`dpar convert {run_of_another} NEW`"):
+        run(home / "arrow", tmp_path / "out", entropy_model=str(run_of_another), threshold=2.0)
+    convert(str(run_of_another), tmp_path / "new", ConvertSettings(), QUIET)
+    assert run(home / "arrow", tmp_path / "out", entropy_model=str(tmp_path / "new"), threshold=2.0).rows == sum(SIZES)
+
+
+def test_an_entropy_model_of_the_same_tokenizer_is_taken_wherever_that_lies(home: Path, tmp_path: Path) -> None:
+    moved = {"path": "elsewhere/vq", "fingerprint": TOKENIZER["fingerprint"]}
+    entropy = save_entropy_run(tmp_path / "run", moved)
+    assert run(home / "arrow", tmp_path / "out", entropy_model=str(entropy), threshold=2.0).rows == sum(SIZES)
+    record = {"format_version": 2, "kind": "entropy", "settings": {}, "inputs": {"tokenizer": 3}}
+    (entropy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(StageError, match=r"run\.json.*tokenizer"):
+        run(home / "arrow", tmp_path / "other", entropy_model=str(entropy), threshold=2.0)
 
 
 def test_another_entropy_model_than_the_stored_entropies_came_from_is_refused(home: Path, tmp_path: Path) -> None:
