@@ -29,7 +29,8 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 from dpar.errors import ModelError
-from pipeline.errors import StageError, claim_error_report
+from pipeline.runtime.errors import StageError, claim_error_report
+from pipeline.runtime.terminal import Terminal
 from pipeline.settings import (
     GROUPS,
     OUTPUT,
@@ -45,7 +46,6 @@ from pipeline.settings import (
     TrainSettings,
     TrainTokenizerSettings,
 )
-from pipeline.terminal import Terminal
 from shards.errors import ArtifactError
 from shards.files import open_regular
 
@@ -271,7 +271,7 @@ class readable_errors:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        from pipeline.progress import Stopped
+        from pipeline.runtime.progress import Stopped
 
         if error is None or isinstance(error, (typer.Exit, typer.Abort, SystemExit)) or os.environ.get("DPAR_DEBUG"):
             return
@@ -308,7 +308,7 @@ def first_process() -> bool:
 def show_version(asked: bool) -> None:
     """Prints the version and ends."""
     if asked:
-        from pipeline.versions import made_by
+        from pipeline.runtime.provenance import made_by
 
         made = made_by()
         commit = f" ({made['git']})" if "git" in made else ""
@@ -356,7 +356,7 @@ def patchify(
 ) -> None:
     """Entropies and patch boundaries: the third stage."""
     if settings.compare is not None:
-        from pipeline.compare import compare, lines
+        from pipeline.boundary_agreement import compare, lines
 
         said = lines(compare(codes, out, settings))
         if first_process():
@@ -389,7 +389,7 @@ def evaluate(
 ) -> None:
     """Sample from a run and score it: the fifth stage."""
     from pipeline.evaluate import evaluate as score
-    from pipeline.results import markdown
+    from pipeline.scoring.results import markdown
 
     results = score(run, out, settings)
     if first_process():
@@ -552,7 +552,7 @@ def summary(manifest: Manifest | None, out: Path) -> None:
         return
     lines = [f"{manifest.rows} images, {manifest.views} views each, {len(manifest.class_names)} classes: {out}"]
     if manifest.kind == "patches":
-        from pipeline.patch_statistics import summary as patch_summary
+        from shards.patch_statistics import summary as patch_summary
 
         lines += patch_summary(manifest.statistics)
     if manifest.left_out and manifest.kind == "codes":  # the reasons stay with the codes

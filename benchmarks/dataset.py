@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.build import ArtifactBuild
 from shards.dataset import TrainingData
 from shards.manifest import Container, Manifest, ShardInfo
 from shards.reader import Batch, open_artifact
 from shards.rows import Rows
+from shards.writer import ArtifactBuild
 
 SHARD = 4096
 BATCH = 256

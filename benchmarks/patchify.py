@@ -25,13 +25,13 @@ import numpy as np
 
 from dpar.patching import patch_starts
 from pipeline.inspect import inspect
-from pipeline.patch_statistics import count_patches, merge_counts
 from pipeline.patchify import patchify
-from pipeline.progress import Progress
+from pipeline.runtime.progress import Progress
 from pipeline.settings import InspectSettings, PatchifySettings
-from shards.build import ArtifactBuild
 from shards.manifest import Manifest, ShardInfo
+from shards.patch_statistics import count_patches, merge_counts
 from shards.rows import Rows
+from shards.writer import ArtifactBuild
 
 CODEBOOK, CLASSES, SHARD = 16384, 1000, 4096
 RULE = {"strategy": "entropy", "threshold": 7.8, "max_length": 4, "row_reset": True, "static_length": None}
@@ -131,8 +131,8 @@ def entropy_model_table(name: str, tokens: int, batch: int, images: int) -> None
     from dpar.flops import count
     from dpar.llamagen import LlamaGen, LlamaGenConfig
     from dpar.presets import preset
-    from pipeline.device import autocast, choose_device, precision_name
-    from pipeline.likelihood import entropies
+    from pipeline.runtime.device import autocast, choose_device, precision_name
+    from pipeline.scoring.likelihood import entropies
 
     device = choose_device()
     side = math.isqrt(tokens)

@@ -19,13 +19,13 @@ from PIL import Image
 
 from dpar import VQConfig, VQTokenizer
 from dpar.tokenizer import from_uint8
-from pipeline.device import autocast, choose_device, precision_name
-from pipeline.progress import Progress
+from pipeline.runs.weights import load_tokenizer
+from pipeline.runtime.device import autocast, choose_device, precision_name
+from pipeline.runtime.progress import Progress
 from pipeline.settings import TokenizeSettings
 from pipeline.sources import open_source
+from pipeline.sources.crops import n_views, views
 from pipeline.tokenize import CodeEncoder, tokenize
-from pipeline.views import n_views, views
-from pipeline.weights import load_tokenizer
 
 QUIET = Progress(quiet=True)
 # Dense TFLOP/s by the makers' data sheets: float32, TF32 (what cuDNN's float32 convolutions use by default), bfloat16.

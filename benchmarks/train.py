@@ -27,7 +27,7 @@ from dpar.model import DPAR, DPARConfig
 from dpar.packing import PatchLayout
 from dpar.presets import preset
 from dpar.rope import token_table, with_condition
-from pipeline.speed import peak_flops
+from pipeline.training.throughput import peak_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPREAD = 0.08  # standard deviation of an image's share of patches: 20 of 256 tokens

@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpar.checkpoint import fingerprint
     from dpar.errors import ModelError
     from dpar.guidance import SamplingOptions
     from dpar.llamagen import LlamaGen, LlamaGenConfig
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from dpar.packing import PatchLayout
     from dpar.patching import PatchRule, patch_starts, static_starts, stored_entropy, token_entropy
     from dpar.presets import PRESETS, preset
+    from dpar.pretrained import fingerprint
     from dpar.sampling import sample
     from dpar.tokenizer import VQConfig, VQTokenizer
 
@@ -32,7 +32,7 @@ _HOME = {
     "SamplingOptions": "guidance",
     "VQConfig": "tokenizer",
     "VQTokenizer": "tokenizer",
-    "fingerprint": "checkpoint",
+    "fingerprint": "pretrained",
     "patch_starts": "patching",
     "preset": "presets",
     "sample": "sampling",

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpar.attention import dense_causal
-from dpar.checkpoint import Pretrained
 from dpar.errors import ModelError
 from dpar.layers import NORM_EPS, Block, LabelEmbedder, compile_layers, init_weights, run_layer
 from dpar.loss import next_token_loss
 from dpar.patching import stored_entropy, token_entropy
+from dpar.pretrained import Pretrained
 from dpar.rope import token_table, with_condition
 
 

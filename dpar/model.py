@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from dpar.attention import Backend, PackedBackend, choose_backend, dense_causal, packed_causal
-from dpar.checkpoint import Pretrained
 from dpar.errors import ModelError
 from dpar.layers import (
     NORM_EPS,
@@ -34,6 +33,7 @@ from dpar.layers import (
 from dpar.llamagen import SequenceConfig, check_inputs
 from dpar.loss import next_token_loss
 from dpar.packing import PatchLayout, spread
+from dpar.pretrained import Pretrained
 from dpar.rope import PatchRope, patch_table, token_table, with_condition
 
 DecoderStart = Literal["learned", "class"]

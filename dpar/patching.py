@@ -159,14 +159,6 @@ def static_starts(n_tokens: int, length: float) -> NDArray[np.bool_]:
     return index[1:] != index[:-1]
 
 
-def patch_lengths(starts: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Lengths in tokens of all patches of (..., N) boundaries, in order: (patches,) int64.
-
-    Token 0 of every sequence starts a patch, so none spans two sequences.
-    """
-    return np.diff(np.flatnonzero(starts), append=starts.size)
-
-
 def stored_entropy(entropy: torch.Tensor) -> torch.Tensor:
     """Entropies as an artifact stores them: float16, with +inf for token 0.
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpar.checkpoint import Pretrained
 from dpar.errors import ModelError
+from dpar.pretrained import Pretrained
 
 GROUPS = 32  # of every group norm
 

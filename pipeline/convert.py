@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from dpar import llamagen_files
-from dpar.checkpoint import CARD, CONFIG, WEIGHTS, Weights, fingerprint, read_weights, weights_path, write_weights
+from dpar import checkpoint_files
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
+from dpar.pretrained import CARD, CONFIG, WEIGHTS, Weights, fingerprint, read_weights, weights_path, write_weights
 from dpar.tokenizer import VQTokenizer
-from pipeline.errors import StageError
-from pipeline.progress import Progress
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress
 from pipeline.settings import ConvertSettings
 
 if TYPE_CHECKING:
@@ -71,13 +71,13 @@ def convert(src: str, dst: Path, settings: ConvertSettings, progress: Progress |
         progress.say(f"{dst} holds this model already")
     elif to_file:
         dst.parent.mkdir(parents=True, exist_ok=True)
-        llamagen_files.write(dst, weights.model_type, values, weights.tensors)
+        checkpoint_files.write(dst, weights.model_type, values, weights.tensors)
     else:
         note = f"Converted from `{Path(src).name}`, SHA-256 `{fingerprint(path)}`."
         from_file = Path(path).is_file()
         write_weights(dst, weights.model_type, values, weights.tensors, note if from_file else "")
     return Converted(
-        description=llamagen_files.describe(weights.model_type, values),
+        description=checkpoint_files.describe(weights.model_type, values),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tensors=len(weights.tensors),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in weights.tensors.values()),

@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.generate import decode
-from pipeline.originals import load_originals
-from pipeline.pictures import data_uri, enlarge, histogram_svg, patches_sheet, sheet
-from pipeline.progress import Progress
-from pipeline.report import Picture, Section, Table, render
-from pipeline.run import read_metrics, read_run
-from pipeline.versions import made_by
-from pipeline.weights import load_tokenizer
+from pipeline.generation.generator import decode
+from pipeline.reports.page import Picture, Section, Table, render
+from pipeline.reports.pictures import data_uri, enlarge, histogram_svg, patches_sheet, sheet
+from pipeline.runs.run_folder import read_metrics, read_run
+from pipeline.runs.weights import load_tokenizer
+from pipeline.runtime.progress import Progress
+from pipeline.runtime.provenance import made_by
+from pipeline.sources.originals import load_originals
 from shards.manifest import Manifest, write_json
 from shards.reader import Artifact, open_artifact
 

@@ -35,9 +35,16 @@ from dpar.flops import TRAINING_FLOPS_A_MAC, count
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.patching import PatchRule
-from pipeline.device import precision_name, rank, world_size
-from pipeline.errors import StageError
-from pipeline.features import (
+from pipeline.generation.generator import Generator, run_of, weights_fingerprint
+from pipeline.generation.sampled_artifact import Plan, labels_of, write_sampled
+from pipeline.runs.run_folder import read_metrics, read_run
+from pipeline.runtime.device import precision_name, rank, world_size
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress, stops_with
+from pipeline.runtime.provenance import made_by
+from pipeline.runtime.work_sharing import Parts, claim_folder, claim_parts, write_once
+from pipeline.sample import sample_sheet, save_picture, shard_pixels
+from pipeline.scoring.features import (
     Extractor,
     Features,
     InceptionFeatures,
@@ -48,18 +55,11 @@ from pipeline.features import (
     precision_recall,
     resize,
 )
-from pipeline.generate import Generator, run_of, weights_fingerprint
-from pipeline.likelihood import Likelihood, fits, nats_per_token, same_classes
-from pipeline.progress import Progress, stops_with
-from pipeline.reconstruction import reconstruct
-from pipeline.reference import Originals, Reference, open_reference
-from pipeline.results import write_results
-from pipeline.run import read_metrics, read_run
-from pipeline.sample import sample_sheet, save_picture, shard_pixels
-from pipeline.sampled import Plan, labels_of, write_sampled
+from pipeline.scoring.likelihood import Likelihood, check_compatible, check_same_classes, nats_per_token
+from pipeline.scoring.reconstruction import reconstruct
+from pipeline.scoring.reference import Originals, Reference, open_reference
+from pipeline.scoring.results import write_results
 from pipeline.settings import EvalSettings
-from pipeline.share import Parts, once, share, take_folder
-from pipeline.versions import made_by
 from shards.manifest import MANIFEST
 from shards.reader import Artifact, open_artifact
 
@@ -139,8 +139,8 @@ class _Evaluation:
         generator = self.generator(self.rows[0])
         if self.artifact is not None:
             name = str(self.artifact.folder)
-            fits(generator.model, self.artifact.manifest, name)
-            same_classes(generator.class_names, self.artifact.manifest.class_names, str(run), name)
+            check_compatible(generator.model, self.artifact.manifest, name)
+            check_same_classes(generator.class_names, self.artifact.manifest.class_names, str(run), name)
             _check_tokenizer(generator, self.artifact)
         self.extract: Extractor = (
             InceptionFeatures(settings.inception_weights, generator.device, settings.batch)
@@ -153,7 +153,7 @@ class _Evaluation:
             raise StageError(f"{settings.reference} holds {len(images)} images; a reference needs at least 2")
         self._rules = {choice: self._rule(generator.with_rule(*choice), *choice) for choice in choices}
         self.identity = self._identity()
-        take_folder(out, "eval.json", self.identity, "holds results of other weights or settings")
+        claim_folder(out, "eval.json", self.identity, "holds results of other weights or settings")
         self._warn()
 
     def generator(self, row: Row) -> Generator:
@@ -278,7 +278,7 @@ class _Evaluation:
                 "parameters": cost.parameters,
             }
 
-        found = once(path, measure)
+        found = write_once(path, measure)
         shutil.rmtree(parts.folder, ignore_errors=True)
         if found["weights"] != weights:
             raise StageError(f"{self.out} holds results of other weights called {row.name}; name another directory")
@@ -322,7 +322,7 @@ class _Evaluation:
                 found[RECONSTRUCTION[self.extract.name]] = frechet_distance(*statistics)
             return found
 
-        found = once(path, finish)
+        found = write_once(path, finish)
         shutil.rmtree(folder, ignore_errors=True)
         return found
 
@@ -345,7 +345,7 @@ class _Evaluation:
                 raise
             self.progress.say(f"no distance to the reference: {error}")
             return None
-        for _ in share(path, 1, lambda _: path.is_file()):
+        for _ in claim_parts(path, 1, lambda _: path.is_file()):
             self._save(Reference.of(parts.joined("pool"), None if measured is None else measured.statistics))
         shutil.rmtree(parts.folder, ignore_errors=True)
         return Reference.load(path)
@@ -365,7 +365,7 @@ class _Evaluation:
             if reference is None:
                 raise StageError(f"--save-reference: nothing could be measured of {s.reference}")
             target, measured = s.save_reference, reference
-            for _ in share(self.out / "save-reference", 1, lambda _: False):
+            for _ in claim_parts(self.out / "save-reference", 1, lambda _: False):
                 measured.save(target, self._provenance())
         if not s.samples:
             return
@@ -445,7 +445,7 @@ class _Evaluation:
             names = ("pool", "logits") if s.features == "inception" else ("pool",)
             return cell | self._scores({name: features.joined(name) for name in names}, reference)
 
-        once(path, finish)
+        write_once(path, finish)
 
     def _scores(self, samples: Features, reference: Reference) -> dict[str, Any]:
         name, prefix = DISTANCE[self.extract.name], PREFIX[self.extract.name]

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpar.flops import PAPER_GMACS, PAPER_PARAMETERS, PAPER_PATCH_LENGTH, count
 from dpar.presets import PRESETS, preset
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 from pipeline.settings import FlopsSettings
 
 

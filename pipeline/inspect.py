@@ -25,12 +25,9 @@ from PIL import Image
 from dpar.errors import ModelError
 from dpar.patching import PatchRule
 from dpar.tokenizer import VQTokenizer, psnr
-from pipeline.device import choose_device
-from pipeline.errors import StageError
-from pipeline.generate import decode
-from pipeline.originals import load_originals
-from pipeline.patch_statistics import by_compressibility, check_statistics, class_name, lengths_differ
-from pipeline.pictures import (
+from pipeline.generation.generator import decode
+from pipeline.reports.page import Picture, Section, Table, render
+from pipeline.reports.pictures import (
     data_uri,
     draw_patches,
     enlarge,
@@ -42,15 +39,18 @@ from pipeline.pictures import (
     reconstruction_sheet,
     scale_for,
 )
-from pipeline.progress import Progress
-from pipeline.report import Picture, Section, Table, render
+from pipeline.runs.weights import load_tokenizer
+from pipeline.runtime.device import choose_device
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress
+from pipeline.runtime.provenance import made_by
+from pipeline.runtime.threshold_warning import warn_if_out_of_reach
 from pipeline.settings import InspectSettings
+from pipeline.sources.originals import load_originals
 from pipeline.sources.source import nearest
-from pipeline.thresholds import warn_if_out_of_reach
-from pipeline.versions import made_by
-from pipeline.weights import load_tokenizer
 from shards.errors import ArtifactError
 from shards.manifest import MANIFEST, Manifest, write_json
+from shards.patch_statistics import by_compressibility, check_statistics, class_name, lengths_differ
 from shards.reader import Artifact, open_artifact
 from shards.records import parse
 from shards.rows import Rows

@@ -21,20 +21,20 @@ from numpy.typing import NDArray
 
 from dpar.llamagen import LlamaGen
 from dpar.patching import PatchRule
-from pipeline.ahead import ahead
-from pipeline.device import choose_device, precision_name, rank, world_size
-from pipeline.errors import StageError
-from pipeline.likelihood import entropies, fits, prepared
-from pipeline.patch_statistics import count_patches, merge_counts
-from pipeline.progress import Progress, Task, stops_with
+from pipeline.runs.weights import check_same_tokenizer, fingerprint_of, load_entropy_model
+from pipeline.runtime.device import choose_device, precision_name, rank, world_size
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.prefetch import prefetch
+from pipeline.runtime.progress import Progress, Task, stops_with
+from pipeline.runtime.provenance import made_by
+from pipeline.runtime.threshold_warning import warn_if_out_of_reach
+from pipeline.scoring.likelihood import check_compatible, entropies, prepared
 from pipeline.settings import PatchifySettings
-from pipeline.thresholds import warn_if_out_of_reach
-from pipeline.versions import made_by
-from pipeline.weights import fingerprint_of, load_entropy_model, same_tokenizer
-from shards.build import ArtifactBuild
 from shards.manifest import BUILD, FORMAT_VERSIONS, MANIFEST, Manifest, ShardInfo, write_json
+from shards.patch_statistics import count_patches, merge_counts
 from shards.reader import Artifact, open_artifact
 from shards.rows import Rows
+from shards.writer import ArtifactBuild
 
 PROBE = 64  # images on which a given threshold is tried before all are read
 CLOSE = 0.01  # how far from --target-length, as a part of it, needs no excuse
@@ -147,7 +147,7 @@ def _write_shards(build: ArtifactBuild, artifact: Artifact, meter: EntropyMeter,
             made = Rows(keys=rows.keys, labels=rows.labels, codes=rows.codes, entropy=entropy, starts=starts)
             yield index, made, count_patches(starts, rows.labels)
 
-    with contextlib.closing(ahead(work(), limit=1)) as shards:
+    with contextlib.closing(prefetch(work(), limit=1)) as shards:
         try:
             for index, made, counts in shards:
                 build.add(index, made, statistics=counts)
@@ -178,8 +178,8 @@ class EntropyMeter:
                 )
         elif settings.entropy_model is not None:
             model = load_entropy_model(settings.entropy_model)
-            fits(model, manifest, str(artifact.folder), unconditional=True)
-            same_tokenizer(settings.entropy_model, manifest.tokenizer, str(artifact.folder))
+            check_compatible(model, manifest, str(artifact.folder), unconditional=True)
+            check_same_tokenizer(settings.entropy_model, manifest.tokenizer, str(artifact.folder))
             device = choose_device(settings.device)
             self.model = prepared(model.to(device), settings.precision)
             self.precision, self.batch = precision_name(device, settings.precision), settings.batch

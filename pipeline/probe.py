@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.packing import segment_mean
-from pipeline.device import autocast, choose_device, precision_name, rank, world_size
-from pipeline.errors import StageError
-from pipeline.likelihood import fits, layout_for, prepared, same_classes
-from pipeline.progress import Progress, stops_with
+from pipeline.runs.weights import fingerprint_of, load_model
+from pipeline.runtime.device import autocast, choose_device, precision_name, rank, world_size
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress, stops_with
+from pipeline.runtime.provenance import made_by
+from pipeline.runtime.work_sharing import Parts, claim_folder, write_once
+from pipeline.scoring.likelihood import check_compatible, check_same_classes, layout_for, prepared
 from pipeline.settings import Precision, ProbeSettings
-from pipeline.share import Parts, once, take_folder
-from pipeline.versions import made_by
-from pipeline.weights import fingerprint_of, load_model
 from shards.reader import Artifact, Batch, open_artifact
 
 CHUNK = 1024  # images a part
@@ -58,12 +58,12 @@ def probe(run: Path, out: Path, settings: ProbeSettings, progress: Progress | No
     places = {"train": settings.train, "test": settings.test}
     artifacts = {name: open_artifact(place, verify=True, share=share) for name, place in places.items()}
     for artifact in artifacts.values():
-        fits(model, artifact.manifest, str(artifact.folder), unconditional=True)
+        check_compatible(model, artifact.manifest, str(artifact.folder), unconditional=True)
     names = artifacts["train"].manifest.class_names
     theirs = artifacts["test"].manifest.class_names
     if len(names) != len(theirs):
         raise StageError(f"{settings.train} has {len(names)} classes, {settings.test} {len(theirs)}")
-    same_classes(names, theirs, str(settings.train), str(settings.test))
+    check_same_classes(names, theirs, str(settings.train), str(settings.test))
     layers = len(model.layers)
     if settings.layer is not None and settings.layer > layers:
         raise StageError(f"--layer is {settings.layer}; this model has {layers} layers to choose from")
@@ -77,7 +77,7 @@ def probe(run: Path, out: Path, settings: ProbeSettings, progress: Progress | No
         "weight_decay": settings.weight_decay,
         "iterations": settings.iterations,
     }
-    take_folder(out, "features.json", identity, "holds features of other weights, images or settings")
+    claim_folder(out, "features.json", identity, "holds features of other weights, images or settings")
     model = prepared(model.to(device), settings.precision)
     with stops_with(f"Stopped. Features are kept in {out}; run the same command again to go on."):
         held = {
@@ -107,7 +107,7 @@ def probe(run: Path, out: Path, settings: ProbeSettings, progress: Progress | No
                 "made_by": made_by(),
             }
 
-        return once(out / "probe.json", fit)
+        return write_once(out / "probe.json", fit)
 
 
 def _measure(

@@ -21,15 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.edit import Edit, edit_sheet
-from pipeline.errors import StageError
-from pipeline.generate import Generator, choose_classes
-from pipeline.npz import write_images
-from pipeline.pictures import draw_patches, enlarge, sheet
-from pipeline.progress import Progress, stops_with
-from pipeline.sampled import Plan, labels_of, write_sampled
+from pipeline.generation.editing import Edit, edit_sheet
+from pipeline.generation.generator import Generator, choose_classes
+from pipeline.generation.npz import write_images
+from pipeline.generation.sampled_artifact import Plan, labels_of, write_sampled
+from pipeline.reports.pictures import draw_patches, enlarge, sheet
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress, stops_with
+from pipeline.runtime.work_sharing import atomic_path, claim_parts
 from pipeline.settings import SampleSettings
-from pipeline.share import replacing, share
 from shards.reader import Artifact
 
 SHEET_CLASSES = 50  # rows of a sheet, at most
@@ -66,7 +66,7 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
             _write_pngs(generator, artifact, labels, out, progress)
         if settings.npz:
             _write_npz(generator, artifact, labels, out, progress)
-        for _ in share(out / "sheet.png", 1, lambda _: False):
+        for _ in claim_parts(out / "sheet.png", 1, lambda _: False):
             if edit is None:
                 picture = sample_sheet(generator, artifact, labels, patches=settings.show_patches)
             else:
@@ -89,7 +89,7 @@ def _write_pngs(
     for label in np.unique(labels):
         (out / "images" / names[label]).mkdir(parents=True, exist_ok=True)
     with progress.task("write", len(labels), "pictures") as task:
-        for index in share(out / "images", len(ranges), lambda i: all(paths[k].is_file() for k in ranges[i])):
+        for index in claim_parts(out / "images", len(ranges), lambda i: all(paths[k].is_file() for k in ranges[i])):
             for k, pixels in zip(ranges[index], shard_pixels(generator, artifact, index), strict=True):
                 save_picture(Image.fromarray(pixels), paths[k])
             task.advance(len(ranges[index]))
@@ -99,7 +99,7 @@ def _write_npz(
     generator: Generator, artifact: Artifact, labels: NDArray[np.int64], out: Path, progress: Progress
 ) -> None:
     path, shape = out / "samples.npz", (len(labels), *generator.image_size, 3)
-    for _ in share(path, 1, lambda _: path.is_file()):
+    for _ in claim_parts(path, 1, lambda _: path.is_file()):
         with progress.task("write", len(labels), "images") as task, write_images(path, shape, labels) as append:
             for index in range(len(artifact.manifest.shards)):
                 pixels = shard_pixels(generator, artifact, index)
@@ -108,7 +108,7 @@ def _write_npz(
 
 
 def shard_pixels(generator: Generator, artifact: Artifact, index: int, size: int | None = None) -> NDArray[np.uint8]:
-    """The pictures of a shard of sampled images, (rows, H, W, 3); see :func:`pipeline.generate.decode`."""
+    """The pictures of a shard of sampled images, (rows, H, W, 3); see :func:`pipeline.generation.generator.decode`."""
     return generator.decode(artifact.shard_rows(index).codes[:, 0], size)
 
 
@@ -153,7 +153,7 @@ def folder_name(label: int, name: str) -> str:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes a PNG file, whole or not at all."""
-    with replacing(path) as part:
+    with atomic_path(path) as part:
         picture.save(part, "PNG")
 
 

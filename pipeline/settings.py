@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dpar.patching import PatchRule, Strategy
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 
 # The headings, in the order of --help.
 GROUPS = ("Data", "Model", "Patches", "Optimisation", "Sampling", "Hardware", "Output")

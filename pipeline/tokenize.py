@@ -27,11 +27,13 @@ import torch
 from numpy.typing import NDArray
 
 from dpar.tokenizer import VQTokenizer, from_uint8, psnr, to_uint8
-from pipeline.ahead import ahead
-from pipeline.device import autocast, choose_device, precision_name, rank, world_size
-from pipeline.errors import StageError
-from pipeline.progress import Progress, Task, stops_with
-from pipeline.reconstruction_sample import (
+from pipeline.runs.weights import fingerprint_of, load_tokenizer
+from pipeline.runtime.device import autocast, choose_device, precision_name, rank, world_size
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.prefetch import prefetch
+from pipeline.runtime.progress import Progress, Task, stops_with
+from pipeline.runtime.provenance import made_by
+from pipeline.scoring.reconstruction_sample import (
     SHARD_KEY,
     merge_reconstruction,
     reconstruction_lines,
@@ -39,15 +41,13 @@ from pipeline.reconstruction_sample import (
 )
 from pipeline.settings import TokenizeSettings
 from pipeline.sources import Source, UnusableImage, open_source
+from pipeline.sources.crops import n_views, views
 from pipeline.sources.decode import budget
 from pipeline.sources.holdout import split_holdout
 from pipeline.sources.source import Item
-from pipeline.versions import made_by
-from pipeline.views import n_views, views
-from pipeline.weights import fingerprint_of, load_tokenizer
-from shards.build import LEFT_OUT, ArtifactBuild
 from shards.manifest import MANIFEST, LeftOut, Manifest, ShardInfo
 from shards.rows import Rows
+from shards.writer import LEFT_OUT, ArtifactBuild
 
 CROPS_AHEAD = 256 * 2**20  # bytes of crops that wait for the encoder, at most
 IMAGES_AHEAD = 512  # also at most: undecoded images of a stream hold bytes too
@@ -323,7 +323,7 @@ def crops_ahead(
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    return ahead(images(), limit=max(workers, min(IMAGES_AHEAD, CROPS_AHEAD // bytes_each)))
+    return prefetch(images(), limit=max(workers, min(IMAGES_AHEAD, CROPS_AHEAD // bytes_each)))
 
 
 def default_workers() -> int:

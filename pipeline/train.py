@@ -14,22 +14,23 @@ from typing import Any
 import torch
 
 from dpar.attention import choose_backend
-from dpar.checkpoint import CONFIG, check_tensors, fingerprint, load_tensors, read_weights, weights_path, write_weights
 from dpar.llamagen import LlamaGen, LlamaGenConfig
 from dpar.model import DPAR, DPARConfig
 from dpar.patching import PatchRule
 from dpar.presets import preset
-from pipeline.device import choose_device, precision_name, rank, world_size
-from pipeline.errors import StageError
-from pipeline.likelihood import fits, same_classes
-from pipeline.parallel import process_group, wait_for_all
-from pipeline.progress import Progress
-from pipeline.run import RunFolder
+from dpar.pretrained import CONFIG, fingerprint, read_weights, weights_path, write_weights
+from dpar.tensors import check_tensors, load_tensors
+from pipeline.runs.run_folder import RunFolder
+from pipeline.runs.weights import check_grid_and_codebook
+from pipeline.runtime.device import choose_device, precision_name, rank, world_size
+from pipeline.runtime.distributed import barrier, process_group
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress
+from pipeline.scoring.likelihood import check_compatible, check_same_classes
 from pipeline.settings import EntropySettings, OptimSettings, TrainSettings
-from pipeline.sheets import Painter
-from pipeline.trackers import check_trackers
-from pipeline.trainer import Objective, enough_memory, fit, total_steps
-from pipeline.weights import same_tokens
+from pipeline.training.loop import Objective, enough_memory, fit, total_steps
+from pipeline.training.preview import Painter
+from pipeline.training.trackers import check_trackers
 from shards.manifest import Manifest
 from shards.reader import Artifact, open_artifact
 
@@ -101,7 +102,7 @@ def entropy_from_llamagen(artifact: Artifact, out: Path, name: str, progress: Pr
     path = weights_path(name)
     weights = read_weights(path, LlamaGen.model_type)
     config = weights.make_config(LlamaGenConfig)
-    same_tokens(config, artifact.manifest, name, str(artifact.folder))
+    check_grid_and_codebook(config, artifact.manifest, name, str(artifact.folder))
     with torch.device("meta"):
         model = LlamaGen(config)
     check_tensors(model, weights.tensors, weights.source)
@@ -149,7 +150,7 @@ def _train(
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
-    fits(model, artifact.manifest, str(artifact.folder), unconditional)
+    check_compatible(model, artifact.manifest, str(artifact.folder), unconditional)
     validation = _open_validation(settings, model, artifact.manifest, unconditional)
     steps = total_steps(settings, len(artifact))  # refuses a batch that does not divide, before anything is written
     check_trackers(tensorboard=settings.tensorboard, wandb=settings.wandb)
@@ -160,7 +161,7 @@ def _train(
     inputs = {"data": str(artifact.folder), "artifact": artifact.manifest.fingerprint(), **lineage(artifact.manifest)}
     with process_group(device):
         if rank() != 0:
-            wait_for_all()  # the first process makes the folder
+            barrier()  # the first process makes the folder
         with RunFolder(
             out,
             kind,
@@ -173,7 +174,7 @@ def _train(
             resolved=resolved,
         ) as run:
             if rank() == 0:
-                wait_for_all()
+                barrier()
             painter = None
             if settings.sheet and not unconditional:
                 painter = Painter.load(
@@ -257,10 +258,10 @@ def _open_validation(
     if path is None:
         return None
     artifact = _open(path, settings)
-    fits(model, artifact.manifest, str(path), unconditional)
+    check_compatible(model, artifact.manifest, str(path), unconditional)
     ours, theirs = training.tokenizer["fingerprint"], artifact.manifest.tokenizer["fingerprint"]
     if ours != theirs:
         raise StageError(f"{path} was made by tokenizer {theirs[:12]}, the training data by {ours[:12]}")
     if not unconditional:
-        same_classes(training.class_names, artifact.manifest.class_names, "the training data", str(path))
+        check_same_classes(training.class_names, artifact.manifest.class_names, "the training data", str(path))
     return artifact

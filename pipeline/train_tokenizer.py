@@ -16,19 +16,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dpar.checkpoint import write_weights
 from dpar.presets import tokenizer_preset
+from dpar.pretrained import write_weights
 from dpar.tokenizer import VQConfig, VQTokenizer, from_uint8
 from dpar.vqgan import LossWeights, VQLoss, restart_unused
-from pipeline.checkpoints import Checkpoints, TrainState, whole
-from pipeline.device import autocast, choose_device, world_size
-from pipeline.errors import StageError
-from pipeline.progress import Progress, Stopped, stop_between_steps, stops_with
-from pipeline.run import RunFolder
-from pipeline.schedule import learning_rate
+from pipeline.runs.checkpoints import Checkpoints, TrainState, load_full_tensors
+from pipeline.runs.run_folder import RunFolder
+from pipeline.runtime.device import autocast, choose_device, world_size
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress, Stopped, stop_between_steps, stops_with
 from pipeline.settings import TrainTokenizerSettings
 from pipeline.sources import Source, UnusableImage, open_source
 from pipeline.sources.decode import budget
+from pipeline.training.schedule import learning_rate
 from shards.order import TrainingOrder
 
 LARGEST_ZOOM = 1.2  # short side before the random crop, as a multiple of the crop
@@ -66,7 +66,9 @@ def _fit(
     config: VQConfig, source: Source, run: RunFolder, settings: TrainTokenizerSettings, progress: Progress
 ) -> Path:
     def publish(checkpoint: Path) -> None:
-        write_weights(run.model, VQTokenizer.model_type, dataclasses.asdict(config), whole(checkpoint, WEIGHTS))
+        write_weights(
+            run.model, VQTokenizer.model_type, dataclasses.asdict(config), load_full_tensors(checkpoint, WEIGHTS)
+        )
 
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)

@@ -27,7 +27,7 @@ from PIL import Image
 
 from dpar import LlamaGen, LlamaGenConfig, VQConfig, VQTokenizer
 from pipeline.patchify import patchify
-from pipeline.progress import Progress
+from pipeline.runtime.progress import Progress
 from pipeline.settings import PatchifySettings, TokenizeSettings
 from pipeline.tokenize import tokenize
 

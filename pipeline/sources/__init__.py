@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 from pipeline.sources.folder import Folder
 from pipeline.sources.locations import expand, is_url, local_files
 from pipeline.sources.photos import Photos

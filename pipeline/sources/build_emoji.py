@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 
 SIDE = 128
 QUALITY = 75

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import EXTENSIONS, read_image
 from pipeline.sources.imagenet import readable
 from pipeline.sources.source import (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 from pipeline.sources.source import LeftOut, Source, listing_sha256
 
 if TYPE_CHECKING:

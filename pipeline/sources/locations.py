@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 
 MOST_NAMES = 1_000_000
 """Most names that braces may stand for."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import read_image
 from pipeline.sources.source import Source, UnusableImage, choose, listing_sha256
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds to wait before each new try of a read that broke off."""

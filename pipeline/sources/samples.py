@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import EXTENSIONS
 from pipeline.sources.labels import Label, parse_label
 from pipeline.sources.source import LeftOut, valid_text

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import MAX_BYTES, TOO_MANY_BYTES, decode_image, read_image
 from pipeline.sources.labels import NO_LABEL, Label, number_labels, parse_label
 from pipeline.sources.source import (

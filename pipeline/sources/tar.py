@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Protocol, cast
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import MAX_BYTES, TOO_MANY_BYTES
 from pipeline.sources.source import LeftOut, source_lost, valid_text
 from shards.files import open_regular

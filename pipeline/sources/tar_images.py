@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import EXTENSIONS, decode_image
 from pipeline.sources.folder import check_no_splits, class_name
 from pipeline.sources.imagenet import readable, synsets

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import decode_image
 from pipeline.sources.labels import MOST_CLASSES, NO_LABEL, decimal_names
 from pipeline.sources.locations import check_named_once, stems

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpar import DPAR, DPARConfig, LlamaGen, ModelError, PatchRule, SamplingOptions, patch_starts, sample, token_entropy
-from dpar.checkpoint import read_weights
+from dpar.pretrained import read_weights
 from pipeline.convert import convert
 from pipeline.settings import ConvertSettings
 from tests.dpar.conftest import FIXTURES, Reference

@@ -25,7 +25,7 @@ from dpar import (
     fingerprint,
     preset,
 )
-from dpar.checkpoint import model_type
+from dpar.pretrained import model_type
 
 V, CLASSES = 23, 3
 SIZES: dict[str, Any] = {

@@ -15,15 +15,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, VQConfig, VQTokenizer, stored_entropy, token_entropy
-from dpar.llamagen_files import write
+from dpar.checkpoint_files import write
 from pipeline.convert import convert
-from pipeline.errors import StageError
 from pipeline.evaluate import evaluate
-from pipeline.likelihood import bits_per_token
 from pipeline.patchify import patchify
-from pipeline.progress import Progress
-from pipeline.run import read_run
+from pipeline.runs.run_folder import read_run
+from pipeline.runs.weights import load_entropy_model
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress
 from pipeline.sample import sample_pictures
+from pipeline.scoring.likelihood import bits_per_token
 from pipeline.settings import (
     ConvertSettings,
     EntropySettings,
@@ -34,7 +35,6 @@ from pipeline.settings import (
 )
 from pipeline.tokenize import tokenize
 from pipeline.train import train_entropy
-from pipeline.weights import load_entropy_model
 from shards.reader import open_artifact
 
 QUIET = Progress(quiet=True)

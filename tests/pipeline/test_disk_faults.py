@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dpar.tokenizer import VQConfig, VQTokenizer
-from pipeline.progress import Progress
+from pipeline.runtime.progress import Progress
 from pipeline.settings import TokenizeSettings
 from pipeline.tokenize import tokenize
 from shards.manifest import BUILD, MANIFEST

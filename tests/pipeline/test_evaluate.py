@@ -18,9 +18,12 @@ from dpar import DPAR, LlamaGen, PatchRule
 from dpar.flops import count
 from dpar.sampling import sample
 from dpar.tokenizer import VQTokenizer, psnr
-from pipeline.errors import StageError
 from pipeline.evaluate import evaluate
-from pipeline.features import (
+from pipeline.generation.generator import decode
+from pipeline.patchify import patchify
+from pipeline.runs.run_folder import FORMAT_VERSIONS
+from pipeline.runtime.errors import StageError
+from pipeline.scoring.features import (
     InceptionFeatures,
     Statistics,
     TokenizerFeatures,
@@ -28,21 +31,18 @@ from pipeline.features import (
     inception_score,
     precision_recall,
 )
-from pipeline.generate import decode
-from pipeline.likelihood import bits_per_token
-from pipeline.originals import load_originals
-from pipeline.patchify import patchify
-from pipeline.reconstruction import ssim
-from pipeline.results import write_results
-from pipeline.run import FORMAT_VERSIONS
+from pipeline.scoring.likelihood import bits_per_token
+from pipeline.scoring.reconstruction import ssim
+from pipeline.scoring.results import write_results
 from pipeline.settings import EvalSettings, PatchifySettings, TokenizeSettings, TrainSettings
+from pipeline.sources.originals import load_originals
 from pipeline.tokenize import tokenize
 from pipeline.train import train
-from shards.build import ArtifactBuild
 from shards.manifest import Manifest, ShardInfo
 from shards.reader import open_artifact
 from shards.rows import Rows
-from tests.pipeline.sampling import (
+from shards.writer import ArtifactBuild
+from tests.pipeline.sampled import (
     CPU,
     QUIET,
     RULE,

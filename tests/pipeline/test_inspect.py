@@ -10,22 +10,22 @@ import torch
 from PIL import Image
 
 import dpar
-from dpar.patching import PatchRule, patch_lengths, patch_starts, static_starts
+from dpar.patching import PatchRule, patch_starts, static_starts
 from dpar.tokenizer import VQConfig, VQTokenizer
-from pipeline.errors import StageError
-from pipeline.generate import decode
+from pipeline.generation.generator import decode
 from pipeline.inspect import entropy_quantiles, inspect, spread, tables
-from pipeline.originals import load_originals
-from pipeline.patch_statistics import count_patches, merge_counts
-from pipeline.progress import Progress
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress
 from pipeline.settings import InspectSettings
 from pipeline.sources import open_source
-from pipeline.views import views
-from shards.build import ArtifactBuild
+from pipeline.sources.crops import views
+from pipeline.sources.originals import load_originals
 from shards.errors import ArtifactError
 from shards.manifest import Container, Manifest, ShardInfo
+from shards.patch_statistics import count_patches, merge_counts, patch_lengths
 from shards.reader import open_artifact
 from shards.rows import Rows
+from shards.writer import ArtifactBuild
 
 V, GRID, N = 32, (8, 8), 64
 CLASSES = ("bird", "cat", "dög & <b>")

@@ -22,16 +22,16 @@ import dpar
 from dpar import LlamaGen, LlamaGenConfig
 from dpar.patching import PatchRule, patch_starts, static_starts, token_entropy
 from pipeline.convert import convert
-from pipeline.errors import StageError
-from pipeline.patch_statistics import count_patches, merge_counts, summary
 from pipeline.patchify import find_threshold, patchify
-from pipeline.progress import Progress, Stopped, Task
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress, Stopped, Task
 from pipeline.settings import ConvertSettings, PatchifySettings
-from shards.build import ArtifactBuild
 from shards.errors import ArtifactError
 from shards.manifest import Container, Manifest, ShardInfo
+from shards.patch_statistics import count_patches, merge_counts, summary
 from shards.reader import open_artifact
 from shards.rows import Rows
+from shards.writer import ArtifactBuild
 
 V, GRID, N, VIEWS = 32, (4, 6), 24, 2
 SIZES = (20, 0, 13)  # images a shard

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from dpar import DPAR, LlamaGen
-from pipeline.errors import StageError
 from pipeline.patchify import patchify
 from pipeline.probe import accuracies, features, fit_linear, probe
+from pipeline.runtime.errors import StageError
 from pipeline.settings import PatchifySettings, ProbeSettings
 from shards.reader import open_artifact
-from tests.pipeline.sampling import CPU, QUIET, SIDE, N, everything, killed_again_and_again, save_home, save_run
+from tests.pipeline.sampled import CPU, QUIET, SIDE, N, everything, killed_again_and_again, save_home, save_run
 
 CLASSES = ("bird", "cat")
 

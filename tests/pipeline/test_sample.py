@@ -17,17 +17,17 @@ from dpar.patching import static_starts
 from dpar.sampling import sample
 from dpar.tokenizer import VQTokenizer, from_uint8
 from pipeline.convert import convert
-from pipeline.errors import StageError
-from pipeline.generate import choose_classes, decode
+from pipeline.generation.generator import choose_classes, decode
 from pipeline.inspect import inspect
 from pipeline.patchify import patchify
-from pipeline.run import RunFolder
+from pipeline.runs.run_folder import RunFolder
+from pipeline.runtime.errors import StageError
 from pipeline.sample import sample_pictures
 from pipeline.settings import ConvertSettings, InspectSettings, PatchifySettings, SampleSettings
-from pipeline.views import views
+from pipeline.sources.crops import views
 from shards.errors import ArtifactError
 from shards.reader import open_artifact
-from tests.pipeline.sampling import (
+from tests.pipeline.sampled import (
     CPU,
     QUIET,
     RULE,

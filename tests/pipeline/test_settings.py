@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import StageError
+from pipeline.runtime.errors import StageError
 from pipeline.settings import TokenizeSettings, TrainSettings, TrainTokenizerSettings
 
 

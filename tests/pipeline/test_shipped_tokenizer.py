@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpar.checkpoint import weights_path
+from dpar.pretrained import weights_path
 from dpar.tokenizer import VQTokenizer, from_uint8, psnr, to_uint8
+from pipeline.runs.weights import load_tokenizer
 from pipeline.sources import open_source
-from pipeline.views import views
-from pipeline.weights import load_tokenizer
+from pipeline.sources.crops import views
 
 
 @pytest.fixture(scope="module")

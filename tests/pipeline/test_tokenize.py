@@ -21,12 +21,12 @@ from rich.console import Console
 
 import dpar
 from dpar.tokenizer import VQConfig, VQTokenizer, from_uint8
-from pipeline.errors import StageError
-from pipeline.progress import Progress, Task
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress, Task
 from pipeline.settings import TokenizeSettings
 from pipeline.sources import open_source
+from pipeline.sources.crops import views
 from pipeline.tokenize import tokenize
-from pipeline.views import views
 from shards.locks import take
 from shards.manifest import BUILD, MANIFEST, Manifest
 from shards.reader import open_artifact

@@ -15,16 +15,16 @@ from dpar import DPAR, LlamaGen
 from dpar.errors import ModelError
 from dpar.model import DPARConfig
 from dpar.presets import preset
-from pipeline.errors import StageError
-from pipeline.likelihood import same_classes
-from pipeline.progress import Progress
-from pipeline.run import RunFolder
+from pipeline.runs.run_folder import RunFolder
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress
+from pipeline.scoring.likelihood import check_same_classes
 from pipeline.settings import EntropySettings
 from pipeline.train import train_entropy
-from pipeline.trainer import Objective, fit
+from pipeline.training.loop import Objective, fit
 from shards.errors import ArtifactError
 from shards.reader import open_artifact
-from tests.pipeline.training import (
+from tests.pipeline.trained import (
     EXACT,
     V,
     build,
@@ -309,7 +309,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
 
 def test_held_out_data_with_other_classes_of_the_same_number_is_refused() -> None:
     with pytest.raises(StageError, match="class 1 is 'bee' in patches and 'boa' in held-out"):
-        same_classes(("ape", "bee"), ("ape", "boa"), "patches", "held-out")
+        check_same_classes(("ape", "bee"), ("ape", "boa"), "patches", "held-out")
 
 
 def test_the_average_is_that_of_its_definition_and_lies_beside_the_weights(patches: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pipeline.training import (
+from tests.pipeline.trained import (
     EXACT,
     build,
     chosen,
@@ -175,7 +175,7 @@ def test_dpar_torchrun_ends_with_the_status_of_the_signal_or_the_error_and_no_tr
     patches: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "a"
-    process = torchrun(patches, out, "pipeline.torchrun", steps=500, checkpoint_every=1000)
+    process = torchrun(patches, out, "pipeline.runtime.torchrun", steps=500, checkpoint_every=1000)
     while process.poll() is None and lines_of(out) < 3:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -185,7 +185,7 @@ def test_dpar_torchrun_ends_with_the_status_of_the_signal_or_the_error_and_no_tr
     assert "Traceback" not in errors
     (name,) = saved(out)
     assert metrics(out)[-1]["step"] == int(name.removeprefix("step-"))
-    process = torchrun(patches, out, "pipeline.torchrun", steps=500, batch=3)
+    process = torchrun(patches, out, "pipeline.runtime.torchrun", steps=500, batch=3)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 1
     assert "Traceback" not in errors

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from dpar.tokenizer import VQTokenizer, from_uint8
-from pipeline.errors import StageError
-from pipeline.progress import Progress
-from pipeline.run import read_metrics
+from pipeline.runs.run_folder import read_metrics
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress
 from pipeline.settings import TrainTokenizerSettings
 from pipeline.sources import open_source
+from pipeline.sources.crops import views
 from pipeline.train_tokenizer import train_tokenizer
-from pipeline.views import views
 
 QUIET = Progress(quiet=True)
 SMALL = TrainTokenizerSettings(

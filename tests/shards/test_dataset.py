@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.build import ArtifactBuild
 from shards.dataset import TrainingData
 from shards.errors import ArtifactError
 from shards.manifest import Container, Manifest, ShardInfo
 from shards.reader import Artifact, Batch, open_artifact
 from shards.rows import Rows
+from shards.writer import ArtifactBuild
 
 CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
 SIZES = (5, 0, 9, 3, 7, 1, 4, 6, 8, 2, 5, 5)  # rows a shard: two windows

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.build import ArtifactBuild
 from shards.errors import ArtifactError
 from shards.manifest import MANIFEST, Container, Kind, Manifest, ShardInfo
 from shards.reader import Artifact, Shard, open_artifact
 from shards.rows import Rows, write_shard
+from shards.writer import ArtifactBuild
 
 CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
 SIZES = (5, 0, 4, 1)  # rows a shard

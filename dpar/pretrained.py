@@ -1,0 +1,382 @@
+"""Weights on disk and on the Hub: a directory with ``config.json``, ``model.safetensors`` and a model card.
+
+model.save_pretrained("weights/")
+model = DPAR.from_pretrained("weights/")                 # or a run, or "owner/name" on the Hugging Face Hub
+tokenizer = VQTokenizer.from_pretrained("vq_ds16_c2i.pt")  # LlamaGen's and the authors' files: dpar/checkpoint_files.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
+
+import torch
+from safetensors.torch import save_file
+
+from dpar.errors import ModelError
+from dpar.tensors import check_tensors, count_layers, first_line, read_tensors, shown
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from torch import nn
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FORMATS = {"dpar": 2, "llamagen": 1, "vq": 1}  # of config.json, by model type
+RUN, RUN_WEIGHTS = "run.json", "model"  # a training run, and where in it its newest weights are
+BUILTIN = {"builtin:photos": "photos-vq-8"}  # ship in dpar/weights, whose README.md says how they were made
+LARGEST_CONFIG = 2**20  # bytes of config.json
+LARGEST_DEPTH = 1024  # layers; building more takes minutes, and no model has them
+LARGEST_SIZE = 2**24  # of a whole number in it; products of two still count tensors in 64 bits
+Config = TypeVar("Config")
+Grid = tuple[int, int]  # rows and columns of tokens
+
+
+class Pretrained(Generic[Config]):
+    """Loading and saving for a module with a dataclass ``config``. Mixed into ``nn.Module`` classes."""
+
+    config_class: type[Any]
+    model_type: str
+    config: Config
+
+    def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
+        """Writes the directory ``path``; a reader sees the old weights or the new, never half of them.
+
+        Args:
+            path: made if it is not there.
+            dtype: what floating-point tensors are stored as; None keeps theirs.
+        """
+        module: nn.Module = self  # type: ignore[assignment]
+        tensors = {
+            name: t.to(dtype) if dtype is not None and t.is_floating_point() else t
+            for name, t in module.state_dict().items()
+        }
+        return write_weights(path, self.model_type, dataclasses.asdict(cast("DataclassInstance", self.config)), tensors)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        heads: int | None = None,
+        grid: Grid | None = None,
+        rope: str | None = None,
+    ) -> Self:
+        """Return the model at ``path``, in evaluation mode, on the CPU, in float32.
+
+        Args:
+            path: a local directory, a training run, ``builtin:photos``, ``owner/name`` of a repository on the Hugging
+                Face Hub, or a checkpoint file of LlamaGen or of the DPAR authors.
+            heads: of a file that does not say how many (:mod:`dpar.checkpoint_files` says where that is looked for).
+            grid: rows and columns of tokens, likewise. Weights trained on one grid serve that grid alone.
+            rope: rotary positions of a DPAR's patches, likewise.
+
+        Raises:
+            ModelError: nothing is there, it is another kind of model, tensors are missing, left over or misshapen, or
+                it has other heads, another grid or other rotary positions than asked for.
+        """
+        return cls.from_weights(read_weights(path, cls.model_type, heads=heads, grid=grid, rope=rope))
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Self:
+        """The model of :func:`read_weights`; see :meth:`from_pretrained`."""
+        config = weights.meta_model(cls).config
+        model = cls(config)  # type: ignore[call-arg]  # a module's
+        module: nn.Module = model  # type: ignore[assignment]
+        module.load_state_dict(weights.tensors)
+        module.eval()
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A model as it lies on disk."""
+
+    model_type: str
+    values: dict[str, Any]  # of its config
+    tensors: dict[str, torch.Tensor]  # in the dtypes of the file
+    source: str  # the file that holds the tensors, for messages
+    config_source: str  # likewise of the values
+
+    def make_config(self, config_class: type[Any]) -> Any:
+        """Return the config.
+
+        Raises:
+            ModelError: a value is unknown, of another type, or refused; or it asks for more layers than have tensors.
+        """
+        config = _config(config_class, self.values, self.config_source)
+        for field, prefix in config_class.layer_prefixes.items():
+            value = getattr(config, field)
+            wanted, stored = len(value) if isinstance(value, tuple) else value, count_layers(self.tensors, prefix)
+            if wanted > LARGEST_DEPTH:
+                raise ModelError(
+                    f"{self.config_source}: {field} asks for {wanted} layers; at most {LARGEST_DEPTH} are read"
+                )
+            if wanted > stored:
+                raise ModelError(
+                    f"{self.config_source}: {field} asks for {wanted} layers; {self.source} has tensors of {stored} "
+                    f"({prefix}0 and so on)"
+                )
+        return config
+
+    def meta_model(self, model_class: type[Any]) -> Any:
+        """Return a model of these sizes on the meta device, where it takes no memory.
+
+        Sizes are checked against the tensors there, before a model is allocated.
+
+        Raises:
+            ModelError: as :meth:`make_config`; or the tensors are not exactly those of such a model.
+        """
+        config = self.make_config(model_class.config_class)
+        try:
+            with torch.device("meta"):
+                model = model_class(config)
+        except ModelError as error:
+            raise ModelError(f"{self.config_source}: {error}") from error
+        except RuntimeError as error:  # more entries than 64 bits count
+            raise ModelError(f"{self.config_source}: no model can have these sizes ({first_line(error)})") from error
+        check_tensors(model, self.tensors, self.source)
+        return model
+
+
+def read_weights(
+    path: str | os.PathLike[str],
+    wanted: str | None = None,
+    *,
+    heads: int | None = None,
+    grid: Grid | None = None,
+    rope: str | None = None,
+) -> Weights:
+    """Config values and tensors of a model: a directory, a Hub repository or a checkpoint file.
+
+    Args:
+        path: as :meth:`Pretrained.from_pretrained` takes it.
+        wanted: the model type that is needed: ``dpar``, ``llamagen``, ``vq``; None takes any.
+        heads: what the model must have, or what fills in for a file that does not say.
+        grid: rows and columns of tokens, likewise.
+        rope: rotary positions of a DPAR's patches, likewise.
+
+    Raises:
+        ModelError: nothing usable is there, or it is of another type, for other heads or another grid.
+    """
+    if Path(path).is_file():
+        return _read_file(Path(path), wanted, heads, grid, rope)
+    folder = local_folder(path)
+    values = read_config(folder)
+    found = values.pop("model_type", None)
+    if wanted is not None and found != wanted:
+        raise ModelError(f"{folder} holds a {shown(found)} model; a {wanted!r} model is needed here")
+    _check_format(folder / CONFIG, str(found), values.pop("format", None))
+    if rope is not None and values.get("rope") != rope:
+        raise ModelError(f"{folder} has rotary positions {values.get('rope')!r}; {rope!r} were asked for")
+    if heads is not None and values.get("heads") != heads:
+        raise ModelError(f"{folder} has {values.get('heads')} heads; {heads} were asked for")
+    if grid is not None and (values.get("grid_height"), values.get("grid_width")) != tuple(grid):
+        theirs = f"{values.get('grid_height')}×{values.get('grid_width')}"
+        raise ModelError(f"{folder} is for a grid of {theirs}; {grid[0]}×{grid[1]} was asked for")
+    return Weights(
+        model_type=str(found),
+        values=values,
+        tensors=read_tensors(folder / WEIGHTS),
+        source=str(folder / WEIGHTS),
+        config_source=str(folder / CONFIG),
+    )
+
+
+def _check_format(path: Path, kind: str, version: object) -> None:
+    """Raises ModelError unless config.json of a model of this ``kind`` has the format version that is read here."""
+    reads = FORMATS.get(kind)
+    if reads is None:  # an unknown kind gets its own message from who wanted a model
+        return
+    if version == reads and not isinstance(version, bool):
+        return
+    what = f"{path} has format version {shown(version)}; this version reads {reads} of a {kind!r} model"
+    if kind == "dpar" and version == 1:
+        raise ModelError(f"{what}. Version 1 was another architecture: train the model again with `dpar train`")
+    raise ModelError(what)
+
+
+def _read_file(path: Path, wanted: str | None, heads: int | None, grid: Grid | None, rope: str | None) -> Weights:
+    from dpar import checkpoint_files
+
+    if path.name in (CONFIG, CARD) or (path.name == WEIGHTS and (path.parent / CONFIG).is_file()):
+        raise ModelError(f"{path} is a file of a model directory; name the directory {path.parent}")
+    found = checkpoint_files.read(path, heads=heads, grid=grid, rope=rope)
+    if wanted is not None and found.model_type != wanted:
+        what = checkpoint_files.describe(found.model_type, found.sizes)
+        needed = checkpoint_files.TITLES[wanted]
+        raise ModelError(f"{path} is {what}; {needed} is needed here")
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in found.tensors.values())
+    if claimed > path.stat().st_size:  # views of one entry claim any size
+        raise ModelError(
+            f"{path} has tensors of {claimed:,} bytes in a file of {path.stat().st_size:,}; it is damaged, or not a "
+            "checkpoint that was saved in full"
+        )
+    return Weights(
+        model_type=found.model_type,
+        values=found.sizes,
+        tensors=found.tensors,
+        source=str(path),
+        config_source=str(path),
+    )
+
+
+def write_weights(
+    path: str | os.PathLike[str],
+    model_type: str,
+    values: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    note: str = "",
+) -> Path:
+    """Writes a model directory; a reader sees the old weights or the new, never half of them.
+
+    Args:
+        path: made if it is not there.
+        model_type: ``dpar``, ``llamagen`` or ``vq``.
+        values: the config's.
+        tensors: stored in their own dtypes.
+        note: a sentence for the model card.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": model_type, "format": FORMATS[model_type], **values}
+    part = folder / (WEIGHTS + ".part")
+    # One entry: safetensors writes several in random order, and equal weights must have equal fingerprints.
+    save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, part, metadata={"format": "pt"})
+    _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    _write(folder / CARD, _card(model_type, config, note))
+    shutil.copymode(folder / CONFIG, part)  # safetensors lets nobody else read what it writes
+    os.replace(part, folder / WEIGHTS)
+    return folder
+
+
+def weights_path(name: str | os.PathLike[str]) -> str:
+    """The directory, checkpoint file or Hub name of the weights called ``name``: a run stands for its ``model/``.
+
+    Raises:
+        ModelError: an unknown built-in name, or a run without weights yet.
+    """
+    name = os.fspath(name)
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise ModelError(f"no weights are called {name!r}; built in are {', '.join(BUILTIN)}")
+        return str(Path(__file__).parent / "weights" / BUILTIN[name])
+    if (Path(name) / RUN).is_file():
+        if not (Path(name) / RUN_WEIGHTS / CONFIG).is_file():
+            raise ModelError(f"the run {name} has no weights yet: its first checkpoint is still to come")
+        return str(Path(name) / RUN_WEIGHTS)
+    return name
+
+
+def local_folder(path: str | os.PathLike[str]) -> Path:
+    """The directory of a model: see :func:`weights_path`; of a Hub repository, a snapshot."""
+    path = weights_path(path)
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"{folder} is a file; a directory with {CONFIG} and {WEIGHTS} is needed")
+    name = str(path)
+    if folder.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
+        raise ModelError(f"no model at {folder}: there is no such file")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        except HFValidationError as error:
+            raise ModelError(f"no model at {shown(name, quote=False)}: there is no such directory") from error
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ModelError(f"{name} is no local directory, and the Hub did not give it: {error}") from error
+    raise ModelError(f"no model at {shown(name, quote=False)}: there is no such directory")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a model directory."""
+    path = folder / CONFIG
+    if not path.is_file():
+        hint = (
+            f"; if {WEIGHTS} is a checkpoint of DPAR's authors, name that file" if (folder / WEIGHTS).is_file() else ""
+        )
+        raise ModelError(f"{folder} is not a model directory: it has no {CONFIG}{hint}")
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise ModelError(f"{path} cannot be read: {path.stat().st_size:,} bytes are too many for a {CONFIG}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{folder / CONFIG} is not a JSON object")
+    return values
+
+
+def model_type(path: str | os.PathLike[str]) -> str | None:
+    """What kind of model is there, ``dpar``, ``llamagen`` or ``vq``: by its config, or by the tensors of a file."""
+    if Path(path).is_file():
+        return read_weights(path).model_type
+    found = read_config(local_folder(path)).get("model_type")
+    return None if found is None else str(found)
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a model's weights file, or of LlamaGen's own file, as manifests record it."""
+    weights = Path(path) if Path(path).is_file() else local_folder(path) / WEIGHTS
+    with open(weights, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _config(config_class: type[Any], values: dict[str, Any], source: str) -> Any:
+    known = {f.name for f in dataclasses.fields(config_class)}
+    unknown = [shown(name, quote=False) for name in sorted(set(values) - known)]
+    if unknown:
+        raise ModelError(f"{source} has settings that {config_class.__name__} does not know: {', '.join(unknown)}")
+    hints = typing.get_type_hints(config_class)
+    for name, value in values.items():
+        if (needed := _needed(hints[name], value)) is not None:
+            raise ModelError(f"{source}: {name} is {shown(value)}; it must be {needed}")
+    # JSON has no tuples; a dataclass field that is one comes back as a list.
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return config_class(**given)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from error
+
+
+def _needed(hint: Any, value: object) -> str | None:
+    """Return what a config field of this type hint takes, or None if ``value`` is such a value."""
+    choices = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        whole = isinstance(value, (list, tuple)) and all(_needed(choices[0], item) is None for item in value)
+        return None if whole else "a list of whole numbers"
+    if typing.get_origin(hint) is typing.Literal:
+        return None if isinstance(value, str) and value in choices else f"one of {', '.join(choices)}"
+    if hint is bool:
+        return None if isinstance(value, bool) else "true or false"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_SIZE
+    if hint is float:
+        return None if number else "a number"
+    assert hint is int, hint
+    return None if number and isinstance(value, int) else f"a whole number of at most {LARGEST_SIZE:,}"
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _card(kind: str, config: dict[str, Any], note: str) -> str:
+    rows = "\n".join(f"| {key} | {value} |" for key, value in config.items())
+    return (
+        f"---\nlibrary_name: dpar\ntags: [dpar, {kind}, image-generation]\n---\n\n# {kind}\n\n"
+        f"Weights of the `dpar` toolkit. Load them with `from_pretrained` of the class that `model_type` names.\n\n"
+        f"{note}{chr(10) * 2 if note else ''}"
+        f"| setting | value |\n| --- | --- |\n{rows}\n"
+    )

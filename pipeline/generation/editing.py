@@ -1,0 +1,114 @@
+"""Sampling a part of an image anew and keeping the rest, zero-shot (``dpar sample --image``).
+
+    edit = Edit.of(generator, SampleSettings(image=Path("cat.jpg"), mask=Path("mask.png"), classes=("cat",)))
+    edit.known                                               # the tokens that stay, for Generator.sample
+
+The image is cropped and encoded as for training. A token with any masked pixel is sampled; the others stay exactly as
+they are, so what they decode to is what the tokenizer makes of the original, but for the few pixels next to new
+tokens. Sampling goes in raster order: a new token has seen what is above it and left of it in its row, known or new,
+and nothing of what is kept further on. So images go on downwards well, and a hole's lower and right edges may show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from dpar.tokenizer import from_uint8
+from pipeline.generation.generator import Generator, KeptTokens
+from pipeline.reports.pictures import enlarge, sheet
+from pipeline.runtime.errors import StageError
+from pipeline.settings import SampleSettings
+from pipeline.sources import UnusableImage
+from pipeline.sources.crops import views
+from pipeline.sources.decode import read_image
+
+VEIL = 0.75  # how much of a masked pixel is grey on the sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """An image, and which of its tokens stay."""
+
+    original: NDArray[np.uint8]  # (H, W, 3), as it was encoded
+    known: KeptTokens
+
+    @classmethod
+    def of(cls, generator: Generator, settings: SampleSettings) -> Edit:
+        """What the settings' ``image`` and ``mask`` or ``keep_rows`` mean for this generator.
+
+        Raises:
+            StageError: a file cannot be read, the mask has another size than the image, or leaves nothing to sample.
+        """
+        assert settings.image is not None
+        rows, columns = generator.grid
+        if rows != columns:
+            raise StageError(f"the model is for {rows}×{columns} tokens; images can be kept on square grids alone")
+        image = _read(settings.image)
+        original = _crop(image, generator.image_size[0])
+        if settings.mask is not None:
+            mask = _read(settings.mask)
+            if mask.size != image.size:
+                raise StageError(
+                    f"the mask {settings.mask} is {mask.width}×{mask.height} pixels, the image {settings.image} "
+                    f"{image.width}×{image.height}; both must have the same size"
+                )
+            anew = _crop(mask, generator.image_size[0]).max(axis=2) >= 128
+            f = generator.tokenizer.config.downsampling
+            kept = ~anew.reshape(rows, f, columns, f).any(axis=(1, 3)).reshape(-1)
+            nothing = (
+                f"{settings.mask} has no white pixel in the part of the image that is used, a square at its centre"
+            )
+        else:
+            assert settings.keep_rows is not None
+            kept = np.repeat(np.arange(rows) < settings.keep_rows, columns)
+            nothing = f"--keep-rows {settings.keep_rows} keeps all {rows} rows of tokens"
+        if kept.all():
+            raise StageError(f"there is nothing to sample: {nothing}")
+        return cls(original=original, known=KeptTokens(codes=_codes(generator, original), kept=kept))
+
+    def record(self) -> dict[str, Any]:
+        """What of it decides the samples."""
+        held = np.where(self.known.kept, self.known.codes, -1).astype("<i8")
+        return {"kept": int(self.known.kept.sum()), "tokens": hashlib.sha256(held.tobytes()).hexdigest()[:16]}
+
+
+def edit_sheet(generator: Generator, edit: Edit, results: list[Image.Image]) -> Image.Image:
+    """The original, its masked part veiled, what its own codes decode to, and the results."""
+    times = results[0].width // edit.original.shape[1]
+    f = generator.tokenizer.config.downsampling
+    anew = np.kron(~edit.known.kept.reshape(generator.grid), np.ones((f, f), bool))[..., None]
+    veiled = np.where(anew, edit.original * (1 - VEIL) + 128 * VEIL, edit.original).astype(np.uint8)
+    decoded = generator.decode(edit.known.codes[None])[0]
+    first = [enlarge(part, times) for part in (edit.original, veiled, decoded)]
+    heads = ["original", "sampled anew: grey", "its codes, decoded", *(f"result {i}" for i in range(len(results)))]
+    return sheet([[*first, *results]], column_titles=heads)
+
+
+def _read(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise StageError(f"there is no image {path}")
+    try:
+        return read_image(path)
+    except UnusableImage as error:
+        raise StageError(f"{path} cannot be used: {error.reason}") from error
+
+
+def _crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    try:
+        return views(image, size, "center", (1.0,))[0]
+    except UnusableImage as error:
+        raise StageError(f"the image cannot be used: {error.reason}") from error
+
+
+@torch.no_grad()
+def _codes(generator: Generator, pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
+    images = from_uint8(torch.from_numpy(pixels[None])).to(generator.device)
+    return generator.tokenizer.encode(images)[0].cpu().numpy()

@@ -1,0 +1,175 @@
+"""Sampled images as an artifact, which every other command opens, made by any number of processes.
+
+    plan = Plan(labels=labels_of([0, 1, 2], 50_000, "balanced", seed=0), cfg_scale=2.0)
+    artifact = write_sampled(generator, plan, out / "codes", progress, "sample")
+
+An image is a function of weights, seed, index, label and settings. A shard holds a range of indices, is written whole
+or not at all, and is not sampled again: a run that was killed goes on, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.generation.editing import Edit
+from pipeline.generation.generator import Generator, SampledImages
+from pipeline.runtime.device import precision_name
+from pipeline.runtime.progress import Progress
+from pipeline.runtime.provenance import made_by
+from pipeline.runtime.threshold_warning import warn_if_out_of_reach
+from pipeline.runtime.work_sharing import claim_parts
+from shards.manifest import MANIFEST, Manifest, ShardInfo
+from shards.patch_statistics import count_patches, merge_counts
+from shards.reader import Artifact, open_artifact
+from shards.rows import Rows
+from shards.writer import ArtifactBuild
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be sampled: image i has class ``labels[i]``."""
+
+    labels: NDArray[np.int64]  # (n,)
+    cfg_scale: float
+    edit: Edit | None = None  # the image that every one of them is a version of
+
+
+def labels_of(classes: list[int], count: int, how: str, seed: int) -> NDArray[np.int64]:
+    """Classes (count,) of a number of images: ``balanced`` takes them in turn, ``random`` draws them by the seed."""
+    if how == "balanced":
+        return np.asarray(classes, np.int64)[np.arange(count) % len(classes)]
+    drawn = np.random.Generator(np.random.Philox(key=[seed, 2**63])).integers(0, len(classes), count)
+    return np.asarray(classes, np.int64)[drawn]
+
+
+def write_sampled(
+    generator: Generator,
+    plan: Plan,
+    folder: Path,
+    progress: Progress,
+    title: str,
+    *,
+    overwrite: bool = False,
+    sampled: Callable[[int, float], None] = lambda shard, seconds: None,
+) -> Artifact:
+    """Samples what ``plan`` says into an artifact: patches for DPAR, codes for LlamaGen.
+
+    Other processes that do the same at the same time get other shards; all of them return when all is there.
+
+    Args:
+        generator: what to sample from, with the rule to sample by.
+        plan: the images.
+        folder: the artifact.
+        progress: where to report.
+        title: of the progress bar.
+        overwrite: throw away an artifact that other settings made.
+        sampled: called with each shard that this process has sampled, and the seconds that it took.
+
+    Raises:
+        ArtifactError: the folder holds something else, or images sampled with other settings.
+        ModelError: the generator's parts do not fit each other.
+    """
+    warn_if_out_of_reach(
+        None if generator.rule is None else generator.rule.threshold, generator.model.config.codebook_size, progress
+    )
+    size = generator.settings.shard_size
+    n_shards = -(-len(plan.labels) // size)
+    known = None if plan.edit is None else plan.edit.known
+    decides = _decides(generator, plan)
+    build = ArtifactBuild(folder, settings=decides, n_shards=n_shards, container="arrow", overwrite=overwrite)
+    manifest_file = folder / MANIFEST
+
+    def there(index: int) -> bool:
+        return build.done(index) is not None or manifest_file.is_file()  # in this order: records go when it comes
+
+    with progress.task(title, len(plan.labels), "images") as task:
+        task.begin_at(sum(len(plan.labels[i * size : (i + 1) * size]) for i in range(n_shards) if there(i)))
+        for index in claim_parts(folder, n_shards, there):
+            indices = np.arange(index * size, min((index + 1) * size, len(plan.labels)))
+            labels = plan.labels[indices]
+            began = time.monotonic()
+            drawn = generator.sample(labels, indices, plan.cfg_scale, known, task.advance)
+            sampled(index, time.monotonic() - began)
+            rows = _rows(generator, drawn, labels, indices)
+            build.add(index, rows, statistics=None if rows.starts is None else count_patches(rows.starts, rows.labels))
+    build.finish(lambda shards: _manifest(generator, decides, shards))
+    return open_artifact(folder)
+
+
+def _rows(
+    generator: Generator, drawn: SampledImages, labels: NDArray[np.int64], indices: NDArray[np.integer[Any]]
+) -> Rows:
+    keys = [f"{i:06d}" for i in indices]
+    codes = drawn.codes[:, None].astype(np.uint16)
+    if generator.trained_rule is None:
+        return Rows(keys=keys, labels=labels.astype(np.int32), codes=codes)
+    entropy = np.full(codes.shape, np.nan, np.float16)
+    entropy[..., 0] = np.inf
+    return Rows(keys=keys, labels=labels.astype(np.int32), codes=codes, entropy=entropy, starts=drawn.starts[:, None])
+
+
+def _decides(generator: Generator, plan: Plan) -> dict[str, Any]:
+    """What decides the artifact's bytes, under the names that other stages read."""
+    s = generator.settings
+    # as of codes that came from images; none of them can be found again
+    made = {
+        "data": f"sampled from {generator.weights_fingerprint[:12]}",
+        "split": None,
+        "classes": [],
+        "image_size": generator.image_size[0],
+        "views": "center",
+        "crop_range": [1.0],
+    }
+    sampling = {
+        "weights": generator.weights_fingerprint,
+        "entropy_model": None if generator.entropy_origin is None else generator.entropy_origin["fingerprint"],
+        "tokenizer": generator.tokenizer_origin["fingerprint"],
+        "images": len(plan.labels),
+        "labels": hashlib.sha256(plan.labels.astype("<i8").tobytes()).hexdigest()[:16],
+        "cfg_scale": plan.cfg_scale,
+        "cfg_schedule": s.cfg_schedule,
+        "cfg_power": s.cfg_power,
+        "temperature": s.temperature,
+        "top_k": s.top_k,
+        "top_p": s.top_p,
+        "seed": s.seed,
+        "known": None if plan.edit is None else plan.edit.record(),
+        "shard_size": s.shard_size,
+        "precision": precision_name(generator.device, s.precision),
+    }
+    if generator.rule is None:
+        return sampling | made
+    return sampling | generator.rule.to_dict() | {"codes": "sampled", "codes_settings": made}
+
+
+def _manifest(generator: Generator, decides: dict[str, Any], shards: tuple[ShardInfo, ...]) -> Manifest:
+    patches = generator.trained_rule is not None
+    n_tokens = generator.model.config.n_tokens
+    return Manifest(
+        kind="patches" if patches else "codes",
+        container="arrow",
+        grid=generator.grid,
+        codebook_size=generator.model.config.codebook_size,
+        views=1,
+        class_names=generator.class_names,
+        rows=sum(shard.rows for shard in shards),
+        shards=shards,
+        settings=decides,
+        source={"kind": "sampled", "weights": generator.name},
+        tokenizer=generator.tokenizer_origin,
+        entropy_model=None,  # the entropies that boundaries came from are not kept
+        statistics=merge_counts(
+            [shard.statistics for shard in shards], n_tokens=n_tokens, views=1, class_names=generator.class_names
+        )
+        if patches
+        else {},
+        made_by=made_by(),
+    )

@@ -1,0 +1,82 @@
+"""Plots of ``dpar eval``'s cells: quality against guidance, against mean patch length, against training FLOPs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.runtime.progress import Progress
+from pipeline.runtime.work_sharing import atomic_path
+
+# file, what is on the x axis, its label, what tells lines apart
+PLOTS = (
+    ("quality-vs-guidance.png", "cfg_scale", "guidance scale", ("checkpoint", "threshold", "max_length")),
+    ("quality-vs-patch-length.png", "mean_length", "mean patch length, tokens", ("checkpoint", "cfg_scale")),
+    ("quality-vs-training-flops.png", "training_flops", "training FLOPs", ("cfg_scale", "threshold", "max_length")),
+)
+LABELS = {"cfg_scale": "guidance", "threshold": "threshold", "max_length": "max length", "checkpoint": ""}
+
+
+def how_sampled(cells: list[dict[str, Any]]) -> str:
+    """How the samples of these cells were drawn and looked at, in a line."""
+    settings = {
+        "samples": "{} per row",
+        "labels": "{} labels",
+        "cfg_scale": "guidance {}",
+        "cfg_schedule": "{} guidance",
+        "decode_precision": "decoded in {}",
+        "features": "features of {}",
+    }
+    values = {name: list(dict.fromkeys(_short(cell[name]) for cell in cells)) for name in settings}
+    return ", ".join(form.format(" or ".join(values[name])) for name, form in settings.items())
+
+
+def plot_cells(cells: list[dict[str, Any]], out: Path, progress: Progress) -> None:
+    """Writes a plot for each quantity that takes several values; says so where matplotlib is not installed."""
+    scored = [cell for cell in cells if "distance" in cell]
+    wanted = [plot for plot in PLOTS if _varies(scored, plot)]
+    if not wanted:
+        return
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        progress.say("no plots: they need matplotlib (pip install 'dpar[eval]')")
+        return
+    for name, x, label, apart in wanted:
+        figure = Figure(figsize=(8, 4.4), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for cell in scored:
+            if cell.get(x) is not None:
+                groups.setdefault(tuple(cell.get(key) for key in apart), []).append(cell)
+        telling = [i for i, key in enumerate(apart) if len({group[i] for group in groups}) > 1]
+        for i, (group, held) in enumerate(groups.items()):
+            color = colormaps["viridis"](i / (len(groups) + 1))  # its end is too pale on white
+            held.sort(key=lambda cell: float(cell[x]))
+            title = ", ".join(f"{LABELS[apart[k]]} {_short(group[k])}".strip() for k in telling)
+            axes.plot([c[x] for c in held], [c[c["distance"]] for c in held], marker="o", color=color, label=title)
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"{scored[0]['distance']} (lower is better)")
+        axes.grid(alpha=0.3)
+        axes.set_title(how_sampled(scored), fontsize="x-small")
+        if telling:
+            figure.legend(loc="outside right upper", fontsize="small")
+        with atomic_path(out / name) as part:
+            figure.savefig(part, format="png")
+
+
+def _varies(cells: list[dict[str, Any]], plot: tuple[str, str, str, tuple[str, ...]]) -> bool:
+    """Whether a line of this plot would have two points that differ in what the plot is about."""
+    _, x, _, apart = plot
+    if x == "mean_length" and len({(cell["threshold"], cell["max_length"]) for cell in cells}) < 2:
+        return False  # patch lengths vary a little with guidance, too
+    values: dict[tuple[Any, ...], set[float]] = {}
+    for cell in cells:
+        if cell.get(x) is not None:
+            values.setdefault(tuple(cell.get(key) for key in apart), set()).add(cell[x])
+    return any(len(found) > 1 for found in values.values())
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,76 @@
+"""How much of its images a tokenizer keeps: PSNR, SSIM and features of originals and of what their codes decode to.
+
+parts = reconstruct(generator, artifact, extract, out / "originals", done, task)
+parts.joined("psnr").mean(), frechet_distance(…)          # whatever several processes measured
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpar.tokenizer import psnr
+from pipeline.generation.generator import Generator
+from pipeline.runtime.work_sharing import Parts
+from pipeline.scoring.features import Extractor, resize
+from pipeline.sources.originals import load_originals
+from shards.reader import Artifact
+
+
+def reconstruct(
+    generator: Generator,
+    artifact: Artifact,
+    extract: Extractor,
+    folder: Path,
+    *,
+    chunk: int,
+    done: Callable[[], bool],
+    advance: Callable[[int], None],
+    fetch: bool = False,
+) -> Parts:
+    """Compares view 0 of every image of ``artifact`` with its original.
+
+    Args:
+        generator: its tokenizer decodes.
+        artifact: codes or patches.
+        extract: features.
+        folder: for the parts, which other processes share.
+        chunk: images held in memory at once.
+        done: whether the parts are not needed any more.
+        advance: called with the number of images done since the last call.
+        fetch: let the originals be fetched over the network.
+
+    Returns:
+        Parts with ``psnr`` (n,) dB, ``ssim`` (n,), ``pool`` (n, d) of originals and ``decoded`` (n, d).
+
+    Raises:
+        StageError: the originals cannot be read any more.
+    """
+    parts = Parts(folder, -(-len(artifact) // chunk), done)
+    for index in parts.missing():
+        rows = np.arange(index * chunk, min((index + 1) * chunk, len(artifact)))
+        originals = load_originals(artifact.manifest, artifact.keys(rows), np.zeros_like(rows), fetch=fetch)
+        codes = artifact.gather(rows, np.zeros_like(rows)).codes
+        decoded = generator.decode(codes)
+        side = extract.side(originals.shape[1])
+        parts.save(
+            index,
+            psnr=psnr(torch.from_numpy(decoded), torch.from_numpy(originals)).numpy(),
+            ssim=ssim(decoded, originals),
+            pool=extract(resize(originals, side))["pool"],
+            decoded=extract(decoded if side == decoded.shape[1] else generator.decode(codes, side))["pool"],
+        )
+        advance(len(rows))
+    return parts
+
+
+def ssim(images: NDArray[np.uint8], reference: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Structural similarity of pixels (n, H, W, 3), one an image: (n,). Windows of 7 px, as LlamaGen measures it."""
+    from skimage.metrics import structural_similarity
+
+    pairs = zip(images, reference, strict=True)
+    return np.array([structural_similarity(a, b, channel_axis=2, data_range=255) for a, b in pairs])

@@ -1,0 +1,248 @@
+"""What samples are held against, wherever it is: an artifact's originals, a folder of images, or an ``.npz``.
+
+    source = open_reference(Path("VIRTUAL_imagenet256_labeled.npz"), extract)    # checked, nothing computed yet
+    reference = source.measured or Reference.of(features, images)
+
+An ``.npz`` holds images (``arr_0``), statistics (``mu``, ``sigma``), both, as ADM's do, or what
+`Reference.save` wrote. Statistics that are there are used as they are; precision and recall need images or their
+features, of at most 10,000 images spread evenly, as ADM's suite takes 10,000.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.generation.npz import IMAGES, NpzImages, array_names, open_array, open_npz, read_floats
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.provenance import made_by
+from pipeline.runtime.work_sharing import atomic_path
+from pipeline.scoring.features import Extractor, Statistics
+from pipeline.sources import UnusableImage
+from pipeline.sources.decode import EXTENSIONS, read_image
+from pipeline.sources.originals import load_originals
+from shards.manifest import MANIFEST, file_sha256
+from shards.reader import Artifact, open_artifact
+
+NEIGHBOURS_OF = 10_000  # images of the reference that precision and recall look at
+SYMMETRY = 1e-3  # how far from symmetric a covariance may be, as a part of its numbers; float16 has this precision
+LARGEST_COVARIANCE = 1e100  # whose products are still finite
+LARGEST_PROVENANCE = 2**20  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Features of the reference, as far as scores need them."""
+
+    statistics: Statistics
+    features: NDArray[np.float32] | None  # (m, d), m at most NEIGHBOURS_OF; None where there are only statistics
+
+    @classmethod
+    def of(cls, features: NDArray[np.float32], statistics: Statistics | None = None) -> Reference:
+        """Of all images' features (n, d); with the statistics where they are known already."""
+        return cls(statistics=statistics or Statistics.of(features), features=features[spread(len(features))])
+
+    def save(self, path: Path, provenance: dict[str, Any]) -> None:
+        """Writes an ``.npz`` that :func:`open_reference` takes, whole or not at all."""
+        held: dict[str, Any] = {"mu": self.statistics.mu, "sigma": self.statistics.sigma}
+        held |= {} if self.features is None else {"features": self.features}
+        record = provenance | {"images": self.statistics.images, "made_by": made_by()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as part, open(part, "wb") as file:
+            np.savez(file, provenance=np.array(json.dumps(record)), **held)
+
+    @classmethod
+    def load(cls, path: Path, extract: Extractor | None = None) -> Reference:
+        """Statistics from an ``.npz``, and features where it has them.
+
+        Args:
+            path: the file.
+            extract: what the samples' features come from; where it is given, the file's must be of the same kind.
+
+        Raises:
+            StageError: they are other features', or damaged.
+        """
+        with open_npz(path) as archive:
+            names = archive.namelist()
+            shapes = {}
+            for name in ("mu", "sigma", "features"):
+                if f"{name}.npy" in names:
+                    with open_array(archive, name) as (_, (shape, _, _)):
+                        shapes[name] = shape
+            width, record = (shapes["mu"][0] if shapes["mu"] else 0), _provenance(archive)
+            if shapes["mu"] != (width,) or shapes.get("sigma") != (width, width):
+                raise StageError(
+                    f"{path}: mu is {shapes['mu']} and sigma {shapes.get('sigma')}; (d,) and (d, d) are needed"
+                )
+            if extract is not None:
+                theirs = (record.get("features", "inception"), width)
+                if theirs != (extract.name, extract.dimension):
+                    raise StageError(
+                        f"{path} has statistics of {theirs[1]} {theirs[0]} features; --features {extract.name} has "
+                        f"{extract.dimension}"
+                    )
+                if (weights := record.get("weights", extract.weights)) != extract.weights:
+                    raise StageError(
+                        f"{path} was measured with other weights of the {extract.name} features "
+                        f"({weights[:12]}, here {extract.weights[:12]}); distances would mean nothing"
+                    )
+            mu, sigma = read_floats(archive, "mu", (width,)), read_floats(archive, "sigma", (width, width))
+            _check_covariance(sigma, path)
+            features = None
+            if "features" in shapes:
+                rows = min(shapes["features"][0], NEIGHBOURS_OF) if shapes["features"] else 0
+                features = read_floats(archive, "features", (rows, width)).astype(np.float32)
+        return cls(statistics=Statistics(mu, sigma, record.get("images")), features=features)
+
+
+def _provenance(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """What `Reference.save` wrote of the statistics' origin; empty for other files."""
+    if "provenance.npy" not in archive.namelist():
+        return {}
+    with open_array(archive, "provenance") as (file, (shape, _, kind)):
+        text = ""
+        if shape == () and kind.kind == "U" and kind.itemsize <= LARGEST_PROVENANCE:
+            text = str(np.frombuffer(file.read(kind.itemsize), kind)[0])
+    try:
+        record = json.loads(text)
+        kinds = {"images": int, "features": str, "weights": str}
+        plain = all(type(record[name]) is kind for name, kind in kinds.items() if record.get(name) is not None)
+        if plain and (record.get("images") is None or record["images"] > 1):
+            return {name: record[name] for name in kinds if record.get(name) is not None}
+    except (ValueError, RecursionError, AttributeError):
+        pass
+    raise StageError(f"{archive.filename}: its provenance is damaged; `dpar eval --save-reference` writes it as JSON")
+
+
+def _check_covariance(sigma: NDArray[np.float64], path: Path) -> None:
+    """Raise StageError unless ``sigma`` (d, d) can be a covariance: symmetric, with no negative variance."""
+    largest = float(np.abs(sigma).max(initial=0.0))
+    if largest > LARGEST_COVARIANCE or not np.allclose(sigma, sigma.T, rtol=SYMMETRY, atol=SYMMETRY * largest):
+        raise StageError(f"{path}: sigma is no covariance: it is not symmetric, or its numbers are too large")
+    if float(np.diagonal(sigma).min(initial=0.0)) < 0:
+        raise StageError(f"{path}: sigma is no covariance: it has a negative number on its diagonal")
+
+
+class Images(Protocol):
+    """Numbered images of one size."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def read(self, first: int, end: int) -> NDArray[np.uint8]:
+        """Images ``first`` to ``end - 1``: (end - first, H, W, 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSource:
+    """A reference that has been looked at: images, or measured statistics, or both."""
+
+    images: Images | None
+    measured: Reference | None
+    artifact: Artifact | None
+    fingerprint: str
+
+
+def open_reference(path: Path, extract: Extractor, fetch: bool = False) -> ReferenceSource:
+    """Looks at what is at ``path``, without computing anything; ``fetch`` lets an artifact's originals be fetched.
+
+    Raises:
+        StageError, ArtifactError: it is nothing that samples can be held against, or its images differ in size, are
+            not in colour, or are damaged.
+    """
+    if (path / MANIFEST).is_file():
+        artifact = open_artifact(path)
+        return ReferenceSource(
+            images=Originals(artifact, fetch),
+            measured=None,
+            artifact=artifact,
+            fingerprint=artifact.manifest.fingerprint(),
+        )
+    if path.is_dir():
+        folder = FolderImages(path)
+        return ReferenceSource(images=folder, measured=None, artifact=None, fingerprint=folder.fingerprint)
+    if path.suffix == ".npz":
+        names = array_names(path)
+        images = NpzImages(path) if IMAGES in names else None
+        measured = Reference.load(path, extract) if {"mu", "sigma"} <= names else None
+        if images is None and measured is None:
+            listed = ", ".join(repr(name)[1:-1] for name in sorted(names)[:8]) or "nothing"
+            raise StageError(f"{path} has {listed}; a reference needs arr_0, or mu and sigma")
+        return ReferenceSource(images=images, measured=measured, artifact=None, fingerprint=file_sha256(path))
+    what = "is not there" if not path.exists() else "is none of them"
+    raise StageError(f"a reference is an artifact, a folder of images, or an .npz file; {path} {what}")
+
+
+class Originals:
+    """The images that an artifact was made from."""
+
+    def __init__(self, artifact: Artifact, fetch: bool) -> None:
+        self.artifact, self._fetch = artifact, fetch
+
+    def __len__(self) -> int:
+        return len(self.artifact)
+
+    def read(self, first: int, end: int) -> NDArray[np.uint8]:
+        """See :class:`Images`."""
+        rows = np.arange(first, end)
+        return load_originals(self.artifact.manifest, self.artifact.keys(rows), np.zeros_like(rows), fetch=self._fetch)
+
+
+class FolderImages:
+    """All images below a folder, in order of their names."""
+
+    def __init__(self, folder: Path) -> None:
+        """Lists them and looks at their headers.
+
+        Raises:
+            StageError: there are none, they differ in size, or one is not in colour or not readable.
+        """
+        found = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+        self.paths = sorted(path for path in found if path.suffix.lower() in EXTENSIONS and path.is_file())
+        if len(self.paths) < 2:
+            raise StageError(f"{folder} holds {len(self.paths)} images; a reference needs at least 2")
+        digest, first = hashlib.sha256(), None
+        for path in self.paths:
+            try:
+                with Image.open(path) as image:
+                    size, bands = image.size, image.mode
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                raise StageError(f"{path} cannot be read as an image: {error}") from error
+            first = first or size
+            if bands not in ("RGB", "RGBA", "P"):
+                raise StageError(f"{path} is not in colour (mode {bands}); a reference needs colour images")
+            if size != first:
+                raise StageError(
+                    f"{path} is {size[0]}×{size[1]} pixels, {self.paths[0]} {first[0]}×{first[1]}; the images of a "
+                    "reference must have one size. `dpar tokenize` crops a folder as training does, and its output is "
+                    "a reference"
+                )
+            digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, first: int, end: int) -> NDArray[np.uint8]:
+        """See :class:`Images`."""
+        found = []
+        for path in self.paths[first:end]:
+            try:
+                found.append(np.asarray(read_image(path)))
+            except UnusableImage as error:
+                raise StageError(f"{path} cannot be used: {error.reason}") from error
+        return np.stack(found)
+
+
+def spread(rows: int, most: int = NEIGHBOURS_OF) -> NDArray[np.int64]:
+    """At most ``most`` of so many rows, evenly over them."""
+    return np.arange(rows) if rows <= most else np.linspace(0, rows - 1, most).astype(np.int64)

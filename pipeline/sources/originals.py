@@ -1,0 +1,141 @@
+"""The images that an artifact was made from, found again in their source by the artifact's own record.
+
+    pixels = load_originals(artifact.manifest, artifact.keys(rows), views=np.zeros(len(rows), np.int64))
+
+Pixel for pixel what the tokenizer saw, as long as the source has not changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from pipeline.runtime.errors import StageError
+from pipeline.settings import Views
+from pipeline.sources import HUB, Source, UnusableImage, open_source
+from pipeline.sources.crops import n_views
+from pipeline.sources.crops import views as crops
+from pipeline.sources.locations import is_url
+from shards.errors import ArtifactError
+from shards.records import Positive, parse
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from shards.manifest import Manifest
+
+
+T = TypeVar("T")
+
+MOST_DOWNSAMPLING = 64  # pixels along a side of a token
+FETCHED = ("http", "https", "s3", "gs")
+"""Kinds of URLs that are fetched because a manifest names them, where the user has asked for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeRecord:
+    """What a manifest has to say of how its images were made into codes."""
+
+    data: str
+    split: str | None
+    classes: tuple[str, ...]
+    image_size: Positive
+    views: Views
+    crop_range: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRecord:
+    """What a manifest may say of the source of its images."""
+
+    kind: str | None = None
+    location: str | None = None
+    split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+def load_originals(
+    manifest: Manifest, keys: Sequence[str], views: Sequence[int] | NDArray[np.integer[Any]], *, fetch: bool = False
+) -> NDArray[np.uint8]:
+    """The crops whose codes the artifact holds.
+
+    Args:
+        manifest: of a codes or a patches artifact.
+        keys: of the images, n of them.
+        views: which view of each, n of them.
+        fetch: whether to fetch images over the network: where from, the manifest says, whoever wrote it.
+
+    Returns:
+        (n, size, size, 3) uint8.
+
+    Raises:
+        StageError: the source is gone, not on this machine, has no image of one of the keys, or the image is now
+            unusable; or the manifest does not say where the images are.
+    """
+    settings = tokenize_settings(manifest)
+    source = _open(_recorded(SourceRecord, manifest.source, "source"), settings, fetch)
+    load = source.find(keys)
+    missing = sorted(set(keys) - set(load))
+    if missing:
+        raise StageError(
+            f"{len(missing)} of {len(set(keys))} images are not in their source any more, the first {missing[0]!r}"
+        )
+    size = settings.image_size
+    if size > MOST_DOWNSAMPLING * max(manifest.grid) or n_views(settings.views, settings.crop_range) != manifest.views:
+        raise StageError(
+            f"the manifest contradicts itself: its images of {size} pixels, views {settings.views} at "
+            f"{len(settings.crop_range)} crop ranges, do not make {manifest.views} views of {manifest.grid} tokens"
+        )
+    out = np.empty((len(keys), size, size, 3), np.uint8)
+    for i, (key, view) in enumerate(zip(keys, views, strict=True)):
+        try:
+            out[i] = crops(load[key](), size, settings.views, settings.crop_range)[int(view)]
+        except UnusableImage as error:
+            raise StageError(f"image {key!r} of {settings.data} cannot be read any more: {error.reason}") from error
+    return out
+
+
+def tokenize_settings(manifest: Manifest) -> TokenizeRecord:
+    """The settings with which the codes of an artifact of either kind were made."""
+    if manifest.kind == "codes":
+        return _recorded(TokenizeRecord, manifest.settings, "settings")
+    return _recorded(TokenizeRecord, manifest.settings.get("codes_settings"), "settings.codes_settings")
+
+
+def _recorded(kind: type[T], values: Any, at: str) -> T:
+    try:
+        return parse(kind, values, "the manifest", at=at, ignore_unknown=True)
+    except ArtifactError as error:
+        raise StageError(f"the images that the codes were made from are not recorded: {error}") from error
+
+
+def _open(made_from: SourceRecord, settings: TokenizeRecord, fetch: bool) -> Source:
+    # Without the limit: what has been added to the source since would otherwise push images out of its listing.
+    columns = {"image_column": made_from.image_column, "label_column": made_from.label_column}
+    options: dict[str, Any] = {"classes": settings.classes, "local_only": not fetch, **columns}
+    location = made_from.location
+    is_folder = made_from.kind == "folder"  # its location is within the split already
+    if location and (not is_folder or os.path.isdir(location)):
+        split = None if is_folder else made_from.split
+        _check_scheme(location)
+        try:  # holds wherever the command is run from
+            return open_source(location, split=split, **options)
+        except StageError:
+            pass
+    _check_scheme(settings.data)
+    try:
+        return open_source(settings.data, split=settings.split, **options)
+    except StageError as error:
+        raise StageError(f"the images that the codes were made from are not there any more: {error}") from error
+
+
+def _check_scheme(location: str) -> None:
+    """Raises StageError for a URL that could make fsspec do anything else than fetch a file."""
+    scheme = location.partition(":")[0].lower()
+    if is_url(location) and not location.startswith(HUB) and ("::" in location or scheme not in (*FETCHED, "file")):
+        raise StageError(f"{location}: a manifest may name files here and {', '.join(FETCHED)} URLs, no other kind")

@@ -1,0 +1,430 @@
+"""The training loop of DPAR, of the LlamaGen baseline and of the entropy model: one trainer, one loss.
+
+    with process_group(device):
+        fit(model, objective, run, settings, progress)
+
+Batches are a function of (seed, step), dropout and guidance dropout of (seed, step, rank), so a run that was broken off
+goes on from its newest checkpoint as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from dpar.llamagen import LlamaGen
+from dpar.model import DPAR, DPARConfig
+from dpar.pretrained import WEIGHTS, write_weights
+from pipeline.runs.checkpoints import Checkpoints, TrainState, load_full_tensors
+from pipeline.runs.ema import EMA
+from pipeline.runs.run_folder import RunFolder
+from pipeline.runtime.device import autocast, precision_name, rank, world_size
+from pipeline.runtime.distributed import (
+    all_reduce_max,
+    all_reduce_mean,
+    all_reduce_sum,
+    barrier,
+    data_parallel,
+    shard_model,
+)
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress, Stopped, stop_between_steps, stops_with
+from pipeline.scoring.likelihood import layout_for, shared_bits_per_token
+from pipeline.settings import OptimSettings
+from pipeline.training.preview import Painter
+from pipeline.training.schedule import learning_rate
+from pipeline.training.throughput import Speed, peak_memory
+from pipeline.training.trackers import Trackers
+from shards.dataset import TrainingData
+from shards.reader import Artifact, Batch
+
+MEASURED_STEPS = 500  # over which the mean cost of an image is taken
+MOST_SKIPPED = 10  # steps in a row that may give no finite loss or gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a model is trained on: an artifact, with or without its classes."""
+
+    artifact: Artifact
+    validation: Artifact | None
+    unconditional: bool = False
+    guidance_dropout: float = 0.0
+    painter: Painter | None = None  # of sample sheets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one step found; everything but the loss is the same in all processes."""
+
+    loss: float  # this process's mean, nats a token
+    norm: float  # of the gradients
+    skipped: bool  # loss or gradients were not finite, so nothing was changed
+    save_failed: bool  # the checkpoint under way
+    status: int  # that a signal asks the command to end with; 0: go on
+
+
+def fit(
+    model: DPAR | LlamaGen, objective: Objective, run: RunFolder, settings: OptimSettings, progress: Progress
+) -> dict[str, Any]:
+    """Trains ``model``, which is on its device, to the last step; gives the newest value of each of its metrics.
+
+    Raises:
+        StageError: the batch does not divide; steps in a row are not finite; memory or the disk is full.
+        Stopped: a signal asked for it; the step is saved.
+    """
+    n_steps = total_steps(settings, len(objective.artifact))
+    keeps = f"Stopped. The newest checkpoint is in {run.checkpoints}; run the same command again to go on from it."
+    with (
+        stops_with(keeps),
+        Checkpoints(run.checkpoints, settings.keep) as checkpoints,
+        _open_trackers(run, settings) as trackers,
+        _Loop(model, objective, run, settings, n_steps, checkpoints, trackers) as loop,
+        progress.task(run.folder.name, n_steps * settings.batch, "images") as task,
+        stop_between_steps() as asked,
+    ):
+        begin = loop.restore(progress)
+        task.begin_at(begin * settings.batch)
+        model.train()
+        for step in range(begin, n_steps):
+            found = loop.step(step, asked())
+            done = step + 1
+            last = done == n_steps
+            if found.save_failed:
+                checkpoints.finish()
+            loop.count_skipped(found, done, progress)
+            if done == min(MEASURED_STEPS, n_steps) and not objective.unconditional:
+                loop.report(found, done, **loop.measure(begin, done, progress))
+            elif done % settings.log_every == 0 or last:
+                loop.report(found, done)
+            if done % settings.eval_every == 0 or last:
+                loop.validate(done)
+            if done % settings.checkpoint_every == 0 or last or found.status:
+                loop.save(done)
+            task.advance(settings.batch, loop.note(found))
+            if found.status and not last:
+                checkpoints.finish()
+                barrier()
+                message = f"Stopped. Step {done} is saved in {run.folder}; run the same command again to go on."
+                raise Stopped(message, found.status)
+        checkpoints.finish()
+        barrier()
+    return {key: value for line in run.metrics() for key, value in line.items() if value is not None}
+
+
+class _Loop:
+    """The parts of one step, in the order in which they run."""
+
+    def __init__(
+        self,
+        model: DPAR | LlamaGen,
+        objective: Objective,
+        run: RunFolder,
+        settings: OptimSettings,
+        n_steps: int,
+        checkpoints: Checkpoints,
+        trackers: Trackers,
+    ) -> None:
+        self.model, self.objective, self.run, self.settings, self.n_steps = model, objective, run, settings, n_steps
+        self.checkpoints, self.trackers = checkpoints, trackers
+        self.device = model.output.weight.device
+        self.sharded = settings.fsdp and world_size() > 1
+        if self.sharded:
+            shard_model(model, self.device, settings.precision)
+        self.wrapped = model if self.sharded else data_parallel(model)
+        self.optimizer = make_optimizer(model, settings)
+        self.average = EMA(model, settings.ema) if settings.ema else None
+        self.state = TrainState(model, [self.optimizer], self.average)
+        self.data = TrainingData(
+            objective.artifact, batch=settings.batch, seed=settings.seed, rank=rank(), world_size=world_size()
+        )
+        self.share = settings.batch // world_size()  # images of this process
+        self.micro = min(settings.micro_batch or self.share, self.share)
+        self.peak_lr = settings.lr * (settings.batch / 256 if settings.scale_lr else 1.0)
+        self.speed = Speed(model.config, self.device, precision_name(self.device, settings.precision), world_size())
+        self.spoke, self.images, self.patches = time.monotonic(), 0, 0
+        self.measured = 0  # patches of this process since the run was begun or gone on with
+        self.skipped, self.in_a_row = 0, 0
+        self.rates = ""
+
+    def __enter__(self) -> _Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.data.close()
+
+    def restore(self, progress: Progress) -> int:
+        """Resume from the newest checkpoint; return the number of finished steps."""
+        done, notes = self.checkpoints.restore(self.state, progress)
+        self.skipped, self.in_a_row = notes.get("skipped", 0), notes.get("in_a_row", 0)
+        self.run.forget_metrics_after(done)
+        self.spoke = time.monotonic()
+        return done
+
+    def step(self, step: int, status: int) -> Step:
+        """One optimizer step on global batch ``step``; ``status`` is what a signal asks of this process."""
+        rate = learning_rate(step, self.n_steps, self.peak_lr, self.settings.warmup, self.settings.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed((self.settings.seed * 1_000_003 + step) * 4_096 + rank())
+        batch = self.data.batch(step)
+        loss = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for first in range(0, self.share, self.micro):
+            part = batch.part(first, first + self.micro)
+            weight = len(part.codes) / self.share  # every image has N tokens, so images weigh as tokens do
+            with contextlib.nullcontext() if first + self.micro >= self.share else self._no_sync():
+                partial = self._loss(part) * weight
+                partial.backward()
+            loss += partial.detach()
+        norm = self._clip()
+        unsound = ~torch.isfinite(loss + norm)
+        ours = torch.tensor([float(self.checkpoints.failed()), float(status)]).to(self.device)
+        flags = all_reduce_max(torch.cat([unsound.float().view(1), ours]))
+        # One wait for the device: whether to take this step has to be known before it is taken.
+        skip, save_failed, ends, *numbers = torch.cat([flags, torch.stack([loss, norm])]).tolist()
+        if not skip:
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.model)
+        return Step(
+            loss=numbers[0],
+            norm=numbers[1],
+            skipped=bool(skip),
+            save_failed=bool(save_failed),
+            status=int(ends),
+        )
+
+    def _loss(self, batch: Batch) -> Tensor:
+        codes = torch.from_numpy(batch.codes).to(self.device, non_blocking=True)
+        labels = self._labels(torch.from_numpy(batch.labels)).to(self.device, non_blocking=True)
+        layout = layout_for(self.model, batch, self.device)
+        self.images += len(codes)
+        patches = codes.numel() if layout is None else layout.n_patches
+        self.patches += patches
+        self.measured += patches
+        inputs = (codes, labels) if layout is None else (codes, labels, layout)
+        with autocast(self.device, self.settings.precision):
+            loss: Tensor = self.wrapped(*inputs, loss=True)  # inside, where FSDP has the head's weights
+        return loss
+
+    def _labels(self, labels: Tensor) -> Tensor:
+        """The classes to condition on: some, or all, replaced by the guidance class."""
+        guidance = self.model.config.classes
+        if self.objective.unconditional:
+            return torch.full_like(labels, guidance)
+        return torch.where(torch.rand(len(labels)) < self.objective.guidance_dropout, guidance, labels)
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Leaves gradients to this process until the last micro-batch; FSDP adds each up at once, which keeps none."""
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            return self.wrapped.no_sync()
+        return contextlib.nullcontext()
+
+    def _clip(self) -> Tensor:
+        """Scales the gradients of all processes down to the largest norm; gives the norm that they had."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def count_skipped(self, found: Step, done: int, progress: Progress) -> None:
+        """Says it where step ``done`` was skipped; raises StageError after too many in a row."""
+        if not found.skipped:
+            self.in_a_row = 0
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row < MOST_SKIPPED:
+            progress.say(f"step {done} is skipped: its loss or gradient is not finite ({self.skipped} in all)")
+            return
+        raise StageError(
+            f"{MOST_SKIPPED} steps in a row, to step {done}, gave a loss or gradient that is not finite; begin a new "
+            f"run with a lower --lr (it is {self.peak_lr:g}) or more --warmup. The newest checkpoint of this one is in "
+            f"{self.run.checkpoints}"
+        )
+
+    def report(self, found: Step, done: int, **more: float) -> None:
+        """A line of metrics about the steps since the last one, with ``more`` in it."""
+        elapsed = max(time.monotonic() - self.spoke, 1e-9)
+        loss = all_reduce_mean(found.loss)
+        images, patches = all_reduce_sum(torch.tensor([self.images, self.patches], dtype=torch.float64)).tolist()
+        rate, patches_per_image = images / elapsed, patches / max(images, 1)
+        speed = self.speed.of(rate, patches_per_image)
+        memory = peak_memory(self.device) / 1e9
+        if rank() == 0:
+            self.log(
+                done,
+                loss=loss,
+                bits_per_token=loss / math.log(2),
+                lr=self.optimizer.param_groups[0]["lr"],
+                grad_norm=found.norm,
+                skipped_steps=self.skipped,
+                images_per_s=round(rate, 2),
+                tokens_per_s=round(rate * self.model.config.n_tokens, 1),
+                patches_per_image=patches_per_image,
+                memory_gb=round(memory, 3),
+                **speed,
+                **more,
+            )
+        mfu = f" ({speed['mfu']:.1%} MFU)" if "mfu" in speed else ""
+        self.rates = (
+            f", {rate * self.model.config.n_tokens:,.0f} tokens/s, {patches_per_image:.1f} patches/image, "
+            f"{speed['flops_per_s'] / 1e12:.3g} TFLOP/s{mfu}, {memory:.2f} GB"
+        )
+        self.spoke, self.images, self.patches = time.monotonic(), 0, 0
+
+    def log(self, done: int, **values: float) -> None:
+        """A line of metrics, everywhere that they go."""
+        self.run.log(step=done, **values)
+        self.trackers.log(done, values)
+
+    def note(self, found: Step) -> str:
+        """What stands beside the bar."""
+        return f"loss {found.loss:.3f}, {found.loss / math.log(2):.2f} bits/token{self.rates}"
+
+    def measure(self, begin: int, done: int, progress: Progress) -> dict[str, float]:
+        """Gives and says what an image of the run's first steps cost on average, from its patches (paper section 4.3).
+
+        Args:
+            begin: step that the run was gone on with; batches before it are looked up, being a function of the seed.
+            done: steps to measure.
+            progress: where to say it.
+
+        Returns:
+            For the metrics, of the first process; nothing in the others.
+        """
+        patches = int(all_reduce_sum(torch.tensor(self.measured)))
+        if rank() != 0:
+            return {}
+        mean_patches = (patches + sum(self._patches_of(step) for step in range(begin))) / (done * self.settings.batch)
+        flops = self.speed.flops(mean_patches)
+        progress.say(
+            f"mean cost of an image over the first {done} steps: {flops / 1e9:.6g} GFLOPs "
+            f"(3 × 2 × {flops / 6e9:.6g} GMACs), {mean_patches:.2f} patches"
+        )
+        return {
+            "measured_steps": done,
+            "measured_patches_per_image": mean_patches,
+            "training_gflops_per_image": flops / 1e9,
+        }
+
+    def _patches_of(self, step: int) -> int:
+        """Patches of global batch ``step``; tokens for LlamaGen."""
+        if isinstance(self.model, LlamaGen):
+            return self.settings.batch * self.model.config.n_tokens
+        starts = self.objective.artifact.gather(*self.data.order.batch(step), entropy=False).starts
+        assert starts is not None  # fits() has refused artifacts without boundaries
+        return int(starts.sum())
+
+    def validate(self, done: int) -> None:
+        """Held-out bits per token, of the average too, and a sheet of samples, where they are wanted."""
+        began = time.monotonic()
+        found = {"validation_bits_per_token": self._held_out()} if self.objective.validation else {}
+        with self.average.in_place_of(self.model) if self.average else contextlib.nullcontext():
+            if self.average is not None and self.objective.validation:
+                found["ema_validation_bits_per_token"] = self._held_out()
+            if self.objective.painter is not None:
+                model = _unsharded(self.model, self.device) if self.sharded else self.model
+                if rank() == 0:
+                    self.objective.painter.draw(model, self.run.sheets / f"step-{done:08d}.png")
+        if found and rank() == 0:
+            self.log(done, **found)
+        barrier()
+        self.spoke += time.monotonic() - began  # no step's time
+
+    def _held_out(self) -> float:
+        assert self.objective.validation is not None
+        bits = shared_bits_per_token(
+            self.model,
+            self.objective.validation,
+            batch=self.micro,
+            precision=self.settings.precision,
+            unconditional=self.objective.unconditional,
+        )
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # it leaves its outermost weights whole, for a backward that does not come
+        return bits
+
+    def save(self, done: int) -> None:
+        """Begins a checkpoint, and with it the weights for everyone else."""
+        notes = {"skipped": self.skipped, "in_a_row": self.in_a_row}
+        self.checkpoints.save(done, self.state, publish=self._publish, notes=notes)
+
+    def _publish(self, checkpoint: Path) -> None:
+        values = dataclasses.asdict(self.model.config)
+        for prefix, folder in (("model.", self.run.model), ("ema.", self.run.model_ema)):
+            if tensors := load_full_tensors(checkpoint, prefix):
+                try:
+                    write_weights(folder, self.model.model_type, values, tensors)
+                except BaseException:
+                    (folder / f"{WEIGHTS}.part").unlink(missing_ok=True)  # a full disk needs the space
+                    raise
+
+
+def total_steps(settings: OptimSettings, images: int) -> int:
+    """Optimizer steps of a run.
+
+    Raises:
+        StageError: the batch does not divide by the processes.
+    """
+    if settings.batch % world_size():
+        raise StageError(f"--batch {settings.batch} does not divide by the {world_size()} processes")
+    return settings.steps or max(1, round(settings.epochs * images / settings.batch))
+
+
+def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices (embeddings among them) and none on norms."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+@contextlib.contextmanager
+def enough_memory(settings: OptimSettings, out: Path) -> Iterator[None]:
+    """Turns running out of memory inside the block into StageError that says which settings to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not full and "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        at_once = min(settings.micro_batch or settings.batch, settings.batch // world_size())
+        ways = [f"a lower --micro-batch (now {at_once}; the result does not depend on it)"] if at_once > 1 else []
+        ways += [] if settings.checkpoint_layers else ["--checkpoint-layers"]
+        ways += [] if settings.fsdp or world_size() == 1 else ["--fsdp"]
+        raise StageError(
+            f"memory is full. Run the same command with {', or '.join(ways) or 'a smaller --model'}; it goes on from "
+            f"the newest checkpoint in {out}, if there is one"
+        ) from error
+
+
+def _open_trackers(run: RunFolder, settings: OptimSettings) -> Trackers:
+    here = rank() == 0
+    return Trackers(
+        run.folder,
+        tensorboard=here and settings.tensorboard,
+        wandb=here and settings.wandb,
+        config=dataclasses.asdict(settings),
+    )
+
+
+def _unsharded(model: DPAR | LlamaGen, device: torch.device) -> DPAR | LlamaGen:
+    """A whole copy of a model whose weights are shared over the processes; only the first one's has them."""
+    tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    config = model.config
+    whole_model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
+    if rank() == 0:
+        whole_model.load_state_dict(tensors)
+    return whole_model.to(device)

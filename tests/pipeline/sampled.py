@@ -1,0 +1,124 @@
+"""What tests of sampling and scoring start from: images, weights, artifacts and runs, all tiny; and real processes."""
+
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from dpar import DPAR, LlamaGen, LlamaGenConfig
+from dpar.model import DPARConfig
+from dpar.presets import preset
+from dpar.tokenizer import VQConfig, VQTokenizer
+from pipeline.patchify import patchify
+from pipeline.runtime.progress import Progress
+from pipeline.settings import PatchifySettings, TokenizeSettings
+from pipeline.tokenize import tokenize
+from pipeline.train import lineage
+from shards.manifest import Manifest, write_json
+
+V, SIDE, SIZE = 32, 4, 8
+N = SIDE * SIDE
+QUIET = Progress(quiet=True)
+CPU: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
+RULE: dict[str, Any] = {"threshold": 3.1, "max_length": 4, "row_reset": True}
+VQ = VQConfig(codebook_size=V, channels=32, channel_multipliers=(1, 1), residual_blocks=1, latent_channels=32)
+
+
+def save_photos(folder: Path, classes: tuple[str, ...], a_class: int) -> None:
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(a_class):
+            Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8)).save(folder / name / f"{i}.png")
+
+
+def save_patches(home: Path, photos: Path, codes: Path, patches: Path) -> None:
+    """Codes and patches of photos, by the tokenizer and the entropy model in ``home``."""
+    settings = TokenizeSettings(tokenizer=str(home / "vq"), image_size=SIZE, shard_size=4, **CPU)
+    tokenize(str(photos), codes, settings, QUIET)
+    patchify(codes, patches, PatchifySettings(entropy_model=str(home / "entropy"), **RULE, **CPU), QUIET)
+
+
+def save_home(home: Path, classes: tuple[str, ...], a_class: int) -> None:
+    """``photos/``, ``vq/``, ``entropy/``, ``codes/`` and ``patches/``."""
+    save_photos(home / "photos", classes, a_class)
+    torch.manual_seed(0)
+    VQTokenizer(VQ).save_pretrained(home / "vq")
+    config = LlamaGenConfig(codebook_size=V, grid_height=SIDE, grid_width=SIDE, classes=0, width=32, heads=2, layers=2)
+    entropy_model = LlamaGen(config)
+    nn.init.normal_(entropy_model.output.weight, std=0.3)
+    entropy_model.save_pretrained(home / "entropy")
+    save_patches(home, home / "photos", home / "codes", home / "patches")
+
+
+def save_run(run: Path, data: Path, model: str, seed: int = 3, std: float = 0.2) -> None:
+    """A run as `dpar train` leaves it, of a model that is sure of something, so that samples depend on their inputs."""
+    manifest = Manifest.read(data)
+    config = preset(
+        model,
+        codebook_size=manifest.codebook_size,
+        grid_height=manifest.grid[0],
+        grid_width=manifest.grid[1],
+        classes=len(manifest.class_names),
+    )
+    torch.manual_seed(seed)
+    made = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
+    nn.init.normal_(made.output.weight, std=std)
+    run.mkdir()
+    inputs = {"data": str(data), **lineage(manifest)}
+    write_json(
+        run / "run.json",
+        {"format_version": 2, "kind": "train", "settings": {"model": model, "batch": 2}, "inputs": inputs},
+    )
+    made.save_pretrained(run / "model")
+
+
+def everything(out: Path) -> dict[str, bytes]:
+    """All files below a directory, but for its empty locks."""
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.stat().st_size}
+
+
+def start(work: Callable[[], object], rank: int = 0, world_size: int = 1) -> multiprocessing.process.BaseProcess:
+    """A process of its own that does the work, as one of ``torchrun``'s would."""
+
+    def target() -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        torch.set_num_threads(1)
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    return process
+
+
+def killed_again_and_again(work: Callable[[], object], out: Path, kills: int) -> int:
+    """Kills the work each time it has left a new file or two in ``out``, then lets it end; gives the kills that hit."""
+    chance, hits = random.Random(0), 0
+    for _ in range(kills):
+        seen = files(out)
+        process = start(work)
+        more = chance.randint(1, 3)
+        while process.is_alive() and len(files(out) - seen) < more:
+            pass
+        if process.is_alive():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        hits += process.exitcode == -signal.SIGKILL
+    process = start(work)
+    process.join()
+    assert process.exitcode == 0
+    return hits
+
+
+def files(out: Path) -> set[str]:
+    """Names of finished and unfinished files, some of which a process at work takes away while it is looked."""
+    return {os.path.join(root, name) for root, _, names in os.walk(out) for name in names if ".locks" not in root}
