@@ -216,13 +216,12 @@ class _Evaluation:
         known = self.source.measured
         held = known.statistics.images if known is not None else len(self.source.images or ())
         counts = {"reference": held, "samples": self.settings.samples}
-        for name, images in counts.items():
-            if images is not None and 0 < images <= self.extract.dimension:
-                self.progress.say(
-                    f"{images} images are few for {self.extract.dimension} features ({name}): the covariance has not "
-                    "its full rank and the distance comes out too large; compare it only with distances between as "
-                    "many images"
-                )
+        few = [f"{n} {name}" for name, n in counts.items() if n is not None and 0 < n <= self.extract.dimension]
+        if few:
+            self.progress.say(
+                f"{' and '.join(few)} images are few for {self.extract.dimension} features: the covariance is not of "
+                "full rank and the distance comes out too large; compare it only with distances between as many images"
+            )
 
     def likelihood(self, row: Row) -> dict[str, Any]:
         """Exact bits per token on the held-out artifact, cut by the row's rule, and what the model costs on it."""
