@@ -205,7 +205,8 @@ def settings_parameters(settings_class: type[Any]) -> dict[str, inspect.Paramete
         required = field.default is dataclasses.MISSING
         default = inspect.Parameter.empty if required else None if several else field.default
         shown = not (several or default is None)
-        option = typer.Option(help=notes[0], rich_help_panel=notes[-1], show_default=shown)
+        texts = [note for note in notes if isinstance(note, str)]
+        option = typer.Option(help=texts[0], rich_help_panel=texts[-1], show_default=shown)
         found[field.name] = inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
         )

@@ -93,7 +93,17 @@ def demo(out: Path, *, run_command: RunCommand, tiny: bool = False, progress: Pr
     scales = [item for scale in size.guidance for item in ("--cfg-scale", scale)]
     for model in ("dpar", "llamagen"):
         reference = ("--reference", out / "patches-validation")
-        run("eval", out / model, out / f"eval-{model}", *reference, *scales, "--samples", size.samples, "--labels", "balanced")
+        run(
+            "eval",
+            out / model,
+            out / f"eval-{model}",
+            *reference,
+            *scales,
+            "--samples",
+            size.samples,
+            "--labels",
+            "balanced",
+        )
     run("inspect", out / "patches-validation", "--out", out / "inspect", "--images", 6)
 
     progress.say("writing the report")

@@ -19,7 +19,6 @@ one OUT; what was killed goes on where it was, and numbers do not depend on eith
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -60,6 +59,7 @@ from pipeline.scoring.reconstruction import reconstruct
 from pipeline.scoring.reference import Originals, Reference, open_reference
 from pipeline.scoring.results import write_results
 from pipeline.settings import EvalSettings
+from pipeline.settings import identity as settings_identity
 from shards.manifest import MANIFEST
 from shards.reader import Artifact, open_artifact
 
@@ -68,11 +68,6 @@ DISTANCE = {"inception": "FID", "tokenizer": "tokenizer Fréchet distance"}
 RECONSTRUCTION = {"inception": "rFID", "tokenizer": "tokenizer reconstruction distance"}
 PREFIX = {"inception": "", "tokenizer": "tokenizer_"}  # of precision and recall
 FORMAT = 2  # of what OUT holds; in 1 bits per token were by the stored boundaries in every row
-
-# Settings that do not decide a number, or that name a cell of the table.
-FREE = {"cfg_scale", "threshold", "max_length", "checkpoint", "batch", "shard_size", "device", "sheet_per_class"}
-FREE |= {"tokenizer", "entropy_model", "reference", "held_out", "inception_weights", "save_reference"}
-FREE |= {"fetch_originals"}
 
 
 def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | None = None) -> dict[str, Any]:
@@ -200,7 +195,7 @@ class _Evaluation:
 
     def _identity(self) -> dict[str, Any]:
         """What decides the results, apart from which cells are asked for."""
-        chosen = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in FREE}
+        chosen = settings_identity(self.settings)
         newest = None if self.settings.checkpoint else weights_fingerprint(str(self.run))
         identity: dict[str, Any] = {"run": str(self.run), "weights": newest, "reference": self.source.fingerprint}
         identity["format"] = FORMAT

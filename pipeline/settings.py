@@ -7,18 +7,30 @@ runs record them. The strings beside each type are its help and the heading unde
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dpar.patching import PatchRule, Strategy
 from pipeline.runtime.errors import StageError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 # The headings, in the order of --help.
 GROUPS = ("Data", "Model", "Patches", "Optimisation", "Sampling", "Hardware", "Output")
 DATA, MODEL, PATCHES, OPTIM, SAMPLING, HARDWARE, OUTPUT = GROUPS
+
+
+class RunTime:
+    """Marks a field that may change when a stage resumes: it does not decide the result, or what it names does."""
+
+
+RUN_TIME = RunTime()
 
 Precision = Literal["auto", "bf16", "fp32"]
 Views = Literal["center", "flip", "ten-crop"]
@@ -29,16 +41,33 @@ Features = Literal["tokenizer", "inception"]
 PatchRope = Literal["dynamic", "dynamic-compact", "2d"]
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
 Labels = Literal["balanced", "random"]
-Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA where there is one.", HARDWARE]
+Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA where there is one.", HARDWARE, RUN_TIME]
 Compute = Annotated[Precision, "Of the arithmetic; auto is bf16 where the device is faster with it.", HARDWARE]
 Seed = Annotated[int, "All randomness comes from it."]
 Split = Annotated[
     str | None, "Part of the data: a subfolder such as train or val; train or validation of built-in data.", DATA
 ]
 FetchOriginals = Annotated[
-    bool, "Fetch originals over the network, where the artifact's manifest says that they are: trust who made it.", DATA
+    bool,
+    "Fetch originals over the network, where the artifact's manifest says that they are: trust who made it.",
+    DATA,
+    RUN_TIME,
 ]
 Classes = Annotated[tuple[str, ...], "Only this class; repeat for several. (default: all)", DATA]
+
+
+def run_time_fields(settings: object) -> frozenset[str]:
+    """The names of a settings object's fields that are marked :data:`RUN_TIME`."""
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    return frozenset(name for name, hint in hints.items() if RUN_TIME in typing.get_args(hint))
+
+
+def identity(settings: DataclassInstance) -> dict[str, Any]:
+    """The fields that decide the result, JSON-able: a stage resumes only under equal ones."""
+    free = run_time_fields(settings)
+    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    values: dict[str, Any] = json.loads(json.dumps(chosen, default=str))
+    return values
 
 
 def require(condition: bool, message: str) -> None:
@@ -83,9 +112,9 @@ class TrainTokenizerSettings:
     adversarial_weight: Annotated[float, "Of the PatchGAN discriminator; 0 is off.", OPTIM] = 0.0
     adversarial_start: Annotated[int, "First step of the discriminator.", OPTIM] = 1000
     restart_every: Annotated[int, "Steps between restarts of unused codes, in the first half; 0 is never.", OPTIM] = 50
-    checkpoint_every: Annotated[int, "Steps between checkpoints.", OUTPUT] = 250
+    checkpoint_every: Annotated[int, "Steps between checkpoints.", OUTPUT, RUN_TIME] = 250
     weights_dtype: Annotated[Literal["fp32", "bf16"], "Of the weights written at the end.", OUTPUT] = "fp32"
-    workers: Annotated[int, "Threads that decode images.", HARDWARE] = 2
+    workers: Annotated[int, "Threads that decode images.", HARDWARE, RUN_TIME] = 2
     seed: Annotated[Seed, OPTIM] = 0
     device: Device = "auto"
     precision: Compute = "auto"
@@ -114,26 +143,33 @@ class TokenizeSettings:
     classes: Classes = ()
     limit: Annotated[int | None, "At most so many images, spread over the classes. (default: all)", DATA] = None
     holdout: Annotated[
-        float | None, "Write this share of the images, such as 0.05, to OUT-holdout instead. (default: none)", DATA
+        float | None,
+        "Write this share of the images, such as 0.05, to OUT-holdout instead. (default: none)",
+        DATA,
+        RUN_TIME,
     ] = None
     group_regex: Annotated[
         str | None,
         "Hold out groups of images as a whole: what this matches in a key, or its first group, names the group.",
         DATA,
+        RUN_TIME,
     ] = None
-    seed: Annotated[int, "Of the choice of held-out images.", DATA] = 0
+    seed: Annotated[int, "Of the choice of held-out images.", DATA, RUN_TIME] = 0
     image_column: Annotated[
         str | None, "Column of the images in Parquet, Arrow and Hub datasets. (default: the only one that fits)", DATA
     ] = None
     label_column: Annotated[
         str | None, "Column of the labels in Parquet, Arrow and Hub datasets. (default: the only one that fits)", DATA
     ] = None
-    strict: Annotated[bool, "Stop at the first image that cannot be used.", DATA] = False
+    strict: Annotated[bool, "Stop at the first image that cannot be used.", DATA, RUN_TIME] = False
     batch: Annotated[int, "Crops encoded at once.", HARDWARE] = 32
     workers: Annotated[
-        int | None, "Threads that decode images. (default: this process's share of the cores, at most 16)", HARDWARE
+        int | None,
+        "Threads that decode images. (default: this process's share of the cores, at most 16)",
+        HARDWARE,
+        RUN_TIME,
     ] = None
-    overwrite: Annotated[bool, "Replace an output that other settings made.", OUTPUT] = False
+    overwrite: Annotated[bool, "Replace an output that other settings made.", OUTPUT, RUN_TIME] = False
     device: Device = "auto"
     precision: Compute = "fp32"
 
@@ -158,7 +194,7 @@ class OptimSettings:
     epochs: Annotated[float, "Passes over the data, where --steps is not given.", OPTIM] = 300.0
     batch: Annotated[int, "Images a step, over all processes.", OPTIM] = 256
     micro_batch: Annotated[
-        int | None, "Images computed at once in a process. (default: all of its share)", HARDWARE
+        int | None, "Images computed at once in a process. (default: all of its share)", HARDWARE, RUN_TIME
     ] = None
     lr: Annotated[float, "Learning rate.", OPTIM] = 1e-4
     scale_lr: Annotated[bool, "Multiply the learning rate by batch / 256.", OPTIM] = False
@@ -173,26 +209,31 @@ class OptimSettings:
     init: Annotated[str | None, "Weights to start from: a directory, run, Hub name or LlamaGen's .pt file.", MODEL] = (
         None
     )
-    validation: Annotated[Path | None, "Held-out artifact for bits per token. (default: none)", DATA] = None
-    eval_every: Annotated[int, "Steps between validations and sheets; one more comes at the end.", OUTPUT] = 2000
-    sheet: Annotated[int, "Samples on each sheet; 0 draws none.", OUTPUT] = 8
-    log_every: Annotated[int, "Steps between lines of metrics.", OUTPUT] = 50
-    checkpoint_every: Annotated[int, "Steps between checkpoints.", OUTPUT] = 2000
-    keep: Annotated[int, "Newest checkpoints kept.", OUTPUT] = 2
-    override: Annotated[bool, "Go on with a run under other settings, and record which.", OUTPUT] = False
-    verify: Annotated[bool, "Check the SHA-256 of every input shard before starting.", DATA] = True
+    validation: Annotated[Path | None, "Held-out artifact for bits per token. (default: none)", DATA, RUN_TIME] = None
+    eval_every: Annotated[int, "Steps between validations and sheets; one more comes at the end.", OUTPUT, RUN_TIME] = (
+        2000
+    )
+    sheet: Annotated[int, "Samples on each sheet; 0 draws none.", OUTPUT, RUN_TIME] = 8
+    log_every: Annotated[int, "Steps between lines of metrics.", OUTPUT, RUN_TIME] = 50
+    checkpoint_every: Annotated[int, "Steps between checkpoints.", OUTPUT, RUN_TIME] = 2000
+    keep: Annotated[int, "Newest checkpoints kept.", OUTPUT, RUN_TIME] = 2
+    override: Annotated[bool, "Go on with a run under other settings, and record which.", OUTPUT, RUN_TIME] = False
+    verify: Annotated[bool, "Check the SHA-256 of every input shard before starting.", DATA, RUN_TIME] = True
     attention: Annotated[
-        Attention, "How packed patches attend; auto is the first of varlen, xformers and sdpa that runs here.", HARDWARE
+        Attention,
+        "How packed patches attend; auto is the first of varlen, xformers and sdpa that runs here.",
+        HARDWARE,
+        RUN_TIME,
     ] = "auto"
-    compile: Annotated[bool | None, "Compile the model's layers. (default: on CUDA)", HARDWARE] = None
+    compile: Annotated[bool | None, "Compile the model's layers. (default: on CUDA)", HARDWARE, RUN_TIME] = None
     checkpoint_layers: Annotated[
-        bool, "Keep no activations inside layers: less memory, a third more compute.", HARDWARE
+        bool, "Keep no activations inside layers: less memory, a third more compute.", HARDWARE, RUN_TIME
     ] = False
     fsdp: Annotated[
-        bool, "Share weights and optimizer over the processes (FSDP2), for models of XXL size.", HARDWARE
+        bool, "Share weights and optimizer over the processes (FSDP2), for models of XXL size.", HARDWARE, RUN_TIME
     ] = False
-    tensorboard: Annotated[bool, "Metrics to RUN/tensorboard, too (extra tensorboard).", OUTPUT] = False
-    wandb: Annotated[bool, "Metrics to Weights & Biases, too (extra wandb).", OUTPUT] = False
+    tensorboard: Annotated[bool, "Metrics to RUN/tensorboard, too (extra tensorboard).", OUTPUT, RUN_TIME] = False
+    wandb: Annotated[bool, "Metrics to Weights & Biases, too (extra wandb).", OUTPUT, RUN_TIME] = False
     seed: Annotated[Seed, OPTIM] = 0
     device: Device = "auto"
     precision: Compute = "auto"
@@ -211,7 +252,10 @@ class EntropySettings(OptimSettings):
 
     model: Annotated[str, "Preset of LlamaGen's family, trained without classes.", MODEL] = "llamagen-b"
     from_llamagen: Annotated[
-        str | None, "LlamaGen's c2i_*.pt (or a directory of it), read without classes in place of training.", MODEL
+        str | None,
+        "LlamaGen's c2i_*.pt (or a directory of it), read without classes in place of training.",
+        MODEL,
+        RUN_TIME,
     ] = None
 
     def __post_init__(self) -> None:
@@ -318,10 +362,10 @@ class SamplingSettings:
     )
     row_reset: Annotated[bool | None, "Each row starts a patch. (default: as in the training data)", PATCHES] = None
     seed: Annotated[Seed, SAMPLING] = 0
-    batch: Annotated[int, "Images sampled at once; at most a shard.", HARDWARE] = 32
-    shard_size: Annotated[int, "Images a shard of the sampled codes: what a kill can lose.", OUTPUT] = 128
-    tokenizer: Annotated[str | None, "Its weights. (default: those that made the codes)", MODEL] = None
-    entropy_model: Annotated[str | None, "Its weights. (default: those that made the patches)", MODEL] = None
+    batch: Annotated[int, "Images sampled at once; at most a shard.", HARDWARE, RUN_TIME] = 32
+    shard_size: Annotated[int, "Images a shard of the sampled codes: what a kill can lose.", OUTPUT, RUN_TIME] = 128
+    tokenizer: Annotated[str | None, "Its weights. (default: those that made the codes)", MODEL, RUN_TIME] = None
+    entropy_model: Annotated[str | None, "Its weights. (default: those that made the patches)", MODEL, RUN_TIME] = None
     device: Device = "auto"
     precision: Compute = "auto"
     decode_precision: Annotated[Precision, "Of decoding codes to pictures.", HARDWARE] = "fp32"
@@ -385,27 +429,32 @@ class EvalSettings(SamplingSettings):
         Path,
         "What samples are held against: an artifact, a folder of images, or an .npz of images or statistics.",
         DATA,
+        RUN_TIME,
     ]
     held_out: Annotated[
         Path | None,
         "Held-out artifact for bits per token: patches for DPAR; codes will do for LlamaGen. "
         "(default: the reference, where it is one)",
         DATA,
+        RUN_TIME,
     ] = None
     checkpoint: Annotated[
         tuple[str, ...],
         "One of the run's checkpoints, step-00001234, or other weights; repeat. (default: the newest)",
         MODEL,
+        RUN_TIME,
     ] = ()
     cfg_scale: Annotated[
-        tuple[float, ...], "Guidance to sample at; repeat for a table. (default: 1.0 and 2.0)", SAMPLING
+        tuple[float, ...], "Guidance to sample at; repeat for a table. (default: 1.0 and 2.0)", SAMPLING, RUN_TIME
     ] = (
         1.0,
         2.0,
     )
-    threshold: Annotated[tuple[float, ...], "τ, nats; repeat for a table. (default: the training data's)", PATCHES] = ()
+    threshold: Annotated[
+        tuple[float, ...], "τ, nats; repeat for a table. (default: the training data's)", PATCHES, RUN_TIME
+    ] = ()
     max_length: Annotated[
-        tuple[int, ...], "P, 0 is no limit; repeat for a table. (default: the training data's)", PATCHES
+        tuple[int, ...], "P, 0 is no limit; repeat for a table. (default: the training data's)", PATCHES, RUN_TIME
     ] = ()
     labels: Annotated[
         Labels, "Classes of the samples: drawn at random (seeded), as in the paper, or all alike.", SAMPLING
@@ -417,12 +466,12 @@ class EvalSettings(SamplingSettings):
         OUTPUT,
     ] = "tokenizer"
     inception_weights: Annotated[
-        Path | None, "File of Inception's weights. (default: torch-fidelity fetches them)", OUTPUT
+        Path | None, "File of Inception's weights. (default: torch-fidelity fetches them)", OUTPUT, RUN_TIME
     ] = None
     save_reference: Annotated[
-        Path | None, "Write the reference's statistics to this .npz, to be a --reference.", OUTPUT
+        Path | None, "Write the reference's statistics to this .npz, to be a --reference.", OUTPUT, RUN_TIME
     ] = None
-    sheet_per_class: Annotated[int, "Samples of each class on the sheets.", OUTPUT] = 4
+    sheet_per_class: Annotated[int, "Samples of each class on the sheets.", OUTPUT, RUN_TIME] = 4
     fetch_originals: FetchOriginals = False
 
     def __post_init__(self) -> None:

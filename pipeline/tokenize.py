@@ -39,7 +39,7 @@ from pipeline.scoring.reconstruction_sample import (
     reconstruction_lines,
     sampled_positions,
 )
-from pipeline.settings import TokenizeSettings
+from pipeline.settings import TokenizeSettings, identity
 from pipeline.sources import Source, UnusableImage, open_source
 from pipeline.sources.crops import n_views, views
 from pipeline.sources.decode import budget
@@ -114,22 +114,11 @@ def holdout_folder(out: Path) -> Path:
 def decisive(data: str, source: Source, fingerprint: str, settings: TokenizeSettings) -> dict[str, Any]:
     """The settings that decide an artifact's bytes, with the tokenizer's fingerprint and the listing's."""
     described = source.describe()
-    decides: dict[str, Any] = {
+    decides = identity(settings) | {
         "data": data,
-        "split": settings.split,
-        "classes": list(settings.classes),
-        "limit": settings.limit,
-        "image_column": settings.image_column,
-        "label_column": settings.label_column,
         "listing": described["listing_sha256"],
-        "image_size": settings.image_size,
-        "views": settings.views,
-        "crop_range": list(settings.crop_range),
-        "container": settings.container,
-        "shard_size": settings.shard_size,
         "tokenizer": fingerprint,
         "precision": precision_name(choose_device(settings.device), settings.precision),
-        "batch": settings.batch,  # convolutions round differently in batches of another size
     }
     return decides | ({"holdout": described["holdout"]} if "holdout" in described else {})
 

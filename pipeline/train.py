@@ -27,19 +27,13 @@ from pipeline.runtime.distributed import barrier, process_group
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.scoring.likelihood import check_compatible, check_same_classes
-from pipeline.settings import EntropySettings, OptimSettings, TrainSettings
+from pipeline.settings import EntropySettings, OptimSettings, TrainSettings, run_time_fields
 from pipeline.training.loop import Objective, enough_memory, fit, total_steps
 from pipeline.training.preview import Painter
 from pipeline.training.trackers import check_trackers
 from shards.manifest import Manifest
 from shards.reader import Artifact, open_artifact
 
-# Settings that do not decide a run's result, so that they may change when it is gone on with.
-FREE = (
-    *("device", "micro_batch", "attention", "compile", "checkpoint_layers", "fsdp"),
-    *("validation", "eval_every", "sheet", "log_every", "tensorboard", "wandb"),
-    *("checkpoint_every", "keep", "override", "verify", "from_llamagen"),
-)
 FIXED = ("model", "grid")  # what a checkpoint's tensors are made for
 GUIDANCE_CLASS = "cls_embedding.embedding_table.weight"  # its last row
 
@@ -71,14 +65,19 @@ def train_entropy(
     What is trained is a LlamaGen without classes and without a start token, as the DPAR authors' is: token 0 is read
     and not predicted, so losses and bits per token are means over N - 1 tokens.
     """
+    progress = progress or Progress()
     artifact = _open(codes, settings)
     if settings.from_llamagen is not None:
-        return entropy_from_llamagen(artifact, out, settings.from_llamagen, progress or Progress())
+        return entropy_from_llamagen(artifact, out, settings.from_llamagen, progress)
     if not settings.model.startswith("llamagen-"):
         raise StageError(f"--model is {settings.model!r}; the entropy model is of LlamaGen's family: llamagen-…")
     config = _config(artifact.manifest, settings, classes=0, start_token=False)
+    n = artifact.manifest.n_tokens
+    progress.say(
+        f"the entropy model predicts {n - 1} of {n} tokens per image; losses and bits per token are their mean"
+    )
     with enough_memory(settings, out):
-        return _train("entropy", artifact, out, config, settings, None, progress or Progress())
+        return _train("entropy", artifact, out, config, settings, None, progress)
 
 
 def entropy_from_llamagen(artifact: Artifact, out: Path, name: str, progress: Progress) -> dict[str, Any]:
@@ -168,7 +167,7 @@ def _train(
             dataclasses.asdict(settings) | {"validation": settings.validation and str(settings.validation)},
             inputs,
             steps=steps,
-            free=FREE,
+            free=run_time_fields(settings),
             fixed=FIXED,
             override=settings.override,
             resolved=resolved,

@@ -25,7 +25,7 @@ from pipeline.runs.run_folder import RunFolder
 from pipeline.runtime.device import autocast, choose_device, world_size
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, Stopped, stop_between_steps, stops_with
-from pipeline.settings import TrainTokenizerSettings
+from pipeline.settings import TrainTokenizerSettings, identity
 from pipeline.sources import Source, UnusableImage, open_source
 from pipeline.sources.decode import budget
 from pipeline.training.schedule import learning_rate
@@ -55,8 +55,7 @@ def train_tokenizer(data: str, out: Path, settings: TrainTokenizerSettings, prog
         raise StageError(f"--image-size is {settings.image_size}; {settings.model} needs a multiple of {factor}")
     source = open_source(data, split=settings.split, classes=settings.classes)
     source.require_random_access()
-    recorded = dataclasses.asdict(settings)
-    decides = {k: v for k, v in recorded.items() if k not in ("workers", "device", "checkpoint_every")}
+    decides = identity(settings)
     inputs = {"data": data, "source": source.describe()}
     with RunFolder(out, "tokenizer", decides, inputs, steps=settings.steps) as run:
         return _fit(config, source, run, settings, progress)

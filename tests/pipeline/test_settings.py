@@ -1,11 +1,12 @@
 """Settings that no machine can serve are refused before anything is read or written."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from pipeline.runtime.errors import StageError
-from pipeline.settings import TokenizeSettings, TrainSettings, TrainTokenizerSettings
+from pipeline.settings import TokenizeSettings, TrainSettings, TrainTokenizerSettings, identity, run_time_fields
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,11 @@ def test_numbers_beyond_any_use_are_refused_with_the_bound(
 ) -> None:
     with pytest.raises(StageError, match=says):
         settings(**values)
+
+
+def test_run_time_settings_do_not_enter_the_identity_and_all_others_do() -> None:
+    settings = TrainSettings()
+    assert identity(TrainSettings(device="cpu", micro_batch=2, attention="sdpa", keep=5)) == identity(settings)
+    assert run_time_fields(settings) == set(dataclasses.asdict(settings)) - set(identity(settings))
+    for change in ({"lr": 2e-4}, {"batch": 128}, {"dropout": 0.0}, {"model": "dpar-l"}, {"precision": "fp32"}):
+        assert identity(TrainSettings(**change)) != identity(settings)
