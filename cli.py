@@ -457,7 +457,7 @@ def inspect_artifact(
 ) -> None:
     """Show what is in an artifact. With --out, pictures of images with their patches too."""
     from pipeline.inspect import inspect as look
-    from pipeline.inspect import tables
+    from pipeline.reports.inspection import tables
 
     found = look(artifact, out, settings)
     if json:

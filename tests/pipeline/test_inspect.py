@@ -13,9 +13,11 @@ import dpar
 from dpar.patching import PatchRule, patch_starts, static_starts
 from dpar.tokenizer import VQConfig, VQTokenizer
 from pipeline.generation.generator import decode
-from pipeline.inspect import entropy_quantiles, inspect, spread, tables
+from pipeline.inspect import inspect, spread
+from pipeline.reports.inspection import tables
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
+from pipeline.scoring.survey import entropy_quantiles
 from pipeline.settings import InspectSettings
 from pipeline.sources import open_source
 from pipeline.sources.crops import views

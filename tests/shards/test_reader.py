@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from shards.errors import ArtifactError
 from shards.manifest import MANIFEST, Container, Kind, Manifest, ShardInfo
-from shards.reader import Artifact, Shard, open_artifact
+from shards.reader import Artifact, open_artifact
 from shards.rows import Rows, write_shard
+from shards.shard_files import Shard
 from shards.writer import ArtifactBuild
 
 CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")

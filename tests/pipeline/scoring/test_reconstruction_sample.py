@@ -12,7 +12,8 @@ from PIL import Image
 from rich.console import Console
 
 from dpar.tokenizer import VQConfig, VQTokenizer, psnr, to_uint8
-from pipeline.inspect import inspect, tables
+from pipeline.inspect import inspect
+from pipeline.reports.inspection import tables
 from pipeline.runtime.progress import Progress
 from pipeline.scoring.reconstruction_sample import SAMPLE, reconstruction_lines, sampled_positions
 from pipeline.settings import InspectSettings, TokenizeSettings

@@ -1,0 +1,212 @@
+"""One pass over an artifact: how often each code and each entropy occurs, and how many patches its images have.
+
+survey = Survey.of(artifact, thresholds=(7.0, 8.5), rule=rule, progress=progress)
+found = numbers(artifact, survey, settings)              # JSON-able, what ``dpar inspect`` says
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpar.patching import PatchRule
+from pipeline.reports.pictures import entropy_scale
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress
+from pipeline.settings import InspectSettings
+from shards.manifest import Manifest
+from shards.patch_statistics import by_compressibility, class_name, lengths_differ
+from shards.reader import Artifact
+from shards.rows import Rows
+
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+EXTREMES = 5  # images and classes named at each end
+BLOCK = 2**20  # tokens counted at once, so that memory stays small
+
+# All values that a stored entropy can have, by its 16 bits.
+_HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float64)
+
+
+def starts_at(rule: PatchRule, entropy: NDArray[np.float16], threshold: float, grid_width: int) -> NDArray[np.bool_]:
+    """Boundaries (..., N) of stored entropies (..., N) at another ``threshold``; of a static rule, by that alone."""
+    return dataclasses.replace(rule, strategy="entropy", static_length=None, threshold=threshold).starts(
+        entropy, grid_width
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What one pass over an artifact counts. The last three are zero for codes."""
+
+    labels: NDArray[np.int32]  # (rows,)
+    codes: NDArray[np.int64]  # (V,) how often each code occurs
+    patches: NDArray[np.int32]  # (rows,) over all views
+    entropy: NDArray[np.int64]  # (65536,) how often each float16 occurs, by its bits, without token 0
+    thresholds: NDArray[np.int64]  # (thresholds,) patches of the whole artifact at each
+
+    @classmethod
+    def of(cls, artifact: Artifact, thresholds: Sequence[float], rule: PatchRule, progress: Progress) -> Survey:
+        """Reads every shard once, one at a time."""
+        manifest = artifact.manifest
+        survey = cls(
+            labels=np.zeros(manifest.rows, np.int32),
+            codes=np.zeros(manifest.codebook_size, np.int64),
+            patches=np.zeros(manifest.rows, np.int32),
+            entropy=np.zeros(2**16, np.int64),
+            thresholds=np.zeros(len(thresholds), np.int64),
+        )
+        first = 0
+        with progress.task("inspect", manifest.rows, "images") as task:
+            for index in range(len(manifest.shards)):
+                rows = artifact.shard_rows(index)
+                survey._add(rows, first, thresholds, rule, manifest.grid[1])
+                first += len(rows)
+                task.advance(len(rows))
+        if thresholds and not survey.finite_entropies:
+            raise StageError(f"{artifact.folder} holds no entropies, so --threshold has nothing to go by")
+        return survey
+
+    def _add(self, rows: Rows, first: int, thresholds: Sequence[float], rule: PatchRule, grid_width: int) -> None:
+        here = slice(first, first + len(rows))
+        self.labels[here] = rows.labels
+        self.patches[here] = 0 if rows.starts is None else np.count_nonzero(rows.starts, axis=(1, 2))
+        step = max(1, BLOCK // int(np.prod(rows.codes.shape[1:])))
+        for first in range(0, len(rows), step):
+            block = slice(first, first + step)
+            self.codes[:] += np.bincount(rows.codes[block].reshape(-1), minlength=len(self.codes))
+            if rows.entropy is None:
+                continue
+            later = np.ascontiguousarray(rows.entropy[block][..., 1:])
+            self.entropy[:] += np.bincount(later.view(np.uint16).reshape(-1), minlength=2**16)
+            for i, threshold in enumerate(thresholds):
+                self.thresholds[i] += np.count_nonzero(starts_at(rule, rows.entropy[block], threshold, grid_width))
+
+    @property
+    def finite_entropies(self) -> int:
+        """How many tokens have a measured entropy."""
+        return int(self.entropy[np.isfinite(_HALVES)].sum())
+
+    @property
+    def entropy_scale(self) -> tuple[float, float]:
+        """One colour scale for all entropy maps of the artifact."""
+        percentiles = entropy_quantiles(self.entropy, np.arange(1, 100) / 100) if self.finite_entropies else []
+        return entropy_scale(np.array(percentiles))
+
+
+def entropy_quantiles(counts: NDArray[np.int64], quantiles: Sequence[float] | NDArray[np.float64]) -> list[float]:
+    """Exact quantiles, nats, of entropies counted by their float16 bits, (65536,); what is not finite is left out."""
+    bits = np.flatnonzero(np.isfinite(_HALVES) & (counts > 0))
+    bits = bits[np.argsort(_HALVES[bits], kind="stable")]
+    ends = np.cumsum(counts[bits])
+    ranks = np.maximum(np.ceil(np.asarray(quantiles) * ends[-1]), 1)
+    return [float(x) for x in _HALVES[bits[np.searchsorted(ends, ranks)]]]
+
+
+def numbers(artifact: Artifact, survey: Survey, settings: InspectSettings) -> dict[str, Any]:
+    """What ``dpar inspect`` says of an artifact, JSON-able, without pictures."""
+    manifest = artifact.manifest
+    used = int(np.count_nonzero(survey.codes))
+    share = survey.codes[survey.codes > 0] / max(int(survey.codes.sum()), 1)
+    tokens = manifest.rows * manifest.views * manifest.n_tokens
+    found: dict[str, Any] = {
+        "artifact": str(artifact.folder),
+        "kind": manifest.kind,
+        "rows": manifest.rows,
+        "views": manifest.views,
+        "grid": list(manifest.grid),
+        "tokens_per_image": manifest.n_tokens,
+        "codebook_size": manifest.codebook_size,
+        "classes": len(manifest.class_names),
+        "container": manifest.container,
+        "shards": len(manifest.shards),
+        "bytes": sum((artifact.folder / shard.name).stat().st_size for shard in manifest.shards),
+        "source": manifest.source,
+        "tokenizer": manifest.tokenizer,
+        "entropy_model": manifest.entropy_model,
+        "left_out": manifest.left_out,
+        "reconstruction": manifest.statistics.get("reconstruction"),
+        "verified": settings.verify,
+        "fingerprint": manifest.fingerprint(),
+        "settings": manifest.settings,
+        "made_by": manifest.made_by,
+        "codebook": {
+            "used": used,
+            "share": used / manifest.codebook_size,
+            "perplexity": float(np.exp(-(share * np.log(share)).sum())),
+        },
+        "entropy": None,
+        "patches": None,
+        "thresholds": [],
+        "compressible": None,
+        "pictures": [],
+        "notes": [],
+    }
+    if manifest.kind == "patches":
+        found["patches"] = _patch_numbers(manifest)
+        if lengths_differ(manifest.statistics):
+            found["compressible"] = _compressible(artifact, survey)
+        found["thresholds"] = [
+            {"threshold": threshold, **_saving(tokens, int(patches), manifest)}
+            for threshold, patches in zip(settings.threshold, survey.thresholds, strict=True)
+        ]
+        if survey.finite_entropies:
+            finite = np.flatnonzero(np.isfinite(_HALVES) & (survey.entropy > 0))
+            mean = float((_HALVES[finite] * survey.entropy[finite]).sum() / survey.finite_entropies)
+            values = entropy_quantiles(survey.entropy, QUANTILES)
+            found["entropy"] = {
+                "mean": mean,
+                "quantiles": {f"{q:g}": value for q, value in zip(QUANTILES, values, strict=True)},
+            }
+    return found
+
+
+def _saving(tokens: int, patches: int, manifest: Manifest) -> dict[str, float]:
+    sequences = max(manifest.rows * manifest.views, 1)
+    return {
+        "mean_length": tokens / max(patches, 1),
+        "patches_per_image": patches / sequences,
+        "tokens_saved": 1 - patches / max(tokens, 1),
+    }
+
+
+def _patch_numbers(manifest: Manifest) -> dict[str, Any]:
+    statistics = manifest.statistics
+    by_class = [entry["mean_length"] for entry in statistics["classes"]]
+    return {
+        **{name: statistics[name] for name in ("mean_length", "patches_per_image", "tokens_saved")},
+        "class_mean_length": {
+            "min": min(by_class),
+            "median": float(np.median(by_class)),
+            "max": max(by_class),
+        },
+        "lengths": statistics["lengths"],
+    }
+
+
+def _compressible(artifact: Artifact, survey: Survey) -> dict[str, Any]:
+    """Classes and images with the fewest and with the most patches an image, the extreme ones first."""
+    manifest = artifact.manifest
+    classes = by_compressibility(manifest.statistics)
+    order = np.argsort(survey.patches, kind="stable")
+    few, many = order[:EXTREMES], order[::-1][: min(EXTREMES, max(len(order) - EXTREMES, 0))]
+
+    def images(rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        return [
+            {
+                "key": key,
+                "class": class_name(manifest.class_names, int(survey.labels[row])),
+                "patches_per_image": float(survey.patches[row] / manifest.views),
+                "mean_length": float(manifest.views * manifest.n_tokens / survey.patches[row]),
+            }
+            for row, key in zip(rows, artifact.keys(rows), strict=True)
+        ]
+
+    return {
+        "classes": {"most": classes[:EXTREMES], "least": classes[: EXTREMES - 1 : -1][:EXTREMES]},
+        "images": {"most": images(few), "least": images(many)},
+    }
