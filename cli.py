@@ -421,7 +421,7 @@ def sample(
     if not first_process():
         return
     console.print(
-        f"{made['images']} images, {made['patches_per_image']:.1f} patches an image: {made['sheet']}",
+        f"{made['images']} images, {made['patches_per_image']:.1f} patches per image: {made['sheet']}",
         markup=False,
         highlight=False,
     )

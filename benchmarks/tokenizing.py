@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--views", choices=("center", "flip", "ten-crop"), default="center")
     parser.add_argument("--tokenizer", help="weights; the default is VQ-16 with random ones")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--shard-size", type=int, help="images a shard; the default makes 8 shards")
+    parser.add_argument("--shard-size", type=int, help="images per shard; the default makes 8 shards")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="fp32")
     parser.add_argument("--share", nargs=2, type=Path, help=argparse.SUPPRESS)

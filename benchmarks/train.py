@@ -213,7 +213,7 @@ def table(setting: Setting, names: list[str], steps: int, cpu_time: bool, memory
         f"{choose_backend(setting.device, dtype, setting.backend)[0]}"  # type: ignore[arg-type]
         f"{', compiled' if setting.compile else ''}{', layers checkpointed' if setting.checkpoint else ''}",
         "",
-        f"{mean:.1f} patches an image. Median of {steps} steps{' of processor time' if cpu_time else ''}. "
+        f"{mean:.1f} patches per image. Median of {steps} steps{' of processor time' if cpu_time else ''}. "
         f"A {side}³ matrix product runs at {rate / 1e12:.3g} TFLOP/s{f' ({gpu})' if gpu else ''}.",
         "",
         "| model | images/s | TFLOP/s | of the matrix product's | MFU | peak MiB | × LlamaGen | FLOPs say |",

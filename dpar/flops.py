@@ -1,9 +1,9 @@
 """What models cost, counted from the modules themselves on meta tensors, and the paper's figures beside.
 
     cost = count(preset("dpar-b"), patch_length=1.81)
-    cost.parameters, cost.linear / 1e9                       # GMACs an image, as the paper counts them
+    cost.parameters, cost.linear / 1e9                       # GMACs per image, as the paper counts them
 
-    linear_macs(preset("dpar-b"), patches=141.4)             # the same count for a measured mean of patches an image
+    linear_macs(preset("dpar-b"), patches=141.4)             # the same count for a measured mean of patches per image
 
 The paper's GFLOPs are multiply-accumulates of the linear layers of one forward pass per image; attention products
 are left out there and counted apart here (in full squares, as kernels without causal skipping would compute them).
@@ -57,7 +57,7 @@ class Cost:
     """Of one model; multiply-accumulates (MACs) are of one forward pass per image."""
 
     parameters: int
-    patches: float  # mean patches an image; tokens for LlamaGen
+    patches: float  # mean patches per image; tokens for LlamaGen
     linear: float  # MACs of linear layers, the paper's count
     attention: float  # MACs of attention products
     shared: float  # of ``linear``: what guidance runs once, not twice (the patch encoder)
@@ -78,7 +78,7 @@ def count(config: DPARConfig | LlamaGenConfig, patch_length: float = 1.0) -> Cos
 
     Args:
         config: of the model.
-        patch_length: mean tokens a patch, N/M; of no effect on LlamaGen.
+        patch_length: mean tokens per patch, N/M; of no effect on LlamaGen.
 
     Raises:
         ModelError: the length is below 1 or above N.
@@ -90,7 +90,7 @@ def count(config: DPARConfig | LlamaGenConfig, patch_length: float = 1.0) -> Cos
     with torch.device("meta"):
         model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
     model.eval()
-    # Images cost what they cost alone: one of each of two neighbouring numbers of patches gives every mean.
+    # Cost is linear in the number of patches, so two neighbouring counts give every mean.
     parts = [(1 - share / IMAGES, _image_macs(model, fewer))]
     parts += [(share / IMAGES, _image_macs(model, fewer + 1))] if share else []
     linear, attention, encoder = (sum(weight * macs[i] for weight, macs in parts) for i in range(3))

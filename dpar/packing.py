@@ -21,7 +21,7 @@ from dpar.errors import ModelError
 class PatchLayout:
     """The boundaries of a batch, in the forms that the packed model reads. Index tensors are int64."""
 
-    n_tokens: int  # tokens an image, N
+    n_tokens: int  # tokens per image, N
     longest: int  # most patches in one image
     first: Tensor  # (ΣM,) first token of each patch, counted within its image
     last: Tensor  # (ΣM,) last token of each patch, counted within its image

@@ -43,7 +43,7 @@ def compare(codes: Path, out: Path, settings: PatchifySettings, progress: Progre
         progress: where to report.
 
     Returns:
-        ``models`` (one for each: path, fingerprint, parameters, GMACs an image, mean entropy, threshold, mean length,
+        ``models`` (one for each: path, fingerprint, parameters, GMACs per image, mean entropy, threshold, mean length,
         share of tokens that start a patch), and over the tokens where neither the first token nor a row's decides:
         ``agreement``, the share with the same decision; ``agreement_by_chance``, what independent models of these
         rates would have; ``shared_starts``, starts of both among starts of either; ``entropy_correlation`` (Pearson's;
@@ -152,9 +152,9 @@ def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None
 def lines(result: dict[str, Any]) -> list[str]:
     """The comparison in a few lines for people."""
     said = [
-        f"{m['model']}: {m['parameters'] / 1e6:.1f} M parameters, {m['gmacs_per_image']:.3g} GMACs an image, "
+        f"{m['model']}: {m['parameters'] / 1e6:.1f} M parameters, {m['gmacs_per_image']:.3g} GMACs per image, "
         f"threshold {m['threshold']:.4g} nats, mean length {m['mean_length']:.3f}, "
-        f"{m['patches_per_image']:.1f} patches an image"
+        f"{m['patches_per_image']:.1f} patches per image"
         for m in result["models"]
     ]
     value = result["entropy_correlation"]

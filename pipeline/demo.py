@@ -157,9 +157,9 @@ def _comparison(out: Path, scores: dict[str, dict[str, Any]], training: Manifest
 
     dpar, llamagen = scores["dpar"], scores["llamagen"]
     rows = [
-        ["tokens an image", str(dpar["tokens_per_image"]), str(llamagen["tokens_per_image"])],
-        ["patches an image, held out", f"{dpar['patches_per_image']:.1f}", "–"],
-        ["GFLOPs an image (MACs, as the paper counts)", *(f"{s['gmacs_per_image']:.3f}" for s in (dpar, llamagen))],
+        ["tokens per image", str(dpar["tokens_per_image"]), str(llamagen["tokens_per_image"])],
+        ["patches per image, held out", f"{dpar['patches_per_image']:.1f}", "–"],
+        ["GFLOPs per image (MACs, as the paper counts)", *(f"{s['gmacs_per_image']:.3f}" for s in (dpar, llamagen))],
         ["parameters", *(f"{s['parameters'] / 1e6:.2f} M" for s in (dpar, llamagen))],
         ["images trained on", seen("dpar"), seen("llamagen")],
         ["bits per token, held-out crops", *(f"{s['bits_per_token']:.3f}" for s in (dpar, llamagen))],

@@ -93,7 +93,7 @@ def cost_table(settings: FlopsSettings) -> list[CostRow]:
 HEADER = ("model", "px", "patches", "params", "paper", "off", "GMACs", "paper", "off", "+attn", "train", "sample")
 NOTES = (
     "params: millions. GMACs: 1e9 multiply-accumulates of the linear layers in one forward pass of an image, the "
-    "paper's count; +attn: with those of attention products. train: TFLOPs an image, 3 × 2 × MACs. sample: GMACs to "
+    "paper's count; +attn: with those of attention products. train: TFLOPs per image, 3 × 2 × MACs. sample: GMACs to "
     "sample an image with guidance, for DPAR with --entropy-model (the paper's is llamagen-b). off: from the paper's "
     "figure, where it has one. The paper's 120 M for DPAR-B fit neither its own GFLOPs nor its other rows: the sizes "
     "that give all twelve of its GFLOPs have 115.0 M."
@@ -120,7 +120,7 @@ def tables(rows: list[CostRow]) -> list[CostTable]:
     for size in dict.fromkeys(row.image_size for row in rows):
         these = [row for row in rows if row.image_size == size]
         patches = {row.patches for row in these if row.model.startswith("dpar")}
-        said = "".join(f", {count:.1f} patches an image for DPAR" for count in patches)
+        said = "".join(f", {count:.1f} patches per image for DPAR" for count in patches)
         lines = [(row.model, *_line(row)[3:]) for row in these]
         title = f"{size} px: {these[0].tokens} tokens{said}"
         found.append(CostTable(title=title, header=(HEADER[0], *HEADER[3:]), lines=lines))

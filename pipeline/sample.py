@@ -40,7 +40,7 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
     """Samples pictures from a run of ``dpar train`` and writes them to ``out``.
 
     Returns:
-        What was made: the sheet, the number of images, mean patches an image.
+        What was made: the sheet, the number of images, mean patches per image.
 
     Raises:
         StageError, ModelError, ArtifactError: run, output or settings cannot be used.

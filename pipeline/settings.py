@@ -103,7 +103,7 @@ class TrainTokenizerSettings:
     split: Split = None
     classes: Classes = ()
     steps: Annotated[int, "Optimizer steps.", OPTIM] = 2000
-    batch: Annotated[int, "Images a step.", OPTIM] = 16
+    batch: Annotated[int, "Images per step.", OPTIM] = 16
     lr: Annotated[float, "Learning rate; it falls to a tenth along a cosine.", OPTIM] = 1e-3
     warmup: Annotated[int, "Steps over which the learning rate rises from 0.", OPTIM] = 50
     commitment_weight: Annotated[float, "Of the commitment loss.", OPTIM] = 0.25
@@ -138,7 +138,7 @@ class TokenizeSettings:
         tuple[float, ...], "Short side before the crop, as a multiple of the image size; repeat. (default: 1.0)", DATA
     ] = (1.0,)
     container: Annotated[Container, "Format of the shards.", OUTPUT] = "arrow"
-    shard_size: Annotated[int, "Images a shard.", OUTPUT] = 4096
+    shard_size: Annotated[int, "Images per shard.", OUTPUT] = 4096
     split: Split = None
     classes: Classes = ()
     limit: Annotated[int | None, "At most so many images, spread over the classes. (default: all)", DATA] = None
@@ -192,7 +192,7 @@ class OptimSettings:
 
     steps: Annotated[int | None, "Optimizer steps. (default: --epochs)", OPTIM] = None
     epochs: Annotated[float, "Passes over the data, where --steps is not given.", OPTIM] = 300.0
-    batch: Annotated[int, "Images a step, over all processes.", OPTIM] = 256
+    batch: Annotated[int, "Images per step, over all processes.", OPTIM] = 256
     micro_batch: Annotated[
         int | None, "Images computed at once in a process. (default: all of its share)", HARDWARE, RUN_TIME
     ] = None
@@ -333,7 +333,7 @@ class PatchifySettings:
             require(self.static_length is None, "--static-length belongs to --strategy static")
             require(
                 (self.threshold is None) != (self.target_length is None),
-                "give one of --threshold (nats) and --target-length (tokens a patch)",
+                "give one of --threshold (nats) and --target-length (tokens per patch)",
             )
 
     @property
@@ -519,7 +519,7 @@ class FlopsSettings:
     model: Annotated[tuple[str, ...], "Preset; repeat for several. (default: all but tiny)", MODEL] = ()
     image_size: Annotated[tuple[int, ...], "Pixels along a side; repeat. (default: 256 and 384)", DATA] = (256, 384)
     patch_length: Annotated[
-        float | None, "Mean tokens a patch. (default: the paper's, 1.81 at 256 and 2.06 at 384)", DATA
+        float | None, "Mean tokens per patch. (default: the paper's, 1.81 at 256 and 2.06 at 384)", DATA
     ] = None
     entropy_model: Annotated[str, "Preset of the entropy model that DPAR samples with.", MODEL] = "llamagen-b"
     downsampling: Annotated[int, "Pixels along a side of a token.", MODEL] = 16

@@ -4,9 +4,9 @@
 
 Images that cannot be used are left out, each with its reason in the manifest and in ``left_out.tsv``.
 
-Three things go on at once, over the ends of shards: threads read, decode and crop images; this thread encodes them;
-one thread hashes and writes the shard before. A batch never holds images of two shards: a shard's bytes are a
-function of its images alone, whoever computes them and after whatever history.
+Decoding, encoding and writing overlap across shard boundaries: threads read, decode and crop images; this thread
+encodes them; one thread hashes and writes the shard before. A batch never holds images of two shards, so a shard's
+bytes are a function of its images alone.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Manifest:
     container: Container
     grid: tuple[Positive, Positive]  # rows and columns of tokens
     codebook_size: Annotated[int, Range(1, 2**16)]  # codes are stored in 16 bits
-    views: Positive  # token sequences a row
+    views: Positive  # token sequences per row
     class_names: tuple[str, ...]
     rows: Count
     shards: tuple[ShardInfo, ...]
@@ -108,7 +108,7 @@ class Manifest:
         names = [shard.name for shard in self.shards]
         wrong = None
         if (values := self.views * self.n_tokens) > MOST_VALUES:
-            wrong = f"{self.views} views of {self.grid[0]}×{self.grid[1]} tokens are {values} values a row"
+            wrong = f"{self.views} views of {self.grid[0]}×{self.grid[1]} tokens are {values} values per row"
         for name in names:
             if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
                 wrong = f"shard name {name!r} is not a plain file name"

@@ -173,7 +173,7 @@ def lengths_differ(statistics: dict[str, Any]) -> bool:
 
 
 def by_compressibility(statistics: dict[str, Any]) -> list[dict[str, Any]]:
-    """The classes of an artifact's statistics, fewest patches an image first."""
+    """The classes of an artifact's statistics, fewest patches per image first."""
     return sorted(statistics["classes"], key=lambda entry: float(entry["patches_per_image"]))
 
 
@@ -187,7 +187,7 @@ def summary(statistics: dict[str, Any]) -> list[str]:
         shares.append(f"longer {rest / total:.1%}")
     lines = [
         f"mean patch length {statistics['mean_length']:.3f}, {statistics['tokens_saved']:.1%} of tokens saved",
-        f"patches an image: mean {statistics['patches_per_image']:.1f}, median {middle}, {low} to {high} "
+        f"patches per image: mean {statistics['patches_per_image']:.1f}, median {middle}, {low} to {high} "
         f"(of {statistics['tokens_per_image']} tokens)",
         f"patch lengths: {', '.join(shares)}",
     ]

@@ -199,7 +199,7 @@ class ArtifactBuild:
             self._check(index, wait=True)
 
     def _check(self, index: int, wait: bool = False) -> bool:
-        """Believes or forgets an unchecked record; False if another process is at it."""
+        """Verifies a shard record and drops it on mismatch; False if another process is checking it."""
         if not self._claim(index, wait=wait):
             return not self._unchecked(index).exists()
         try:

@@ -82,7 +82,7 @@ def test_the_five_commands_run_from_a_folder_of_images_to_scores(
     said = dpar("sample", tmp_path / "dpar", tmp_path / "pictures", "--classes", "bee", "--per-class", 2)
     assert "2 images" in said
     assert len(list((tmp_path / "pictures" / "images" / "0001-bee").glob("*.png"))) == 2
-    assert "tokens a view" in dpar("inspect", tmp_path / "patches", "--images", 0, "--verify")
+    assert "tokens per view" in dpar("inspect", tmp_path / "patches", "--images", 0, "--verify")
 
 
 def test_a_cli_py_of_the_users_never_stands_in_for_the_command_line(tmp_path: Path) -> None:

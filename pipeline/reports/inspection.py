@@ -37,13 +37,13 @@ def write_page(out: Path, found: dict[str, Any], drawn: Sequence[Section]) -> No
         text = "Over all images and views. Tokens saved are 1 - M/N, for M patches in N tokens."
         sections.append(Section("Patches", text, tables=_table_patches(found), svg=_length_chart(found["patches"])))
         if found["compressible"]:
-            text = "By patches an image: few patches are a compressible image."
+            text = "By patches per image: few patches are a compressible image."
             sections.append(Section("Most and least compressible", text, tables=_table_compressible(found)))
     sections += drawn
     sections.append(Section("Settings", "What made it.", tables=[_table_settings(found)]))
     subtitle = f"{found['rows']:,} images as {found['kind']}"
     if found["patches"]:
-        subtitle += f", {found['patches']['mean_length']:.3f} tokens a patch"
+        subtitle += f", {found['patches']['mean_length']:.3f} tokens per patch"
     render(
         "report.html",
         out / "index.html",
@@ -86,8 +86,8 @@ def _table_artifact(found: dict[str, Any]) -> Table:
     height, width = found["grid"]
     rows = [
         ("images", f"{found['rows']:,}" + (f", {found['left_out']:,} left out" if found["left_out"] else "")),
-        ("views an image", str(found["views"])),
-        ("tokens a view", f"{height}×{width} = {found['tokens_per_image']}"),
+        ("views per image", str(found["views"])),
+        ("tokens per view", f"{height}×{width} = {found['tokens_per_image']}"),
         ("codebook", f"{found['codebook_size']:,} codes"),
         ("classes", f"{found['classes']:,}"),
         ("shards", f"{found['shards']:,} ({found['container']}), {_size(found['bytes'])}"),
@@ -129,7 +129,7 @@ def _table_patches(found: dict[str, Any]) -> list[Table]:
     ]
     by_class = found["patches"]["class_mean_length"]
     classes = tuple(f"{by_class[name]:.3f}" for name in ("min", "median", "max"))
-    lengths = Table("Patches", ("boundaries", "mean length", "patches an image", "tokens saved"), rows)
+    lengths = Table("Patches", ("boundaries", "mean length", "patches per image", "tokens saved"), rows)
     if not found["compressible"]:
         return [lengths]
     return [lengths, Table("Mean patch length of a class", ("shortest", "median", "longest"), [classes])]
@@ -145,7 +145,7 @@ def _table_compressible(found: dict[str, Any]) -> list[Table]:
                 (e[first], str(e[second]), f"{e['patches_per_image']:.1f}", f"{e['mean_length']:.3f}") for e in entries
             ]
             if rows:
-                header = (first, second, "patches an image", "mean length")
+                header = (first, second, "patches per image", "mean length")
                 out.append(Table(f"{end.capitalize()} compressible {what}", header, rows))
     return out
 

@@ -189,7 +189,7 @@ def _patch_numbers(manifest: Manifest) -> dict[str, Any]:
 
 
 def _compressible(artifact: Artifact, survey: Survey) -> dict[str, Any]:
-    """Classes and images with the fewest and with the most patches an image, the extreme ones first."""
+    """Classes and images with the fewest and with the most patches per image, the extreme ones first."""
     manifest = artifact.manifest
     classes = by_compressibility(manifest.statistics)
     order = np.argsort(survey.patches, kind="stable")

@@ -27,7 +27,7 @@ MAX_PIXELS = 178_000_000
 """Most pixels an image may have by its header; above, nothing is decoded."""
 
 MAX_BYTES = 512 * 2**20
-"""Most bytes an image file may have; above, nothing is read."""
+"""Most bytes that an image file may have; above, nothing is read."""
 
 TOO_MANY_BYTES = f"too large: more than {MAX_BYTES // 2**20} MiB"
 """The reason for leaving out what has more than `MAX_BYTES`."""

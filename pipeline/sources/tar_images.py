@@ -11,7 +11,7 @@ Three layouts are told apart by what is in the tars:
 - WebDataset: images with a ``cls`` or ``json`` beside them, in the order of the tars. Keys start with the tar's name.
   Without labels, the first folder of the key is the class.
 
-The listing reads every header once, which takes about a minute for ImageNet, and holds about 150 bytes an image.
+The listing reads every header once, which takes about a minute for ImageNet, and holds about 150 bytes per image.
 """
 
 from __future__ import annotations

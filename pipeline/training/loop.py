@@ -193,7 +193,7 @@ class _Loop:
         unsound = ~torch.isfinite(loss + norm)
         ours = torch.tensor([float(self.checkpoints.failed()), float(status)]).to(self.device)
         flags = all_reduce_max(torch.cat([unsound.float().view(1), ours]))
-        # One wait for the device: whether to take this step has to be known before it is taken.
+        # Single device sync: check finiteness before stepping.
         skip, save_failed, ends, *numbers = torch.cat([flags, torch.stack([loss, norm])]).tolist()
         if not skip:
             self.optimizer.step()

@@ -62,7 +62,7 @@ class Painter:
         """Loads the tokenizer, and the entropy model that DPAR needs, by what a run's ``inputs`` say of them.
 
         Returns:
-            None, having said why, where they are not to be had: training goes on without sheets.
+            None (with a logged reason) if unavailable: training continues without sheets.
         """
         try:
             origin = inputs["tokenizer"]

@@ -5,7 +5,7 @@ from dpar.flops import PAPER_GMACS, PAPER_PARAMETERS, PAPER_PATCH_LENGTH, Cost, 
 from pipeline.flops import HEADER, NOTES, CostRow, cost_table, table, tables
 from pipeline.settings import FlopsSettings
 
-HERE = {  # GMACs an image, the table of docs/method.md
+HERE = {  # GMACs per image, the table of docs/method.md
     ("llamagen-b", 256): 24.96,
     ("llamagen-l", 256): 83.21,
     ("llamagen-xl", 256): 192.60,
@@ -181,7 +181,7 @@ def test_each_row_has_its_cost_of_sampling_and_its_differences_from_the_paper(ro
 def test_the_table_is_narrow_enough_for_80_columns_and_the_full_one_has_every_column(rows: list[CostRow]) -> None:
     parts = tables(rows)
     assert [part.title[:6] for part in parts] == ["256 px", "384 px"]
-    assert "141.4 patches an image for DPAR" in parts[0].title
+    assert "141.4 patches per image for DPAR" in parts[0].title
     for part in parts:
         widths = [max(map(len, column)) for column in zip(part.header, *part.lines, strict=True)]
         assert sum(widths) + len(widths) + 1 <= 80

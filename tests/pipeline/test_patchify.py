@@ -34,7 +34,7 @@ from shards.rows import Rows
 from shards.writer import ArtifactBuild
 
 V, GRID, N, VIEWS = 32, (4, 6), 24, 2
-SIZES = (20, 0, 13)  # images a shard
+SIZES = (20, 0, 13)  # images per shard
 CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
 QUIET = Progress(quiet=True)
 TOKENIZER = {"path": "vq", "fingerprint": "0" * 64}
@@ -275,7 +275,7 @@ def test_the_summary_names_the_spread_over_images_and_the_extreme_classes() -> N
     lines = summary(merge_counts(counts, n_tokens=8, views=1, class_names=("sky", "sea", "owl", "fur")))
     assert lines == [
         "mean patch length 2.133, 53.1% of tokens saved",
-        "patches an image: mean 3.8, median 2, 1 to 8 (of 8 tokens)",
+        "patches per image: mean 3.8, median 2, 1 to 8 (of 8 tokens)",
         "patch lengths: 1 53.3%, 2 26.7%, 4 13.3%, 8 6.7%",
         "most compressible classes, by mean length: sky 8.00, sea 4.00",
         "least compressible classes, by mean length: fur 1.00, owl 2.00",

@@ -23,7 +23,7 @@ from shards.writer import ArtifactBuild
 
 V, GRID, N, VIEWS = 16, (4, 4), 16, 2
 QUIET = Progress(quiet=True)
-SIZES = (9, 0, 8)  # images a shard
+SIZES = (9, 0, 8)  # images per shard
 EXACT = {"dropout": 0.0, "guidance_dropout": 0.0}
 
 

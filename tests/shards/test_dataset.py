@@ -13,7 +13,7 @@ from shards.rows import Rows
 from shards.writer import ArtifactBuild
 
 CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
-SIZES = (5, 0, 9, 3, 7, 1, 4, 6, 8, 2, 5, 5)  # rows a shard: two windows
+SIZES = (5, 0, 9, 3, 7, 1, 4, 6, 8, 2, 5, 5)  # rows per shard: two windows
 GRID, VIEWS, N = (2, 4), 3, 8
 TOTAL = sum(SIZES)
 BATCH = 12

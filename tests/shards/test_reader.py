@@ -20,7 +20,7 @@ from shards.shard_files import Shard
 from shards.writer import ArtifactBuild
 
 CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
-SIZES = (5, 0, 4, 1)  # rows a shard
+SIZES = (5, 0, 4, 1)  # rows per shard
 GRID, VIEWS, N = (2, 5), 3, 10
 TOTAL = sum(SIZES)
 CLASSES = tuple(str(i) for i in range(100))
@@ -165,7 +165,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a grid": (lambda path: change(path, grid=[2]), "field grid is [2], expected a list of 2"),
     "three sides": (lambda path: change(path, grid=[2, 5, 1]), "field grid is [2, 5, 1], expected a list of 2"),
     "a grid of nothing": (lambda path: change(path, grid=[0, 5]), "field grid[0] is 0, expected an integer of at"),
-    "a grid without end": (lambda path: change(path, grid=[2**40, 2**40]), "values a row"),
+    "a grid without end": (lambda path: change(path, grid=[2**40, 2**40]), "values per row"),
     "no codes": (lambda path: change(path, codebook_size=0), "codebook_size is 0, expected an integer of at least 1"),
     "shards of words": (lambda path: change(path, shards=["x"]), "field shards[0] is 'x', expected an object"),
     "a number of shards": (lambda path: change(path, shards=3), "field shards is 3, expected a list"),
