@@ -23,7 +23,7 @@ from pipeline.runs.weights import load_tokenizer
 from pipeline.runtime.device import autocast, choose_device, precision_name
 from pipeline.runtime.progress import Progress
 from pipeline.settings import TokenizeSettings
-from pipeline.sources import open_source
+from pipeline.sources import open_indexed
 from pipeline.sources.crops import n_views, views
 from pipeline.tokenize import CodeEncoder, tokenize
 
@@ -34,7 +34,7 @@ PEAKS = {"H200": (67, 494, 989), "H100": (67, 494, 989), "A100": (19.5, 156, 312
 
 def make_photos(folder: Path, count: int) -> Path:
     """JPEGs of 500×375 pixels and about 100 KB."""
-    source = open_source("builtin:photos")
+    source = open_indexed("builtin:photos")
     rng = np.random.default_rng(0)
     for i in range(count):
         photo = source.load(i * 37 % len(source)).resize((500, 375), Image.Resampling.BICUBIC)
@@ -53,7 +53,7 @@ def seconds_of_stage(photos: Path, out: Path, settings: TokenizeSettings) -> flo
 
 def seconds_of_encoder(photos: Path, settings: TokenizeSettings) -> float:
     """The encoder alone on the stage's crops, decoded before."""
-    source = open_source(str(photos))
+    source = open_indexed(str(photos))
     crops = [
         views(source.load(i), settings.image_size, settings.views, settings.crop_range) for i in range(len(source))
     ]
@@ -119,7 +119,7 @@ def seconds_of_processes(photos: Path, out: Path, settings: TokenizeSettings, co
 
 def share(photos: Path, out: Path, settings: TokenizeSettings) -> None:
     """What each of several processes does: warms up, waits for the signal, takes its share of the work."""
-    images = open_source(str(photos))
+    images = open_indexed(str(photos))
     with CodeEncoder(load_tokenizer(settings.tokenizer), settings) as encoder:
         encoder.add(views(images.load(0), settings.image_size, "center", (1.0,)))
         encoder.end_shard()
@@ -142,7 +142,7 @@ def options(settings: TokenizeSettings) -> list[str]:
 
 def compare_with_encoder(photos: Path, work: Path, settings: TokenizeSettings, images: int) -> None:
     few = make_photos(work / "few", max(1, min(settings.batch, images // 4)))
-    n_few = len(open_source(str(few)))
+    n_few = len(open_indexed(str(few)))
     seconds_of_stage(few, work / "warm", settings)
     fixed = seconds_of_stage(few, work / "short", settings)
     stage = (seconds_of_stage(photos, work / "long", settings) - fixed) / (images - n_few)

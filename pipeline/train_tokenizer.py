@@ -26,7 +26,7 @@ from pipeline.runtime.device import autocast, choose_device, world_size
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, Stopped, stop_between_steps, stops_with
 from pipeline.settings import TrainTokenizerSettings, identity
-from pipeline.sources import Source, UnusableImage, open_source
+from pipeline.sources import IndexedSource, UnusableImage, open_indexed
 from pipeline.sources.decode import budget
 from pipeline.training.schedule import learning_rate
 from shards.order import TrainingOrder
@@ -53,8 +53,7 @@ def train_tokenizer(data: str, out: Path, settings: TrainTokenizerSettings, prog
     factor = config.downsampling
     if settings.image_size % factor:
         raise StageError(f"--image-size is {settings.image_size}; {settings.model} needs a multiple of {factor}")
-    source = open_source(data, split=settings.split, classes=settings.classes)
-    source.require_random_access()
+    source = open_indexed(data, split=settings.split, classes=settings.classes)
     decides = identity(settings)
     inputs = {"data": data, "source": source.describe()}
     with RunFolder(out, "tokenizer", decides, inputs, steps=settings.steps) as run:
@@ -62,7 +61,7 @@ def train_tokenizer(data: str, out: Path, settings: TrainTokenizerSettings, prog
 
 
 def _fit(
-    config: VQConfig, source: Source, run: RunFolder, settings: TrainTokenizerSettings, progress: Progress
+    config: VQConfig, source: IndexedSource, run: RunFolder, settings: TrainTokenizerSettings, progress: Progress
 ) -> Path:
     def publish(checkpoint: Path) -> None:
         write_weights(
@@ -170,7 +169,7 @@ class _Trained(torch.nn.Module):
 class RandomCrops:
     """Batches of random crops, half of them mirrored; a function of (seed, step). Decodes ahead in threads."""
 
-    def __init__(self, source: Source, size: int, batch: int, seed: int, workers: int) -> None:
+    def __init__(self, source: IndexedSource, size: int, batch: int, seed: int, workers: int) -> None:
         self.source, self.size, self.seed = source, size, seed
         self.order = TrainingOrder(rows=len(source), views=1, batch=batch, seed=seed)
         self._pool = ThreadPoolExecutor(workers)

@@ -16,10 +16,22 @@ from pipeline.runtime.errors import StageError
 from pipeline.sources.folder import Folder
 from pipeline.sources.locations import expand, is_url, local_files
 from pipeline.sources.photos import Photos
-from pipeline.sources.source import Item, LeftOut, Source, UnusableImage
+from pipeline.sources.source import IndexedSource, Item, LeftOut, Source, UnusableImage, require_indexed
 from shards.files import require_regular
 
-__all__ = ["HUB", "Folder", "Item", "LeftOut", "Photos", "Source", "UnusableImage", "open_source"]
+__all__ = [
+    "HUB",
+    "Folder",
+    "IndexedSource",
+    "Item",
+    "LeftOut",
+    "Photos",
+    "Source",
+    "UnusableImage",
+    "open_indexed",
+    "open_source",
+    "require_indexed",
+]
 
 _TABLES = (".parquet", ".arrow")
 HUB = "hf://datasets/"
@@ -111,6 +123,28 @@ def open_source(
         label_column=label_column,
         files=files,
         folders=folders,
+    )
+
+
+def open_indexed(
+    data: str,
+    *,
+    split: str | None = None,
+    classes: Sequence[str] = (),
+    limit: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> IndexedSource:
+    """:func:`open_source` for images that are read in any order; raises StageError for a stream."""
+    return require_indexed(
+        open_source(
+            data,
+            split=split,
+            classes=classes,
+            limit=limit,
+            image_column=image_column,
+            label_column=label_column,
+        )
     )
 
 

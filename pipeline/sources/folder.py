@@ -23,8 +23,8 @@ from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import EXTENSIONS, read_image
 from pipeline.sources.imagenet import readable
 from pipeline.sources.source import (
+    IndexedSource,
     LeftOut,
-    Source,
     choose,
     file_version,
     listing_order,
@@ -41,7 +41,7 @@ SPLITS = ("train", "val", "validation", "test")
 """Subfolders that are taken for splits, not classes, where they hold class folders."""
 
 
-class Folder(Source):
+class Folder(IndexedSource):
     """The images under a folder: each direct subfolder is a class, whatever folders are nested in it.
 
     A root without images in its subfolders is one class, named after it; classes that go by ImageNet's ids get their
@@ -80,7 +80,7 @@ class Folder(Source):
         return int(self._labels[i])
 
     def load(self, i: int) -> Image.Image:
-        """Image ``i``, mode RGB; see `Source.load`."""
+        """Image ``i``, mode RGB; see `IndexedSource.load`."""
         return read_image(os.path.join(self.root, self._files[i]))
 
     def describe(self) -> dict[str, object]:

@@ -15,18 +15,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.runtime.errors import StageError
-from pipeline.sources.source import LeftOut, Source, listing_sha256
+from pipeline.sources.source import IndexedSource, LeftOut, Source, listing_sha256
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
 
-class Part(Source):
+class Part(IndexedSource):
     """Some of the images of another source, in its order and with all of its classes."""
 
     def __init__(
-        self, source: Source, indices: NDArray[np.int64], left_out: tuple[LeftOut, ...], holdout: dict[str, object]
+        self,
+        source: IndexedSource,
+        indices: NDArray[np.int64],
+        left_out: tuple[LeftOut, ...],
+        holdout: dict[str, object],
     ) -> None:
         """Images ``indices`` (n,) of ``source``; ``holdout`` is how they were chosen, for the record."""
         self.source, self.indices, self.holdout = source, indices, holdout
@@ -36,15 +40,15 @@ class Part(Source):
         return len(self.indices)
 
     def key(self, i: int) -> str:
-        """See `Source.key`."""
+        """See `IndexedSource.key`."""
         return self.source.key(int(self.indices[i]))
 
     def label(self, i: int) -> int:
-        """See `Source.label`."""
+        """See `IndexedSource.label`."""
         return self.source.label(int(self.indices[i]))
 
     def load(self, i: int) -> Image.Image:
-        """See `Source.load`."""
+        """See `IndexedSource.load`."""
         return self.source.load(int(self.indices[i]))
 
     def name_classes(self, n_labels: int) -> tuple[str, ...]:
@@ -71,7 +75,7 @@ def split_holdout(source: Source, fraction: float, seed: int = 0, group_regex: s
     Raises:
         StageError: the source is a stream, the regex does not match a key, or one of the parts is empty.
     """
-    if source.streamed:
+    if not isinstance(source, IndexedSource):
         raise StageError(
             "--holdout needs to know all images beforehand, and tars read over the network are read in order; hold "
             "out some of the tars instead, and tokenize them with a command of their own"

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import read_image
-from pipeline.sources.source import Source, UnusableImage, choose, listing_sha256
+from pipeline.sources.source import IndexedSource, UnusableImage, choose, listing_sha256
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,7 +52,7 @@ _FILES = {
 _NAMES = tuple(_FILES)
 
 
-class Photos(Source):
+class Photos(IndexedSource):
     """Square crops of the photographs in scikit-image. A crop depends on (photograph, split, number) alone."""
 
     def __init__(self, split: str = "train", *, classes: Sequence[str] = (), limit: int | None = None) -> None:

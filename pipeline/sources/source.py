@@ -70,17 +70,51 @@ class Item:
 
 
 class Source(ABC):
-    """Images ``0 .. len(source) - 1`` in an order that depends on the data alone.
+    """Images in an order that depends on the data alone, read in parts.
 
     Attributes:
-        class_names: the name of each label.
+        class_names: the name of each label; may be empty before a stream is read.
         left_out: what was found but is not among the images.
-        streamed: no random access: there are only parts, and ``class_names`` may be empty.
     """
 
     class_names: tuple[str, ...]
     left_out: tuple[LeftOut, ...] = ()
-    streamed: bool = False
+
+    @property
+    @abstractmethod
+    def n_items(self) -> int | None:
+        """The number of images, usable or not; None if it is not known before all is read."""
+
+    @abstractmethod
+    def n_parts(self, part_size: int) -> int:
+        """The number of parts of ``part_size`` images; of a stream, the number of its files."""
+
+    @abstractmethod
+    def part(self, index: int, part_size: int) -> Iterator[Item | LeftOut]:
+        """The images of one part, in order; a function of the listing alone.
+
+        Raises:
+            StageError: the source is lost while it is read.
+        """
+
+    @abstractmethod
+    def find(self, keys: Collection[str]) -> dict[str, Callable[[], Image.Image]]:
+        """How to load the images of these keys; a key that is missing in the source is missing in the answer."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, object]:
+        """What a manifest says of this source: JSON values, among them ``listing_sha256`` and what reopens it.
+
+        The hash is another one when a file is replaced under its name, so that a run does not resume with other images.
+        """
+
+    def name_classes(self, n_labels: int) -> tuple[str, ...]:
+        """The class names, once ``n_labels`` is known to be one more than the greatest label read."""
+        return self.class_names
+
+
+class IndexedSource(Source):
+    """Images ``0 .. len(source) - 1``, read in any order."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -103,37 +137,22 @@ class Source(ABC):
             StageError: it was listed and is gone, or the disk or the network fails.
         """
 
-    @abstractmethod
-    def describe(self) -> dict[str, object]:
-        """What a manifest says of this source: JSON values, among them ``listing_sha256`` and what reopens it.
-
-        The hash is another one when a file is replaced under its name, so that a run does not resume with other images.
-        """
-
     @property
-    def n_items(self) -> int | None:
-        """The number of images, usable or not; None where it is not known before all is read."""
-        return None if self.streamed else len(self)
+    def n_items(self) -> int:
+        """The number of images, usable or not."""
+        return len(self)
 
     def n_parts(self, part_size: int) -> int:
-        """The number of parts of ``part_size`` images; of a stream, the number of its files."""
+        """The number of parts of ``part_size`` images."""
         return -(-len(self) // part_size)
 
     def part(self, index: int, part_size: int) -> Iterator[Item | LeftOut]:
-        """The images of one part, in order; a function of the listing alone.
-
-        Raises:
-            StageError: the source is lost while it is read.
-        """
+        """See `Source.part`."""
         for i in range(index * part_size, min((index + 1) * part_size, len(self))):
             yield Item(self.key(i), self.label(i), functools.partial(self.load, i))
 
-    def name_classes(self, n_labels: int) -> tuple[str, ...]:
-        """The class names, once ``n_labels`` is known to be one more than the greatest label read."""
-        return self.class_names
-
     def find(self, keys: Collection[str]) -> dict[str, Callable[[], Image.Image]]:
-        """How to load the images of these keys; a key that is not there is not in the answer."""
+        """See `Source.find`."""
         wanted = set(keys)
         found: dict[str, Callable[[], Image.Image]] = {}
         for i in range(len(self)):
@@ -143,13 +162,19 @@ class Source(ABC):
                 found[key] = functools.partial(self.load, i)
         return found
 
-    def require_random_access(self) -> None:
-        """Raises StageError where images can only be read in order."""
-        if self.streamed:
-            raise StageError(
-                f"{self.describe()['location']}: is read in order over the network, and this command needs the images "
-                "in random order; download the tars first and give their paths"
-            )
+
+def require_indexed(source: Source) -> IndexedSource:
+    """Return ``source`` if its images can be read in any order.
+
+    Raises:
+        StageError: they can only be read in order.
+    """
+    if not isinstance(source, IndexedSource):
+        raise StageError(
+            f"{source.describe()['location']}: is read in order over the network, and this command needs the images "
+            "in random order; download the tars first and give their paths"
+        )
+    return source
 
 
 def source_lost(where: str, error: OSError) -> StageError:
@@ -230,7 +255,7 @@ def choose(
     return Choice(tuple(names), indices, relabelled[indices])
 
 
-def listing_sha256(source: Source, versions: Iterable[object] = ()) -> str:
+def listing_sha256(source: IndexedSource, versions: Iterable[object] = ()) -> str:
     """Return the SHA-256 of a listing: every image's label and key in order, and the versions of what they are in.
 
     Args:

@@ -22,8 +22,8 @@ from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import MAX_BYTES, TOO_MANY_BYTES, decode_image, read_image
 from pipeline.sources.labels import NO_LABEL, Label, number_labels, parse_label
 from pipeline.sources.source import (
+    IndexedSource,
     LeftOut,
-    Source,
     UnusableImage,
     choose,
     file_version,
@@ -93,7 +93,7 @@ def hub_folders(name: str) -> list[str]:
     return [os.path.join(cache, repository), str(datasets.config.EXTRACTED_DATASETS_PATH)]
 
 
-class Table(Source):
+class Table(IndexedSource):
     """The images in one split of a dataset.
 
     Args:
@@ -156,7 +156,7 @@ class Table(Source):
         return int(self._labels[i])
 
     def load(self, i: int) -> Image.Image:
-        """Image ``i``, mode RGB; see `Source.load`."""
+        """Image ``i``, mode RGB; see `IndexedSource.load`."""
         try:
             value = self._images[int(self._rows[i])][self.image_column]
         except Exception as error:  # of pyarrow, fsspec or the system

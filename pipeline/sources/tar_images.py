@@ -33,8 +33,8 @@ from pipeline.sources.labels import NO_LABEL, Label, number_labels
 from pipeline.sources.locations import stems
 from pipeline.sources.samples import holds_samples, key_text, samples
 from pipeline.sources.source import (
+    IndexedSource,
     LeftOut,
-    Source,
     choose,
     listing_order,
     listing_sha256,
@@ -53,7 +53,7 @@ TWICE = "key occurs twice"
 """The reason for leaving out the second of two images of one key."""
 
 
-class TarImages(Source):
+class TarImages(IndexedSource):
     """The images in local tars.
 
     Args:
@@ -107,7 +107,7 @@ class TarImages(Source):
         return int(self._labels[i])
 
     def load(self, i: int) -> Image.Image:
-        """Image ``i``, mode RGB; see `Source.load`."""
+        """Image ``i``, mode RGB; see `IndexedSource.load`."""
         tar = int(self._tar[i])
         data = read_member(self._tars[tar], self._versions[tar], int(self._offset[i]), int(self._size[i]))
         return decode_image(io.BytesIO(data))

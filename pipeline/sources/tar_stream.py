@@ -42,8 +42,6 @@ class TarStream(Source):
         StageError: a tar that is not there, or a class or limit that can be none.
     """
 
-    streamed = True
-
     def __init__(
         self,
         urls: Sequence[str],
@@ -69,20 +67,10 @@ class TarStream(Source):
         with ThreadPoolExecutor(16) as pool:
             self._remotes = list(pool.map(functools.partial(look_up, waits=self._waits), urls))
 
-    def __len__(self) -> int:
-        raise TypeError("the number of images in a stream is not known")
-
-    def key(self, i: int) -> str:
-        """Not to be had: a stream has parts only."""
-        raise TypeError("images of a stream have no numbers")
-
-    def label(self, i: int) -> int:
-        """Not to be had: a stream has parts only."""
-        raise TypeError("images of a stream have no numbers")
-
-    def load(self, i: int) -> Image.Image:
-        """Not to be had: a stream has parts only."""
-        raise TypeError("images of a stream have no numbers")
+    @property
+    def n_items(self) -> None:
+        """Not known before all is read."""
+        return None
 
     def n_parts(self, part_size: int) -> int:
         """The number of tars, whatever ``part_size`` is."""

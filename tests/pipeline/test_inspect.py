@@ -19,7 +19,7 @@ from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.scoring.survey import entropy_quantiles
 from pipeline.settings import InspectSettings
-from pipeline.sources import open_source
+from pipeline.sources import open_indexed
 from pipeline.sources.crops import views
 from pipeline.sources.originals import load_originals
 from shards.errors import ArtifactError
@@ -60,7 +60,7 @@ def build(
     strategy: str = "entropy",
 ) -> tuple[Path, Rows]:
     """An artifact of random codes and entropies in two shards, and all its rows."""
-    source = open_source(str(made / "photos"))
+    source = open_indexed(str(made / "photos"))
     rng = np.random.default_rng(1)
     shape = (len(source), n_views, N)
     entropy = (rng.random(shape) * 4).astype(np.float16)
@@ -279,7 +279,7 @@ def test_static_patches_list_no_most_compressible_classes(made: Path, tmp_path: 
 def test_originals_are_pixel_for_pixel_what_was_tokenized(made: Path, tmp_path: Path) -> None:
     artifact, rows = build(made, tmp_path / "a")
     manifest = open_artifact(artifact).manifest
-    source = open_source(str(made / "photos"))
+    source = open_indexed(str(made / "photos"))
     wanted = [7, 2, 7]
     found = load_originals(manifest, [rows.keys[i] for i in wanted], [0, 1, 1])
     for pixels, i, view in zip(found, wanted, [0, 1, 1], strict=True):

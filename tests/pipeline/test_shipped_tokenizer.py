@@ -5,7 +5,7 @@ import torch
 from dpar.pretrained import weights_path
 from dpar.tokenizer import VQTokenizer, from_uint8, psnr, to_uint8
 from pipeline.runs.weights import load_tokenizer
-from pipeline.sources import open_source
+from pipeline.sources import open_indexed
 from pipeline.sources.crops import views
 
 
@@ -16,7 +16,7 @@ def tokenizer() -> VQTokenizer:
 
 @pytest.fixture(scope="module")
 def held_out() -> torch.Tensor:
-    source = open_source("builtin:photos", split="validation")
+    source = open_indexed("builtin:photos", split="validation")
     return torch.from_numpy(np.concatenate([views(source.load(i), 128, "center", (1.0,)) for i in range(len(source))]))
 
 

@@ -24,7 +24,7 @@ from dpar.tokenizer import VQConfig, VQTokenizer, from_uint8
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, Task
 from pipeline.settings import TokenizeSettings
-from pipeline.sources import open_source
+from pipeline.sources import open_indexed
 from pipeline.sources.crops import views
 from pipeline.tokenize import tokenize
 from shards.locks import take
@@ -128,7 +128,7 @@ def test_codes_are_those_of_the_tokenizer_on_each_crop(
 ) -> None:
     manifest = run(home, tmp_path / "a", views=kind, crop_range=crop_range, container=container, batch=7)
     artifact = open_artifact(tmp_path / "a", kind="codes")
-    source = open_source(str(home / "photos"))
+    source = open_indexed(str(home / "photos"))
     tokenizer = VQTokenizer.from_pretrained(home / "vq")
     assert (manifest.rows, manifest.grid, manifest.codebook_size) == (len(source), (SIDE, SIDE), V)
     assert manifest.class_names == CLASSES

@@ -14,7 +14,7 @@ from pipeline.runs.run_folder import read_metrics
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.settings import TrainTokenizerSettings
-from pipeline.sources import open_source
+from pipeline.sources import open_indexed
 from pipeline.sources.crops import views
 from pipeline.train_tokenizer import train_tokenizer
 
@@ -26,7 +26,7 @@ SMALL = TrainTokenizerSettings(
 
 def error(weights: Path) -> float:
     """Mean squared reconstruction error on crops of held-out photographs."""
-    source = open_source("builtin:photos", split="validation", classes=("cat", "coffee"))
+    source = open_indexed("builtin:photos", split="validation", classes=("cat", "coffee"))
     pixels = np.concatenate([views(source.load(i), 16, "center", (1.0,)) for i in range(len(source))])
     images = from_uint8(torch.from_numpy(pixels))
     tokenizer = VQTokenizer.from_pretrained(weights)

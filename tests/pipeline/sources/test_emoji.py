@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from pipeline.inspect import inspect
 from pipeline.runtime.errors import StageError
 from pipeline.settings import InspectSettings, TokenizeSettings
-from pipeline.sources import Source, open_source
+from pipeline.sources import IndexedSource, open_indexed
 from pipeline.sources.build_emoji import CLASSES, LEAST_TRAINING, base_emoji, build, group, held_out
 from pipeline.sources.emoji import TAR
 from pipeline.sources.originals import load_originals
@@ -19,15 +19,15 @@ SPLITS = ("train", "validation")
 
 
 @pytest.fixture(scope="module")
-def emoji() -> dict[str, Source]:
-    return {split: open_source("builtin:emoji", split=split) for split in SPLITS}
+def emoji() -> dict[str, IndexedSource]:
+    return {split: open_indexed("builtin:emoji", split=split) for split in SPLITS}
 
 
-def name(source: Source, i: int) -> str:
+def name(source: IndexedSource, i: int) -> str:
     return Path(source.key(i)).stem
 
 
-def test_both_splits_together_are_3391_images_of_the_same_51_classes(emoji: dict[str, Source]) -> None:
+def test_both_splits_together_are_3391_images_of_the_same_51_classes(emoji: dict[str, IndexedSource]) -> None:
     assert [len(emoji[split]) for split in SPLITS] == [3030, 361]
     assert emoji["train"].class_names == emoji["validation"].class_names == tuple(sorted(CLASSES))
     assert len(CLASSES) == 51
@@ -35,19 +35,19 @@ def test_both_splits_together_are_3391_images_of_the_same_51_classes(emoji: dict
     assert not emoji["validation"].left_out
 
 
-def test_each_class_has_20_training_images_and_one_held_out(emoji: dict[str, Source]) -> None:
+def test_each_class_has_20_training_images_and_one_held_out(emoji: dict[str, IndexedSource]) -> None:
     for split, least in zip(SPLITS, (LEAST_TRAINING, 1), strict=True):
         counts = Counter(emoji[split].label(i) for i in range(len(emoji[split])))
         assert len(counts) == len(CLASSES)
         assert min(counts.values()) >= least
 
 
-def test_no_base_emoji_is_in_both_splits(emoji: dict[str, Source]) -> None:
+def test_no_base_emoji_is_in_both_splits(emoji: dict[str, IndexedSource]) -> None:
     train, validation = ({base_emoji(name(emoji[s], i)) for i in range(len(emoji[s]))} for s in SPLITS)
     assert not train & validation
 
 
-def test_no_held_out_image_looks_the_same_as_a_training_image(emoji: dict[str, Source]) -> None:
+def test_no_held_out_image_looks_the_same_as_a_training_image(emoji: dict[str, IndexedSource]) -> None:
     train, validation = (
         np.stack([np.asarray(emoji[s].load(i).resize((16, 16)), np.float32).ravel() for i in range(len(emoji[s]))])
         for s in SPLITS
@@ -74,20 +74,20 @@ def test_variants_share_their_base_emoji(variant: str, base: str) -> None:
     assert base_emoji(variant) == base
 
 
-def test_the_emoji_are_128_px_on_white(emoji: dict[str, Source]) -> None:
+def test_the_emoji_are_128_px_on_white(emoji: dict[str, IndexedSource]) -> None:
     for i in range(0, len(emoji["validation"]), 20):
         pixels = np.asarray(emoji["validation"].load(i))
         assert pixels.shape == (128, 128, 3)
         assert pixels[0].min() > 245  # transparent in the original: above every emoji
 
 
-def test_the_listing_of_the_emoji_is_the_same_in_every_version(emoji: dict[str, Source]) -> None:
+def test_the_listing_of_the_emoji_is_the_same_in_every_version(emoji: dict[str, IndexedSource]) -> None:
     # Written down: a change would silently make earlier artifacts another data set.
     listings = [str(emoji[split].describe()["listing_sha256"])[:12] for split in SPLITS]
     assert listings == ["2778bbe9e965", "83c9e35c3f65"]
 
 
-def test_plain_webdataset_opens_the_tar(emoji: dict[str, Source]) -> None:
+def test_plain_webdataset_opens_the_tar(emoji: dict[str, IndexedSource]) -> None:
     import webdataset
 
     samples = list(webdataset.WebDataset(str(TAR), shardshuffle=False).decode("pil"))
@@ -98,7 +98,7 @@ def test_plain_webdataset_opens_the_tar(emoji: dict[str, Source]) -> None:
 
 
 def test_classes_and_limit_choose_from_the_emoji() -> None:
-    source = open_source("builtin:emoji", classes=["flag", "animal mammal"], limit=7)
+    source = open_indexed("builtin:emoji", classes=["flag", "animal mammal"], limit=7)
     assert source.class_names == ("animal mammal", "flag")
     assert [source.label(i) for i in range(len(source))] == [0] * 4 + [1] * 3
     assert source.key(0).startswith("animal mammal/")
@@ -106,12 +106,14 @@ def test_classes_and_limit_choose_from_the_emoji() -> None:
 
 def test_an_unknown_split_or_class_of_the_emoji_lists_what_there_is() -> None:
     with pytest.raises(StageError, match=r"builtin:emoji: no folder for the split 'test' in it; there is: train, val"):
-        open_source("builtin:emoji", split="test")
+        open_indexed("builtin:emoji", split="test")
     with pytest.raises(StageError, match="no class 'flags' in this data; did you mean 'flag'"):
-        open_source("builtin:emoji", classes=["flags"])
+        open_indexed("builtin:emoji", classes=["flags"])
 
 
-def test_emoji_are_tokenized_and_inspected_beside_their_originals(tmp_path: Path, emoji: dict[str, Source]) -> None:
+def test_emoji_are_tokenized_and_inspected_beside_their_originals(
+    tmp_path: Path, emoji: dict[str, IndexedSource]
+) -> None:
     settings = TokenizeSettings(tokenizer="builtin:photos", image_size=128, split="validation", limit=4)
     manifest = tokenize("builtin:emoji", tmp_path / "codes", settings)
     assert manifest is not None
@@ -140,7 +142,7 @@ def test_building_twice_writes_the_same_bytes_on_white(tmp_path: Path) -> None:
     build(*packages, tmp_path / "a.tar")
     build(*packages, tmp_path / "b.tar")
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
-    source = open_source(str(tmp_path / "a.tar"), split="train")
+    source = open_indexed(str(tmp_path / "a.tar"), split="train")
     assert [source.key(i) for i in range(len(source))] == ["animal mammal/1f400.webp", "animal mammal/1f402.webp"]
     for i in range(2):
         pixels = np.asarray(source.load(i)).astype(int)

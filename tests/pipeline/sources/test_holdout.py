@@ -19,7 +19,7 @@ from dpar.tokenizer import VQConfig, VQTokenizer
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.settings import TokenizeSettings
-from pipeline.sources import Source, open_source
+from pipeline.sources import IndexedSource, open_indexed
 from pipeline.sources.holdout import split_holdout
 from pipeline.sources.originals import load_originals
 from pipeline.tokenize import holdout_folder, tokenize
@@ -67,7 +67,7 @@ def files(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
 
 
-def keys(source: Source) -> set[str]:
+def keys(source: IndexedSource) -> set[str]:
     return {source.key(i) for i in range(len(source))}
 
 
@@ -75,7 +75,7 @@ def test_every_image_is_in_one_of_the_two_artifacts_with_the_label_that_it_has_w
     home: Path, tmp_path: Path
 ) -> None:
     training, held_out = run(home, tmp_path / "codes")
-    source = open_source(str(home / "photos"))
+    source = open_indexed(str(home / "photos"))
     assert sorted(keys_of(tmp_path / "codes") + keys_of(tmp_path / "codes-holdout")) == sorted(keys(source))
     assert training.class_names == held_out.class_names == source.class_names
     assert 0.1 < held_out.rows / len(source) < 0.5
@@ -96,14 +96,14 @@ def test_variants_of_one_object_stay_together(home: Path, tmp_path: Path) -> Non
 
 
 def test_without_a_group_in_the_regex_the_whole_match_is_the_group(home: Path) -> None:
-    source = open_source(str(home / "photos"))
+    source = open_indexed(str(home / "photos"))
     by_group, by_match = (split_holdout(source, 0.3, 0, regex)[1] for regex in (r"(object\d+)-", r"object\d+"))
     assert keys(by_group) == keys(by_match)
 
 
 def test_an_image_keeps_its_part_when_others_come_and_when_the_fraction_grows(home: Path, tmp_path: Path) -> None:
-    source = open_source(str(home / "photos"))
-    only_b = open_source(str(home / "photos"), classes=["b"])
+    source = open_indexed(str(home / "photos"))
+    only_b = open_indexed(str(home / "photos"), classes=["b"])
     held_out = keys(split_holdout(source, 0.3)[1])
     assert keys(split_holdout(only_b, 0.3)[1]) == {key for key in held_out if key.startswith("b/")}
     assert held_out < keys(split_holdout(source, 0.6)[1])

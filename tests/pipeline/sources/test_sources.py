@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from pipeline.runtime.errors import StageError
-from pipeline.sources import Folder, Item, LeftOut, Photos, Source, UnusableImage, open_source
+from pipeline.sources import Folder, IndexedSource, Item, LeftOut, Photos, UnusableImage, open_indexed
 from pipeline.sources.decode import MAX_BYTES, MAX_PIXELS, decode_image, read_image
 from pipeline.sources.imagenet import synsets
 from pipeline.sources.photos import CROPS
@@ -31,11 +31,11 @@ def save(path: Path, image: Image.Image | None = None, **options: Any) -> Path:
     return path
 
 
-def keys(source: Source) -> list[str]:
+def keys(source: IndexedSource) -> list[str]:
     return [source.key(i) for i in range(len(source))]
 
 
-def labels(source: Source) -> list[int]:
+def labels(source: IndexedSource) -> list[int]:
     return [source.label(i) for i in range(len(source))]
 
 
@@ -266,7 +266,7 @@ def test_grey_values_beyond_sixteen_bits_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gone", ["cat/1.png", "cat"])
 def test_a_file_that_vanished_stops_and_says_how_to_go_on(tmp_path: Path, gone: str) -> None:
     save(tmp_path / "data" / "cat" / "1.png")
-    source = open_source(str(tmp_path / "data"))
+    source = open_indexed(str(tmp_path / "data"))
     (tmp_path / "data" / gone).rename(tmp_path / "elsewhere")
     with pytest.raises(StageError, match=r"cat/1\.png: No such file .*shards are kept: put it back .*run the same"):
         source.load(0)
@@ -291,7 +291,7 @@ def test_a_file_that_may_not_be_read_is_unusable(tmp_path: Path) -> None:
 def test_a_class_folder_that_may_not_be_listed_is_left_out_and_not_called_empty(tmp_path: Path) -> None:
     save(tmp_path / "cat" / "1.png")
     (tmp_path / "dog").mkdir(mode=0)
-    assert open_source(str(tmp_path)).left_out == (LeftOut("dog", "cannot be listed: Permission denied"),)
+    assert open_indexed(str(tmp_path)).left_out == (LeftOut("dog", "cannot be listed: Permission denied"),)
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "gif", "webp", "bmp", "ppm", "tif"])
@@ -348,7 +348,7 @@ def test_an_unusable_image_survives_the_way_between_processes() -> None:
 def test_subfolders_are_classes_and_nested_folders_belong_to_them(tmp_path: Path) -> None:
     for path in ["dog/1.png", "cat/b/2.JPG", "cat/b/c/3.webp", "cat/1.jpeg", "cat b/1.png"]:
         save(tmp_path / path)
-    source = open_source(str(tmp_path))
+    source = open_indexed(str(tmp_path))
     assert source.class_names == ("cat", "cat b", "dog")
     assert keys(source) == ["cat/1.jpeg", "cat/b/2.JPG", "cat/b/c/3.webp", "cat b/1.png", "dog/1.png"]
     assert labels(source) == [0, 0, 0, 1, 2]
@@ -360,18 +360,18 @@ def test_names_with_spaces_and_accents_are_kept_and_composed(tmp_path: Path) -> 
     decomposed = unicodedata.normalize("NFD", "été à la mer")
     save(tmp_path / decomposed / "fête 1.png")
     save(tmp_path / "zèbre" / "1.png")
-    source = open_source(str(tmp_path))
+    source = open_indexed(str(tmp_path))
     assert source.class_names == ("zèbre", "été à la mer")
     assert source.key(1) == f"{decomposed}/fête 1.png"
     assert source.load(1).size == (8, 6)
-    assert open_source(str(tmp_path), classes=[decomposed]).class_names == ("été à la mer",)
+    assert open_indexed(str(tmp_path), classes=[decomposed]).class_names == ("été à la mer",)
 
 
 def test_names_that_coincide_when_composed_both_work(tmp_path: Path) -> None:
     forms: list[Literal["NFC", "NFD"]] = ["NFC", "NFD"]
     for x, form in enumerate(forms):
         save(tmp_path / "cat" / f"{unicodedata.normalize(form, 'é')}.png", Image.new("L", (1, 1), x))
-    source = open_source(str(tmp_path))
+    source = open_indexed(str(tmp_path))
     assert len(set(keys(source))) == 2
     assert {source.load(i).getpixel((0, 0)) for i in range(2)} == {(0, 0, 0), (1, 1, 1)}
 
@@ -383,7 +383,7 @@ def test_a_name_that_is_not_utf8_is_spelled_out(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system keeps UTF-8 names only")
     shutil.copy(save(tmp_path / "x" / "1.png"), os.fsdecode(folder + b"/\xff.png"))
-    source = open_source(str(tmp_path))
+    source = open_indexed(str(tmp_path))
     assert keys(source) == ["caf\\xe9/\\xff.png", "x/1.png"]
     assert source.class_names == ("caf\\xe9", "x")
     assert source.load(0).size == (8, 6)
@@ -405,7 +405,7 @@ def test_hidden_files_and_other_files_are_not_images(tmp_path: Path) -> None:
 def test_a_folder_of_images_alone_is_one_class(tmp_path: Path) -> None:
     save(tmp_path / "cats" / "b.png")
     save(tmp_path / "cats" / "a.png")
-    source = open_source(str(tmp_path / "cats") + "/")
+    source = open_indexed(str(tmp_path / "cats") + "/")
     assert source.class_names == ("cats",)
     assert keys(source) == ["a.png", "b.png"]
 
@@ -413,7 +413,7 @@ def test_a_folder_of_images_alone_is_one_class(tmp_path: Path) -> None:
 def test_images_beside_class_folders_are_left_out_with_a_reason(tmp_path: Path) -> None:
     save(tmp_path / "cat" / "1.png")
     save(tmp_path / "stray.png")
-    source = open_source(str(tmp_path))
+    source = open_indexed(str(tmp_path))
     assert keys(source) == ["cat/1.png"]
     assert source.left_out == (LeftOut("stray.png", "image beside the class folders: it has no class"),)
 
@@ -421,27 +421,27 @@ def test_images_beside_class_folders_are_left_out_with_a_reason(tmp_path: Path) 
 def test_an_empty_class_folder_gets_no_label_but_is_reported(tmp_path: Path) -> None:
     save(tmp_path / "dog" / "1.png")
     (tmp_path / "cat" / "deep").mkdir(parents=True)
-    source = open_source(str(tmp_path))
+    source = open_indexed(str(tmp_path))
     assert source.class_names == ("dog",)
     assert labels(source) == [0]
     assert source.left_out == (LeftOut("cat", "empty class folder: no images in it"),)
     with pytest.raises(StageError, match="class 'cat' has no images"):
-        open_source(str(tmp_path), classes=["cat"])
+        open_indexed(str(tmp_path), classes=["cat"])
 
 
 def test_no_images_at_all_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.txt").touch()
     with pytest.raises(StageError, match=r"no images in it; looked for CLASS/picture .*jpg.* 1 other files ignored"):
-        open_source(str(tmp_path))
+        open_indexed(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["train", "val", "validation", "test"])
 def test_a_folder_of_splits_asks_for_one(tmp_path: Path, name: str) -> None:
     save(tmp_path / name / "cat" / "1.png")
     with pytest.raises(StageError, match=f"--split {name}, or give the folder itself"):
-        open_source(str(tmp_path))
-    source = open_source(str(tmp_path), split=name)
+        open_indexed(str(tmp_path))
+    source = open_indexed(str(tmp_path), split=name)
     assert source.class_names == ("cat",)
     assert keys(source) == ["cat/1.png"]
 
@@ -450,7 +450,7 @@ def test_a_folder_of_splits_asks_for_one(tmp_path: Path, name: str) -> None:
 def test_a_split_that_is_not_a_subfolder_is_an_error(tmp_path: Path, split: str) -> None:
     save(tmp_path / "train" / "cat" / "1.png")
     with pytest.raises(StageError, match=f"no subfolder for the split '{split}'; (there is: train|did you mean)"):
-        open_source(str(tmp_path), split=split)
+        open_indexed(str(tmp_path), split=split)
 
 
 def test_linked_class_folders_and_a_linked_root_are_followed(tmp_path: Path) -> None:
@@ -459,7 +459,7 @@ def test_linked_class_folders_and_a_linked_root_are_followed(tmp_path: Path) -> 
     (tmp_path / "data" / "dog").symlink_to(tmp_path / "store" / "a", target_is_directory=True)
     (tmp_path / "root").symlink_to(tmp_path / "data", target_is_directory=True)
     for root in ("data", "root"):
-        source = open_source(str(tmp_path / root))
+        source = open_indexed(str(tmp_path / root))
         assert source.class_names == ("cat", "dog")
         assert keys(source) == ["cat/1.png", "dog/deep/1.png"]
         assert source.load(1).size == (8, 6)
@@ -480,7 +480,7 @@ def test_a_folder_is_read_once_and_deeper_links_are_not_followed(tmp_path: Path)
         "store/loop": root,
     }.items():
         ((root if "store/" not in link else tmp_path) / link).symlink_to(target, target_is_directory=True)
-    source = open_source(str(root))
+    source = open_indexed(str(root))
     assert keys(source) == ["cat/1.png", "stored/1.png"]
     again = "link to a folder that is read already: not followed"
     deeper = "link to a folder: not followed"
@@ -494,19 +494,19 @@ def test_imagenets_ids_get_their_readable_names_and_any_unambiguous_part_names_a
     for name in ["n02099601", "n02012849", "n03126707"]:
         save(tmp_path / name / "1.png")
     names = ("n02012849 crane", "n02099601 golden retriever", "n03126707 crane")
-    assert open_source(str(tmp_path)).class_names == names
+    assert open_indexed(str(tmp_path)).class_names == names
     for asked in ["n02099601", "golden retriever", "n02099601 golden retriever"]:
-        assert open_source(str(tmp_path), classes=[asked]).class_names == names[1:2]
+        assert open_indexed(str(tmp_path), classes=[asked]).class_names == names[1:2]
     with pytest.raises(StageError, match="'crane' is the name of 2 classes; choose from: n02012849 crane, n03126707"):
-        open_source(str(tmp_path), classes=["crane"])
+        open_indexed(str(tmp_path), classes=["crane"])
     with pytest.raises(StageError, match="did you mean 'golden retriever'"):
-        open_source(str(tmp_path), classes=["golden retreiver"])
+        open_indexed(str(tmp_path), classes=["golden retreiver"])
 
 
 def test_one_folder_that_is_no_class_of_imagenet_leaves_all_names_alone(tmp_path: Path) -> None:
     for name in ["n02099601", "n99999999"]:
         save(tmp_path / name / "1.png")
-    assert open_source(str(tmp_path)).class_names == ("n02099601", "n99999999")
+    assert open_indexed(str(tmp_path)).class_names == ("n02099601", "n99999999")
 
 
 def test_the_names_of_imagenets_classes_are_a_thousand_in_the_order_of_their_ids() -> None:
@@ -518,7 +518,7 @@ def test_the_names_of_imagenets_classes_are_a_thousand_in_the_order_of_their_ids
 def test_parts_hold_every_image_once_in_order(tmp_path: Path) -> None:
     for i in range(7):
         save(tmp_path / "cat" / f"{i}.png", Image.new("L", (1, 1), i))
-    source = open_source(str(tmp_path))
+    source = open_indexed(str(tmp_path))
     assert source.n_parts(3) == 3
     items = [item for part in range(3) for item in source.part(part, 3)]
     assert [item.key for item in items] == keys(source)
@@ -531,7 +531,7 @@ def test_links_to_files_are_images_and_broken_ones_are_left_out(tmp_path: Path) 
     (tmp_path / "data" / "cat" / "1.png").symlink_to(real)
     (tmp_path / "data" / "cat" / "2.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "data" / "cat" / "3.png").symlink_to("3.png")
-    source = open_source(str(tmp_path / "data"))
+    source = open_indexed(str(tmp_path / "data"))
     assert keys(source) == ["cat/1.png"]
     assert source.load(0).size == (8, 6)
     assert [x.key for x in source.left_out] == ["cat/2.png", "cat/3.png"]
@@ -543,7 +543,7 @@ def test_links_to_files_are_images_and_broken_ones_are_left_out(tmp_path: Path) 
 def test_a_named_pipe_is_left_out_instead_of_waited_for(tmp_path: Path) -> None:
     save(tmp_path / "cat" / "1.png")
     os.mkfifo(tmp_path / "cat" / "2.png")
-    assert open_source(str(tmp_path)).left_out == (LeftOut("cat/2.png", "not a regular file"),)
+    assert open_indexed(str(tmp_path)).left_out == (LeftOut("cat/2.png", "not a regular file"),)
 
 
 def test_a_listing_depends_on_names_sizes_and_times_of_change_alone(tmp_path: Path) -> None:
@@ -551,12 +551,12 @@ def test_a_listing_depends_on_names_sizes_and_times_of_change_alone(tmp_path: Pa
     for root, order in (("x", names), ("y", names[::-1])):
         for name in order:
             os.utime(save(tmp_path / root / name), ns=(10**18, 10**18))
-    first, second = (open_source(str(tmp_path / root)) for root in "xy")
+    first, second = (open_indexed(str(tmp_path / root)) for root in "xy")
     assert keys(first) == keys(second)
     assert labels(first) == labels(second) == sorted(labels(first))
     assert first.describe()["listing_sha256"] == second.describe()["listing_sha256"]
     save(tmp_path / "y" / "a" / "11.png")
-    assert open_source(str(tmp_path / "y")).describe()["listing_sha256"] != first.describe()["listing_sha256"]
+    assert open_indexed(str(tmp_path / "y")).describe()["listing_sha256"] != first.describe()["listing_sha256"]
 
 
 def test_a_picture_replaced_under_its_name_is_another_listing(tmp_path: Path) -> None:
@@ -565,10 +565,10 @@ def test_a_picture_replaced_under_its_name_is_another_listing(tmp_path: Path) ->
     for colour, changed in ((1, 0), (2, 1)):
         save(path, Image.new("RGB", (8, 6), (colour, 0, 0)))
         os.utime(path, ns=(changed, changed))
-        found.add(open_source(str(tmp_path)).describe()["listing_sha256"])
+        found.add(open_indexed(str(tmp_path)).describe()["listing_sha256"])
     path.write_bytes(path.read_bytes() + b" ")
     os.utime(path, ns=(1, 1))
-    source = open_source(str(tmp_path))
+    source = open_indexed(str(tmp_path))
     found.add(source.describe()["listing_sha256"])
     assert len(found) == 3
     path.unlink()
@@ -584,7 +584,7 @@ def test_an_image_that_is_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None
 
 def test_a_description_is_json_and_names_the_listing(tmp_path: Path) -> None:
     save(tmp_path / "train" / "cat" / "1.png")
-    description = open_source(str(tmp_path), split="train").describe()
+    description = open_indexed(str(tmp_path), split="train").describe()
     assert json.loads(json.dumps(description)) == description
     assert description["kind"] == "folder"
     assert description["location"] == str(tmp_path / "train")
@@ -599,7 +599,7 @@ def test_a_description_is_json_and_names_the_listing(tmp_path: Path) -> None:
 def test_chosen_classes_are_renumbered_in_sorted_order(tmp_path: Path) -> None:
     for name in "abcd":
         save(tmp_path / name / "1.png")
-    source = open_source(str(tmp_path), classes=["d", "b", "d"])
+    source = open_indexed(str(tmp_path), classes=["d", "b", "d"])
     assert source.class_names == ("b", "d")
     assert keys(source) == ["b/1.png", "d/1.png"]
     assert labels(source) == [0, 1]
@@ -609,14 +609,14 @@ def test_an_unknown_class_names_the_nearest(tmp_path: Path) -> None:
     for name in ["tabby cat", "tiger cat", "dog"]:
         save(tmp_path / name / "1.png")
     with pytest.raises(StageError, match="no class 'taby cat' in this data; did you mean 'tabby cat'"):
-        open_source(str(tmp_path), classes=["taby cat"])
+        open_indexed(str(tmp_path), classes=["taby cat"])
 
 
 def test_a_limit_is_spread_evenly_over_the_classes_in_listing_order(tmp_path: Path) -> None:
     for name, count in (("a", 5), ("b", 1), ("c", 4)):
         for i in range(count):
             save(tmp_path / name / f"{i}.png", Image.new("L", (1, 1)))
-    assert keys(open_source(str(tmp_path), limit=6)) == [
+    assert keys(open_indexed(str(tmp_path), limit=6)) == [
         "a/0.png",
         "a/1.png",
         "a/2.png",
@@ -624,9 +624,9 @@ def test_a_limit_is_spread_evenly_over_the_classes_in_listing_order(tmp_path: Pa
         "c/0.png",
         "c/1.png",
     ]
-    assert keys(open_source(str(tmp_path), limit=2)) == ["a/0.png", "b/0.png"]
-    assert labels(open_source(str(tmp_path), limit=3, classes=["c", "b"])) == [0, 1, 1]
-    assert len(open_source(str(tmp_path), limit=99)) == 10
+    assert keys(open_indexed(str(tmp_path), limit=2)) == ["a/0.png", "b/0.png"]
+    assert labels(open_indexed(str(tmp_path), limit=3, classes=["c", "b"])) == [0, 1, 1]
+    assert len(open_indexed(str(tmp_path), limit=99)) == 10
 
 
 @pytest.mark.parametrize("limit", [0, -1])
@@ -634,7 +634,7 @@ def test_a_limit_is_spread_evenly_over_the_classes_in_listing_order(tmp_path: Pa
 def test_a_limit_below_one_is_an_error(tmp_path: Path, limit: int, builtin: bool) -> None:
     save(tmp_path / "cat" / "1.png")
     with pytest.raises(StageError, match=f"the limit on images is {limit}"):
-        open_source("builtin:photos" if builtin else str(tmp_path), limit=limit)
+        open_indexed("builtin:photos" if builtin else str(tmp_path), limit=limit)
 
 
 @pytest.mark.parametrize(
@@ -648,7 +648,7 @@ def test_a_limit_below_one_is_an_error(tmp_path: Path, limit: int, builtin: bool
 )
 def test_what_cannot_be_opened_is_named_with_what_can(data: Any, message: str) -> None:
     with pytest.raises(StageError, match=message):
-        open_source(data)
+        open_indexed(data)
 
 
 # The photographs
@@ -666,7 +666,7 @@ def test_photos_are_fifteen_classes_with_the_stated_number_of_crops(photos: dict
         assert len(source) == 15 * CROPS[split]
         assert len(set(keys(source))) == len(source)
     assert photos["train"].key(3 * 128 + 7) == "cat/train-0007"
-    assert keys(open_source("builtin:photos", limit=1)) == ["astronaut/train-0000"]
+    assert keys(open_indexed("builtin:photos", limit=1)) == ["astronaut/train-0000"]
 
 
 def test_train_and_validation_boxes_never_share_a_pixel(photos: dict[str, Photos]) -> None:
@@ -712,12 +712,12 @@ def test_photo_boxes_are_the_same_in_every_version() -> None:
 
 def test_an_unknown_split_of_the_photos_lists_the_two() -> None:
     with pytest.raises(StageError, match="no split 'test'; it has: train, validation"):
-        open_source("builtin:photos", split="test")
+        open_indexed("builtin:photos", split="test")
 
 
 def test_sources_travel_to_worker_processes(tmp_path: Path, photos: dict[str, Photos]) -> None:
     save(tmp_path / "cat" / "1.png")
-    for source in (open_source(str(tmp_path)), photos["validation"]):
+    for source in (open_indexed(str(tmp_path)), photos["validation"]):
         copy = pickle.loads(pickle.dumps(source))
         assert keys(copy) == keys(source)
         np.testing.assert_array_equal(np.asarray(copy.load(0)), np.asarray(source.load(0)))

@@ -18,7 +18,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.runtime.errors import StageError
-from pipeline.sources import Item, LeftOut, Source, open_source, remote
+from pipeline.sources import IndexedSource, Item, LeftOut, Source, open_indexed, open_source, remote, require_indexed
 from pipeline.sources.tar_stream import TarStream
 
 
@@ -137,9 +137,9 @@ def content(items: list[Item]) -> list[tuple[str, int, bytes]]:
 def test_tars_over_http_give_what_the_same_tars_give_locally(tmp_path: Path, server: Server) -> None:
     for name, data in server.files.items():
         (tmp_path / name).write_bytes(data)
-    local = open_source(str(tmp_path / "t-{000..002}.tar"))
+    local = open_indexed(str(tmp_path / "t-{000..002}.tar"))
     source = open_source(f"{server.url}/t-{{000..002}}.tar")
-    assert source.streamed
+    assert not isinstance(source, IndexedSource)
     assert source.n_items is None
     assert source.n_parts(2) == 3
     assert content(items(source)) == [(local.key(i), local.label(i), local.load(i).tobytes()) for i in range(15)]
@@ -320,7 +320,7 @@ def test_a_description_is_json_and_its_listing_is_the_tars_and_their_sizes(serve
 
 def test_a_stream_has_no_random_access_and_says_what_to_do(server: Server) -> None:
     with pytest.raises(StageError, match=r"is read in order over the network.* download the tars first"):
-        stream(server).require_random_access()
+        require_indexed(stream(server))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from pipeline.runtime.errors import StageError
-from pipeline.sources import LeftOut, Source, UnusableImage, open_source
+from pipeline.sources import IndexedSource, LeftOut, UnusableImage, open_indexed
 from pipeline.sources.tables import Table
 
 
@@ -44,15 +44,15 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> str:
     return str(path)
 
 
-def keys(source: Source) -> list[str]:
+def keys(source: IndexedSource) -> list[str]:
     return [source.key(i) for i in range(len(source))]
 
 
-def labels(source: Source) -> list[int]:
+def labels(source: IndexedSource) -> list[int]:
     return [source.label(i) for i in range(len(source))]
 
 
-def pixels(source: Source) -> list[bytes]:
+def pixels(source: IndexedSource) -> list[bytes]:
     return [source.load(i).tobytes() for i in range(len(source))]
 
 
@@ -92,7 +92,7 @@ def make(kind: str, folder: Path) -> str:
     "kind", ["parquet of plain bytes", "parquet of structs", "parquet of datasets", "arrow", "saved", "saved splits"]
 )
 def test_the_same_images_come_out_of_every_kind_of_table(tmp_path: Path, kind: str) -> None:
-    source = open_source(make(kind, tmp_path / "data"))
+    source = open_indexed(make(kind, tmp_path / "data"))
     before = sorted((tmp_path / "data").rglob("*"))
     assert keys(source) == [f"train/{i:09d}" for i in range(4)]
     assert labels(source) == LABELS
@@ -105,7 +105,7 @@ def test_the_same_images_come_out_of_every_kind_of_table(tmp_path: Path, kind: s
 
 def test_a_table_is_read_in_threads_and_in_worker_processes(tmp_path: Path) -> None:
     data = [png(i) for i in range(40)]
-    source = open_source(write_parquet(tmp_path / "a.parquet", {"image": data, "label": [0] * 40}))
+    source = open_indexed(write_parquet(tmp_path / "a.parquet", {"image": data, "label": [0] * 40}))
     with ThreadPoolExecutor(8) as pool:
         copy = pickle.loads(pickle.dumps(source))
         assert [image.tobytes() for image in pool.map(copy.load, range(40))] == [decoded(i) for i in range(40)]
@@ -114,44 +114,44 @@ def test_a_table_is_read_in_threads_and_in_worker_processes(tmp_path: Path) -> N
 def test_splits_are_told_by_the_names_of_the_files(tmp_path: Path) -> None:
     for name, n in (("train-00000-of-00002", 2), ("train-00001-of-00002", 1), ("test-00000-of-00001", 1)):
         write_parquet(tmp_path / "data" / f"{name}.parquet", {"image": PNGS[:n], "label": [n] * n})
-    assert labels(open_source(str(tmp_path / "data"))) == [2, 2, 1]
-    assert keys(open_source(str(tmp_path / "data"), split="test")) == ["test/000000000"]
+    assert labels(open_indexed(str(tmp_path / "data"))) == [2, 2, 1]
+    assert keys(open_indexed(str(tmp_path / "data"), split="test")) == ["test/000000000"]
     with pytest.raises(StageError, match="no split 'val'; there is: test, train"):
-        open_source(str(tmp_path / "data"), split="val")
+        open_indexed(str(tmp_path / "data"), split="val")
 
 
 def test_several_splits_without_train_ask_for_one(tmp_path: Path) -> None:
     datasets.DatasetDict({"a": saved_table(), "b": saved_table()}).save_to_disk(tmp_path / "x")
     with pytest.raises(StageError, match="has the splits a, b; choose one with --split"):
-        open_source(str(tmp_path / "x"))
-    assert keys(open_source(str(tmp_path / "x"), split="b", limit=1)) == ["b/000000001"]
+        open_indexed(str(tmp_path / "x"))
+    assert keys(open_indexed(str(tmp_path / "x"), split="b", limit=1)) == ["b/000000001"]
 
 
 def test_text_labels_are_numbered_in_sorted_order_and_chosen_by_name(tmp_path: Path) -> None:
     names = ["dog", "cat", None, "dog"]
     path = write_parquet(tmp_path / "a.parquet", {"image": PNGS, "label": pa.array(names, pa.string())})
-    source = open_source(path)
+    source = open_indexed(path)
     assert source.class_names == ("cat", "dog")
     assert labels(source) == [1, 0, 1]
     assert source.left_out == (LeftOut("train/000000002", "no label"),)
-    chosen = open_source(path, classes=["dog"], limit=1)
+    chosen = open_indexed(path, classes=["dog"], limit=1)
     assert (keys(chosen), labels(chosen)) == (["train/000000000"], [0])
-    assert pixels(open_source(path, classes=["dog"])) == [decoded(0), decoded(3)]
+    assert pixels(open_indexed(path, classes=["dog"])) == [decoded(0), decoded(3)]
 
 
 def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
     columns = {"thumb": [png(9)] * 4, "photo": PNGS, "kind": [3, 2, 1, 0]}
     path = write_parquet(tmp_path / "a.parquet", columns)
     with pytest.raises(StageError, match=r"several columns can hold images \(thumb, photo\); .*--image-column"):
-        open_source(path)
-    source = open_source(path, image_column="photo", label_column="kind")
+        open_indexed(path)
+    source = open_indexed(path, image_column="photo", label_column="kind")
     assert labels(source) == [3, 2, 1, 0]
     assert pixels(source) == [decoded(i) for i in range(4)]
     described = json.loads(json.dumps(source.describe()))
     assert (described["image_column"], described["label_column"]) == ("photo", "kind")
-    assert open_source(path, image_column="photo").class_names == ("images",)
+    assert open_indexed(path, image_column="photo").class_names == ("images",)
     with pytest.raises(StageError, match="no column 'fotos'; did you mean 'photo'"):
-        open_source(path, image_column="fotos")
+        open_indexed(path, image_column="fotos")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
 )
 def test_a_table_without_usable_columns_says_so(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     with pytest.raises(StageError, match=message):
-        open_source(write_parquet(tmp_path / "a.parquet", columns))
+        open_indexed(write_parquet(tmp_path / "a.parquet", columns))
 
 
 def test_a_table_without_rows_says_so(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_table_without_rows_says_so(tmp_path: Path) -> None:
 
 def test_rows_without_a_usable_image_are_unusable_one_by_one(tmp_path: Path) -> None:
     images = pa.array([None, b"", b"<html>", png(0)], pa.binary())
-    source = open_source(write_parquet(tmp_path / "a.parquet", {"image": images, "label": [0] * 4}))
+    source = open_indexed(write_parquet(tmp_path / "a.parquet", {"image": images, "label": [0] * 4}))
     reasons = []
     for i in range(3):
         with pytest.raises(UnusableImage) as caught:
@@ -188,10 +188,10 @@ def test_rows_without_a_usable_image_are_unusable_one_by_one(tmp_path: Path) -> 
 KEPT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
-def kept_as_paths(folder: Path, *paths: object) -> Source:
+def kept_as_paths(folder: Path, *paths: object) -> IndexedSource:
     kept = pa.array([{"bytes": None, "path": str(path)} for path in paths], KEPT)
     datasets.Dataset(pa.table({"image": kept, "label": [0] * len(paths)})).save_to_disk(folder)
-    return open_source(str(folder))
+    return open_indexed(str(folder))
 
 
 def test_images_kept_as_paths_are_read_from_the_data_sets_folder_and_a_lost_one_stops(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_row_cannot_name_a_file_outside_the_data_sets_folder(tmp_path: Path) -
     ]
     kept = pa.array([{"bytes": None, "path": str(path)} for path in paths], KEPT)
     parquet = write_parquet(tmp_path / "x" / "a.parquet", {"image": kept, "label": [0] * len(paths)})
-    for source in (open_source(parquet), kept_as_paths(tmp_path / "x", *paths)):
+    for source in (open_indexed(parquet), kept_as_paths(tmp_path / "x", *paths)):
         for i in range(len(paths)):
             with pytest.raises(UnusableImage, match=r"leads out of the data set's folder|not a regular file"):
                 source.load(i)
@@ -241,7 +241,7 @@ def test_a_file_replaced_under_its_name_is_another_listing(tmp_path: Path) -> No
             else:
                 data = str(tmp_path / folder)
                 datasets.Dataset(pa.table(rows)).save_to_disk(data)
-            found.add(open_source(data).describe()["listing_sha256"])
+            found.add(open_indexed(data).describe()["listing_sha256"])
         assert len(found) == 2
 
 
@@ -249,26 +249,26 @@ def test_a_file_replaced_under_its_name_is_another_listing(tmp_path: Path) -> No
 def test_a_named_pipe_for_a_table_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.parquet")
     with pytest.raises(StageError, match=r"a\.parquet: not a regular file"):
-        open_source(str(tmp_path / "a.parquet"))
+        open_indexed(str(tmp_path / "a.parquet"))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_a_damaged_file_is_one_message_that_names_it(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PAR1" + b"x" * 1000)
     with pytest.raises(StageError, match=rf"{name}: cannot be read as images in a table"):
-        open_source(str(tmp_path / name))
+        open_indexed(str(tmp_path / name))
 
 
 def test_columns_are_for_tables_alone(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="has no columns; --label-column is for Parquet, Arrow and datasets"):
-        open_source("builtin:photos", label_column="x")
+        open_indexed("builtin:photos", label_column="x")
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "hf://datasets/nobody/nothing"])
 def test_the_hub_out_of_reach_is_one_message(name: str) -> None:
     code = (
-        "import sys\nfrom pipeline.runtime.errors import StageError\nfrom pipeline.sources import open_source\n"
-        "try: open_source(sys.argv[1])\nexcept StageError as error: print(error)\n"
+        "import sys\nfrom pipeline.runtime.errors import StageError\nfrom pipeline.sources import open_indexed\n"
+        "try: open_indexed(sys.argv[1])\nexcept StageError as error: print(error)\n"
     )
     environment = {"HF_HUB_OFFLINE": "1", "PATH": ""}
     done = subprocess.run(
@@ -285,11 +285,11 @@ def test_a_slip_in_a_path_is_not_asked_of_the_hub(name: str, tmp_path: Path, mon
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StageError, match=rf"{name}: no such folder or file; accepted:"):
-        open_source(name)
+        open_indexed(name)
 
 
 def test_an_artifact_in_place_of_images_is_refused(tmp_path: Path) -> None:
     for name in ("manifest.json", "00000.arrow"):
         (tmp_path / name).write_bytes(b"{}")
     with pytest.raises(StageError, match="holds codes that dpar made, not images"):
-        open_source(str(tmp_path))
+        open_indexed(str(tmp_path))

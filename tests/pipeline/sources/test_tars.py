@@ -25,7 +25,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.runtime.errors import StageError
-from pipeline.sources import LeftOut, Source, UnusableImage, locations, open_source
+from pipeline.sources import IndexedSource, LeftOut, UnusableImage, locations, open_indexed
 
 
 def jpeg(colour: int = 0) -> bytes:
@@ -65,19 +65,19 @@ def write_samples(path: Path, samples: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def keys(source: Source) -> list[str]:
+def keys(source: IndexedSource) -> list[str]:
     return [source.key(i) for i in range(len(source))]
 
 
-def labels(source: Source) -> list[int]:
+def labels(source: IndexedSource) -> list[int]:
     return [source.label(i) for i in range(len(source))]
 
 
-def pixels(source: Source) -> list[bytes]:
+def pixels(source: IndexedSource) -> list[bytes]:
     return [source.load(i).tobytes() for i in range(len(source))]
 
 
-def assert_same(a: Source, b: Source) -> None:
+def assert_same(a: IndexedSource, b: IndexedSource) -> None:
     assert a.class_names == b.class_names
     assert keys(a) == keys(b)
     assert labels(a) == labels(b)
@@ -100,8 +100,8 @@ IMAGES = {
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_a_tar_of_class_folders_is_listed_and_decoded_as_the_folder_itself(tmp_path: Path, format: int) -> None:
-    tar = open_source(write_tar(tmp_path / "x.tar", IMAGES, format))
-    folder = open_source(write_folder(tmp_path / "x", IMAGES))
+    tar = open_indexed(write_tar(tmp_path / "x.tar", IMAGES, format))
+    folder = open_indexed(write_folder(tmp_path / "x", IMAGES))
     assert_same(tar, folder)
 
 
@@ -110,35 +110,37 @@ def test_several_tars_of_class_folders_are_one_folder(tmp_path: Path) -> None:
     write_tar(tmp_path / "tars" / "a.tar", {name: IMAGES[name] for name in names[::2]})
     write_tar(tmp_path / "tars" / "b.tar", {f"./{name}": IMAGES[name] for name in names[1::2]})
     assert_same(
-        open_source(str(tmp_path / "tars" / "*.tar")),
-        open_source(write_folder(tmp_path / "x", IMAGES)),
+        open_indexed(str(tmp_path / "tars" / "*.tar")),
+        open_indexed(write_folder(tmp_path / "x", IMAGES)),
     )
 
 
 def test_classes_and_limit_mean_in_a_tar_what_they_mean_in_a_folder(tmp_path: Path) -> None:
     tar, folder = write_tar(tmp_path / "x.tar", IMAGES), write_folder(tmp_path / "x", IMAGES)
-    assert_same(open_source(tar, classes=["dog", "cat"], limit=3), open_source(folder, classes=["dog", "cat"], limit=3))
+    assert_same(
+        open_indexed(tar, classes=["dog", "cat"], limit=3), open_indexed(folder, classes=["dog", "cat"], limit=3)
+    )
 
 
 def test_a_split_is_a_folder_in_the_tar(tmp_path: Path) -> None:
     inside = {f"{split}/{name}": data for split in ("train", "val") for name, data in IMAGES.items()}
     tar = write_tar(tmp_path / "x.tar", inside)
     with pytest.raises(StageError, match="holds splits, not classes"):
-        open_source(tar)
-    assert_same(open_source(tar, split="val"), open_source(write_folder(tmp_path / "x", inside), split="val"))
+        open_indexed(tar)
+    assert_same(open_indexed(tar, split="val"), open_indexed(write_folder(tmp_path / "x", inside), split="val"))
     with pytest.raises(StageError, match="no folder for the split 'tst'"):
-        open_source(tar, split="tst")
+        open_indexed(tar, split="tst")
 
 
 def test_images_in_the_root_of_a_tar_are_one_class_called_after_it(tmp_path: Path) -> None:
-    source = open_source(write_tar(tmp_path / "cats.tar", {"b.jpg": jpeg(), "a.jpg": jpeg(), "notes": b"x"}))
+    source = open_indexed(write_tar(tmp_path / "cats.tar", {"b.jpg": jpeg(), "a.jpg": jpeg(), "notes": b"x"}))
     assert source.class_names == ("cats",)
     assert keys(source) == ["a.jpg", "b.jpg"]
 
 
 def test_hidden_files_in_a_tar_are_not_images(tmp_path: Path) -> None:
     names = ["cat/1.jpg", "cat/._1.jpg", ".x/1.jpg", "__MACOSX/cat/1.jpg"]
-    source = open_source(write_tar(tmp_path / "x.tar", dict.fromkeys(names, jpeg())))
+    source = open_indexed(write_tar(tmp_path / "x.tar", dict.fromkeys(names, jpeg())))
     assert keys(source) == ["cat/1.jpg"]
     assert source.left_out == ()
 
@@ -155,23 +157,23 @@ def imagenet(tmp_path: Path) -> dict[str, dict[str, bytes]]:
 def test_imagenets_tar_of_tars_is_its_folder(tmp_path: Path, imagenet: dict[str, dict[str, bytes]]) -> None:
     nested = write_tar(tmp_path / "train.tar", {f"{s}.tar": tar_of(files) for s, files in imagenet.items()})
     folder = write_folder(tmp_path / "x", {f"{s}/{n}": d for s, files in imagenet.items() for n, d in files.items()})
-    source = open_source(nested)
+    source = open_indexed(nested)
     assert source.class_names == ("n01440764 tench", "n02099601 golden retriever", "n03126707 crane")
-    assert_same(source, open_source(folder))
+    assert_same(source, open_indexed(folder))
 
 
 def test_imagenets_inner_tars_are_its_folder_too(tmp_path: Path, imagenet: dict[str, dict[str, bytes]]) -> None:
     nested = write_tar(tmp_path / "train.tar", {f"{s}.tar": tar_of(files) for s, files in imagenet.items()})
     for synset, files in imagenet.items():
         write_tar(tmp_path / "x" / f"{synset}.tar", files)
-    assert_same(open_source(nested), open_source(str(tmp_path / "x")))
+    assert_same(open_indexed(nested), open_indexed(str(tmp_path / "x")))
 
 
 def test_a_tar_in_a_tar_that_is_cut_short_is_named(tmp_path: Path, imagenet: dict[str, dict[str, bytes]]) -> None:
     inner = tar_of(imagenet["n01440764"])[:1500]
     nested = write_tar(tmp_path / "train.tar", {"n01440764.tar": inner, "n02099601.tar": tar_of({})})
     with pytest.raises(StageError, match=r"train\.tar: n01440764\.tar: ends at byte 1500"):
-        open_source(nested)
+        open_indexed(nested)
 
 
 # WebDataset
@@ -181,7 +183,7 @@ def test_webdataset_numbers_stay_the_labels_and_order_is_the_tars(tmp_path: Path
     for tar, offset in (("b", 0), ("a", 2)):
         samples = [{"__key__": f"{i:04d}", "jpg": jpeg(offset + i), "cls": 7 - offset - i} for i in range(2)]
         write_samples(tmp_path / f"{tar}.tar", samples)
-    source = open_source(str(tmp_path / "*.tar"))
+    source = open_indexed(str(tmp_path / "*.tar"))
     assert keys(source) == ["a/0000", "a/0001", "b/0000", "b/0001"]
     assert labels(source) == [5, 4, 7, 6]
     assert source.class_names == tuple("01234567")
@@ -193,16 +195,16 @@ def test_webdataset_numbers_stay_the_labels_and_order_is_the_tars(tmp_path: Path
 def test_braces_name_the_tars_in_their_order(tmp_path: Path) -> None:
     for i in range(12):
         write_samples(tmp_path / f"t-{i:03d}.tar", [{"__key__": "x", "jpg": jpeg(i), "cls": i}])
-    source = open_source(str(tmp_path / "t-{000..011}.tar"))
+    source = open_indexed(str(tmp_path / "t-{000..011}.tar"))
     assert labels(source) == list(range(12))
-    assert labels(open_source(str(tmp_path / "t-00{3,1}.tar"))) == [3, 1]
+    assert labels(open_indexed(str(tmp_path / "t-00{3,1}.tar"))) == [3, 1]
     with pytest.raises(StageError, match=r"t-012\.tar: no such file \(of .*t-\{000\.\.012\}\.tar\)"):
-        open_source(str(tmp_path / "t-{000..012}.tar"))
+        open_indexed(str(tmp_path / "t-{000..012}.tar"))
 
 
 def test_chosen_numbers_are_renumbered_in_the_order_of_numbers(tmp_path: Path) -> None:
     samples = [{"__key__": f"{i}", "jpg": jpeg(i), "cls": i} for i in range(12)]
-    source = open_source(write_samples(tmp_path / "x.tar", samples), classes=["10", "9"])
+    source = open_indexed(write_samples(tmp_path / "x.tar", samples), classes=["10", "9"])
     assert source.class_names == ("9", "10")
     assert keys(source) == ["x/9", "x/10"]
     assert labels(source) == [0, 1]
@@ -227,18 +229,18 @@ def test_text_labels_are_numbered_in_sorted_order(tmp_path: Path, fields: Any) -
                 header.size = len(data)
                 if suffix != "__key__":
                     tar.addfile(header, io.BytesIO(data))
-    source = open_source(str(tmp_path / "x.tar"))
+    source = open_indexed(str(tmp_path / "x.tar"))
     assert source.class_names == ("cat", "dog")
     assert labels(source) == [1, 0, 1]
 
 
 def test_a_number_in_json_is_the_label(tmp_path: Path) -> None:
     samples = [{"__key__": f"{i}", "jpg": jpeg(i), "json": {"label": 3 - i}} for i in range(2)]
-    assert labels(open_source(write_samples(tmp_path / "x.tar", samples))) == [3, 2]
+    assert labels(open_indexed(write_samples(tmp_path / "x.tar", samples))) == [3, 2]
 
 
 def test_samples_without_labels_anywhere_are_one_class(tmp_path: Path) -> None:
-    source = open_source(write_samples(tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(), "txt": "a caption"}]))
+    source = open_indexed(write_samples(tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(), "txt": "a caption"}]))
     assert source.class_names == ("images",)
 
 
@@ -249,7 +251,7 @@ def test_a_sample_that_lacks_what_the_others_have_is_left_out_with_the_reason(tm
     files |= {"a.jpg": jpeg(1), "a.cls": b"1", "noending": b""}
     inside = write_samples(tmp_path / "x.tar", [good])
     Path(inside).write_bytes(tar_of({"a.jpg": jpeg(), "a.cls": b"1"} | {f"z/{k}": v for k, v in files.items()}))
-    source = open_source(inside)
+    source = open_indexed(inside)
     assert keys(source) == ["x/a", "x/z/a"]
     reasons = {x.key: x.reason for x in source.left_out}
     assert reasons == {
@@ -264,13 +266,13 @@ def test_a_sample_that_lacks_what_the_others_have_is_left_out_with_the_reason(tm
 def test_labels_of_two_kinds_are_an_error(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", {"a.jpg": jpeg(), "a.cls": b"1", "b.jpg": jpeg(), "b.cls": b"cat"})
     with pytest.raises(StageError, match=r"some labels are numbers \(1\) and some are text \('cat'\)"):
-        open_source(tar)
+        open_indexed(tar)
 
 
 def test_a_number_that_can_be_no_class_is_an_error(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", {"a.jpg": jpeg(), "a.cls": b"99999999999"})
     with pytest.raises(StageError, match="a label is 99999999999; class numbers are below 1000000"):
-        open_source(tar)
+        open_indexed(tar)
 
 
 def test_the_second_image_of_a_key_is_left_out(tmp_path: Path) -> None:
@@ -284,7 +286,7 @@ def test_the_second_image_of_a_key_is_left_out(tmp_path: Path) -> None:
     Path(samples).write_bytes(Path(samples).read_bytes().replace(b"b.jpg", b"a.jpg").replace(b"b.cls", b"a.cls"))
     _mend_checksums(Path(samples))
     for path, key in ((folders, "cat/1.jpg"), (samples, "s/a")):
-        source = open_source(str(path))
+        source = open_indexed(str(path))
         assert keys(source) == [key]
         assert source.left_out == (LeftOut(key, "key occurs twice"),)
         assert pixels(source) == [np.asarray(Image.open(io.BytesIO(jpeg(0)))).tobytes()]
@@ -293,14 +295,14 @@ def test_the_second_image_of_a_key_is_left_out(tmp_path: Path) -> None:
 def test_dpars_own_shards_are_not_taken_for_images(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "shard-00000.tar", {"a.codes.npy": b"x", "a.jpg": jpeg()})
     with pytest.raises(StageError, match=r"shard-00000\.tar: is a shard of codes that dpar made"):
-        open_source(tar)
+        open_indexed(tar)
 
 
 # Going between processes and threads
 
 
 def test_a_source_of_tars_travels_to_worker_processes_and_reads_in_threads(tmp_path: Path) -> None:
-    source = open_source(write_tar(tmp_path / "x.tar", {f"c/{i:03d}.jpg": jpeg(i) for i in range(50)}))
+    source = open_indexed(write_tar(tmp_path / "x.tar", {f"c/{i:03d}.jpg": jpeg(i) for i in range(50)}))
     copy = pickle.loads(pickle.dumps(source))
     with ThreadPoolExecutor(8) as pool:
         assert [image.tobytes() for image in pool.map(copy.load, range(50))] == pixels(source)
@@ -340,7 +342,7 @@ def test_members_that_point_outside_or_are_no_files_are_left_out_and_nothing_is_
         _add(tar, "cat/null.jpg", type=tarfile.CHRTYPE)
         _add(tar, "cat/pipe.jpg", type=tarfile.FIFOTYPE)
         _add(tar, "cat/sparse.jpg", jpeg(), type=tarfile.GNUTYPE_SPARSE)
-    source = open_source(str(path))
+    source = open_indexed(str(path))
     assert keys(source) == ["cat/1.jpg"]
     assert {x.key: x.reason for x in source.left_out} == {
         "/etc/passwd.jpg": "absolute name in a tar",
@@ -363,11 +365,11 @@ def test_a_tar_cut_anywhere_is_never_believed(tmp_path: Path, samples: bool) -> 
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
     path = tmp_path / "x.tar"
     path.write_bytes(whole[: end + 512])
-    open_source(str(path))
+    open_indexed(str(path))
     for size in [0, 1, 100, 511, 512, 513, 700, 1024, 1025, end - 512, end - 1, end, end + 1, end + 511]:
         path.write_bytes(whole[:size])
         with pytest.raises(StageError, match=rf"x\.tar: (not a tar|ends at byte {size}[ ,])"):
-            open_source(str(path))
+            open_indexed(str(path))
 
 
 def test_a_damaged_header_in_the_middle_is_named_by_its_byte(tmp_path: Path) -> None:
@@ -376,7 +378,7 @@ def test_a_damaged_header_in_the_middle_is_named_by_its_byte(tmp_path: Path) -> 
     data[second + 20] ^= 1
     (tmp_path / "x.tar").write_bytes(data)
     with pytest.raises(StageError, match=rf"x\.tar: damaged at byte {second}"):
-        open_source(str(tmp_path / "x.tar"))
+        open_indexed(str(tmp_path / "x.tar"))
 
 
 def test_random_damage_gives_a_listing_or_one_message(tmp_path: Path) -> None:
@@ -389,7 +391,7 @@ def test_random_damage_gives_a_listing_or_one_message(tmp_path: Path) -> None:
         (tmp_path / "x.tar").write_bytes(damaged)
         # Nothing but these two may be raised.
         with suppress(StageError):
-            source = open_source(str(tmp_path / "x.tar"))
+            source = open_indexed(str(tmp_path / "x.tar"))
             for i in range(len(source)):
                 with suppress(UnusableImage):
                     source.load(i)
@@ -400,19 +402,19 @@ def test_a_compressed_tar_says_so(tmp_path: Path, packed: str) -> None:
     packers = {"gz": gzip, "bz2": bz2, "xz": lzma}
     (tmp_path / "x.tar").write_bytes(packers[packed].compress(tar_of({"cat/1.jpg": jpeg()})))
     with pytest.raises(StageError, match=r"x\.tar: compressed with \w+"):
-        open_source(str(tmp_path / "x.tar"))
+        open_indexed(str(tmp_path / "x.tar"))
 
 
 def test_something_else_called_tar_says_so(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"<html>" * 1000)
     with pytest.raises(StageError, match=r"x\.tar: not a tar"):
-        open_source(str(tmp_path / "x.tar"))
+        open_indexed(str(tmp_path / "x.tar"))
 
 
 @pytest.mark.parametrize("change", ["removed", "shorter", "longer"])
 def test_a_tar_that_is_another_one_now_stops_and_says_how_to_go_on(tmp_path: Path, change: str) -> None:
     path = Path(write_tar(tmp_path / "x.tar", {"cat/1.jpg": jpeg(), "cat/2.jpg": jpeg()}))
-    source = open_source(str(path))
+    source = open_indexed(str(path))
     if change == "removed":
         path.rename(tmp_path / "y.tar")
     else:
@@ -474,14 +476,14 @@ def test_hostile_tars_are_refused_within_bounded_memory(tmp_path: Path) -> None:
         (tmp_path / f"{i}.tar").write_bytes(data)
     code = (
         "import resource, sys\n"
-        "from pipeline.sources import open_source, UnusableImage\n"
+        "from pipeline.sources import open_indexed, UnusableImage\n"
         "from pipeline.runtime.errors import StageError\n"
         "import pipeline.sources.tar_images, webdataset.tariterators, PIL.PngImagePlugin\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)\n"
         "for path in sys.argv[1:]:\n"
         "    try:\n"
-        "        source = open_source(path)\n"
+        "        source = open_indexed(path)\n"
         "        source.load(0)\n"
         "    except (StageError, UnusableImage) as error: print(error)\n"
         "    else: print('believed')\n"
@@ -501,7 +503,7 @@ def test_a_member_larger_than_any_image_is_left_out(tmp_path: Path) -> None:
         header.size = huge
         file.write(header.tobuf())
         file.truncate(file.tell() + huge + 1024)
-    source = open_source(str(tmp_path / "x.tar"))
+    source = open_indexed(str(tmp_path / "x.tar"))
     assert keys(source) == ["cat/1.jpg"]
     assert source.left_out == (LeftOut("cat/huge.jpg", "too large: more than 512 MiB"),)
 
@@ -509,10 +511,10 @@ def test_a_member_larger_than_any_image_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.tar", "*.tar"])
 def test_a_file_named_twice_or_not_at_all_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(StageError, match="no such f"):
-        open_source(str(tmp_path / name))
+        open_indexed(str(tmp_path / name))
     write_tar(tmp_path / "x.tar", IMAGES)
     with pytest.raises(StageError, match=r"names .*x\.tar twice"):
-        open_source(str(tmp_path / "{x,*}.tar"))
+        open_indexed(str(tmp_path / "{x,*}.tar"))
 
 
 def test_a_description_is_json_and_reopens_the_source_from_anywhere(
@@ -520,10 +522,10 @@ def test_a_description_is_json_and_reopens_the_source_from_anywhere(
 ) -> None:
     write_tar(tmp_path / "a.tar", IMAGES)
     monkeypatch.chdir(tmp_path)
-    source = open_source("*.tar")
+    source = open_indexed("*.tar")
     described = json.loads(json.dumps(source.describe()))
     monkeypatch.chdir(os.path.dirname(tmp_path))
-    assert_same(open_source(described["location"], split=described["split"]), source)
+    assert_same(open_indexed(described["location"], split=described["split"]), source)
 
 
 def test_another_tar_under_the_same_name_is_another_listing(tmp_path: Path) -> None:
@@ -532,9 +534,9 @@ def test_another_tar_under_the_same_name_is_another_listing(tmp_path: Path) -> N
     for files in ({"cat/1.png": jpeg(1), "dog/2.png": jpeg(2)}, {"dog/2.png": jpeg(2), "cat/1.png": jpeg(1)}):
         path.write_bytes(tar_of(files))
         os.utime(path, ns=(10**18, 10**18))
-        found.append(open_source(str(path)))
+        found.append(open_indexed(str(path)))
     os.utime(path, ns=(10**18, 10**18 + 1))
-    found.append(open_source(str(path)))
+    found.append(open_indexed(str(path)))
     assert keys(found[0]) == keys(found[1]) == keys(found[2])
     assert len({str(source.describe()["listing_sha256"]) for source in found}) == 3
     with pytest.raises(StageError, match=r"a\.tar: has been changed since its images were listed.*--overwrite"):
@@ -546,7 +548,7 @@ def test_a_named_pipe_for_a_tar_is_refused_instead_of_waited_for(tmp_path: Path)
     os.mkfifo(tmp_path / "a.tar")
     for data in ("a.tar", "*.tar", ""):
         with pytest.raises(StageError, match=r"a\.tar: not a regular file"):
-            open_source(str(tmp_path / data))
+            open_indexed(str(tmp_path / data))
 
 
 @pytest.mark.parametrize(
@@ -562,7 +564,7 @@ def test_a_named_pipe_for_a_tar_is_refused_instead_of_waited_for(tmp_path: Path)
 def test_braces_that_stand_for_too_many_names_are_refused_before_they_are_made(tmp_path: Path, braces: str) -> None:
     for data in (f"{tmp_path}/{braces}.tar", f"https://example.org/{braces}.tar"):
         with pytest.raises(StageError, match="its braces stand for more than 1,000,000 names"):
-            open_source(data)
+            open_indexed(data)
 
 
 @pytest.mark.parametrize(
