@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.progress import Progress
 from pipeline.runtime.work_sharing import atomic_path
 
 # file, what is on the x axis, its label, what tells lines apart
@@ -31,18 +30,15 @@ def how_sampled(cells: list[dict[str, Any]]) -> str:
     return ", ".join(form.format(" or ".join(values[name])) for name, form in settings.items())
 
 
-def plot_cells(cells: list[dict[str, Any]], out: Path, progress: Progress) -> None:
-    """Writes a plot for each quantity that takes several values; says so where matplotlib is not installed."""
+def plot_cells(cells: list[dict[str, Any]], out: Path) -> None:
+    """Write a plot for each quantity that takes several values."""
     scored = [cell for cell in cells if "distance" in cell]
     wanted = [plot for plot in PLOTS if _varies(scored, plot)]
     if not wanted:
         return
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError:
-        progress.say("no plots: they need matplotlib (pip install 'dpar[eval]')")
-        return
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
     for name, x, label, apart in wanted:
         figure = Figure(figsize=(8, 4.4), dpi=150, layout="constrained")
         axes = figure.subplots()

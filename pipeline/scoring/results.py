@@ -72,7 +72,7 @@ def write_results(out: Path, found: dict[str, Any], progress: Progress) -> dict[
         ):
             with atomic_path(out / name) as part:
                 part.write_text(text, encoding="utf-8")
-        plot_cells(results["cells"], out, progress)
+        plot_cells(results["cells"], out)
     return results
 
 
