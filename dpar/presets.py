@@ -1,4 +1,4 @@
-"""The named sizes (paper Table 1; LlamaGen's B, L, XL, XXL), and what `tiny` means for a look on a laptop.
+"""The named sizes (paper Table 1; LlamaGen's B, L, XL, XXL), and small ones for a laptop: `tiny` and `mini`.
 
 config = preset("dpar-b", classes=1000, grid_height=24, grid_width=24)
 entropy_model = preset("llamagen-xs", classes=0, start_token=False)      # s and xs: entropy models that cost little
@@ -21,6 +21,7 @@ from dpar.tokenizer import VQConfig
 SIZES: dict[str, tuple[int, int, int | None, tuple[int, int, int] | None]] = {
     "tiny": (192, 3, 6, (1, 3, 2)),
     "xs": (160, 2, 3, None),
+    "mini": (256, 4, 9, (1, 5, 3)),
     "s": (384, 6, 7, None),
     "b": (768, 12, 12, (1, 8, 3)),
     "l": (1024, 16, 24, (1, 19, 4)),

@@ -274,7 +274,7 @@ class EntropySettings(OptimSettings):
 class TrainSettings(OptimSettings):
     """Training DPAR or the LlamaGen baseline."""
 
-    model: Annotated[str, "Preset: dpar-… or llamagen-… with tiny, b, l, xl, xxl.", MODEL] = "dpar-b"
+    model: Annotated[str, "Preset: dpar-… or llamagen-… with tiny, mini, b, l, xl, xxl.", MODEL] = "dpar-b"
     guidance_dropout: Annotated[float, "How often the class is left out, for classifier-free guidance.", OPTIM] = 0.1
 
     def __post_init__(self) -> None:
