@@ -3,7 +3,7 @@
     dpar tokenize | entropy | patchify | train | eval        the five stages, in order
     dpar train-tokenizer | sample | probe | inspect | convert | flops | demo   what people need around them
 
-Options and their headings come from the stages' settings (``pipeline/settings.py``); ``--config FILE.toml`` takes
+Options and their headings come from the stages' settings (``pipeline/settings/``); ``--config FILE.toml`` takes
 the same names.
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C, 75 stopped training on SIGTERM or SIGUSR1.
 ``DPAR_DEBUG=1`` shows tracebacks.
@@ -31,21 +31,11 @@ from typer.core import TyperCommand, TyperGroup
 from dpar.errors import ModelError
 from pipeline.runtime.errors import StageError, claim_error_report
 from pipeline.runtime.terminal import Terminal
-from pipeline.settings import (
-    GROUPS,
-    OUTPUT,
-    ConvertSettings,
-    EntropySettings,
-    EvalSettings,
-    FlopsSettings,
-    InspectSettings,
-    PatchifySettings,
-    ProbeSettings,
-    SampleSettings,
-    TokenizeSettings,
-    TrainSettings,
-    TrainTokenizerSettings,
-)
+from pipeline.settings.artifacts import InspectSettings, PatchifySettings, TokenizeSettings
+from pipeline.settings.fields import GROUPS, OUTPUT
+from pipeline.settings.models import ConvertSettings, FlopsSettings, ProbeSettings
+from pipeline.settings.sampling import EvalSettings, SampleSettings
+from pipeline.settings.training import EntropySettings, TrainSettings, TrainTokenizerSettings
 from shards.errors import ArtifactError
 from shards.files import open_regular
 

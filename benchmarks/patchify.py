@@ -27,7 +27,7 @@ from dpar.patching import patch_starts
 from pipeline.inspect import inspect
 from pipeline.patchify import patchify
 from pipeline.runtime.progress import Progress
-from pipeline.settings import InspectSettings, PatchifySettings
+from pipeline.settings.artifacts import InspectSettings, PatchifySettings
 from shards.manifest import Manifest, ShardInfo
 from shards.patch_statistics import count_patches, merge_counts
 from shards.rows import Rows

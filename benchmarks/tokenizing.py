@@ -22,7 +22,7 @@ from dpar.tokenizer import from_uint8
 from pipeline.runs.weights import load_tokenizer
 from pipeline.runtime.device import autocast, choose_device, precision_name
 from pipeline.runtime.progress import Progress
-from pipeline.settings import TokenizeSettings
+from pipeline.settings.artifacts import TokenizeSettings
 from pipeline.sources import open_indexed
 from pipeline.sources.crops import n_views, views
 from pipeline.tokenize import CodeEncoder, tokenize

@@ -23,7 +23,7 @@ from dpar.pretrained import CARD, CONFIG, WEIGHTS, Weights, fingerprint, read_we
 from dpar.tokenizer import VQTokenizer
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
-from pipeline.settings import ConvertSettings
+from pipeline.settings.models import ConvertSettings
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -58,8 +58,8 @@ from pipeline.scoring.likelihood import Likelihood, check_compatible, check_same
 from pipeline.scoring.reconstruction import reconstruct
 from pipeline.scoring.reference import Originals, Reference, open_reference
 from pipeline.scoring.results import write_results
-from pipeline.settings import EvalSettings
-from pipeline.settings import identity as settings_identity
+from pipeline.settings.fields import identity as settings_identity
+from pipeline.settings.sampling import EvalSettings
 from shards.manifest import MANIFEST
 from shards.reader import Artifact, open_artifact
 

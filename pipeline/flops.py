@@ -13,7 +13,7 @@ from typing import Any
 from dpar.flops import PAPER_GMACS, PAPER_PARAMETERS, PAPER_PATCH_LENGTH, count
 from dpar.presets import PRESETS, preset
 from pipeline.runtime.errors import StageError
-from pipeline.settings import FlopsSettings
+from pipeline.settings.models import FlopsSettings
 
 
 @dataclass(frozen=True, kw_only=True)

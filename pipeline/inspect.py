@@ -41,7 +41,7 @@ from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.threshold_warning import warn_if_out_of_reach
 from pipeline.scoring.survey import Survey, numbers, starts_at
-from pipeline.settings import InspectSettings
+from pipeline.settings.artifacts import InspectSettings
 from pipeline.sources.originals import load_originals
 from pipeline.sources.source import nearest
 from shards.errors import ArtifactError

@@ -29,7 +29,7 @@ from pipeline.runtime.progress import Progress, Task, stops_with
 from pipeline.runtime.provenance import made_by
 from pipeline.runtime.threshold_warning import warn_if_out_of_reach
 from pipeline.scoring.likelihood import check_compatible, entropies, prepared
-from pipeline.settings import PatchifySettings
+from pipeline.settings.artifacts import PatchifySettings
 from shards.manifest import BUILD, FORMAT_VERSIONS, MANIFEST, Manifest, ShardInfo, write_json
 from shards.patch_statistics import count_patches, merge_counts
 from shards.reader import Artifact, open_artifact

@@ -33,7 +33,8 @@ from pipeline.runtime.progress import Progress, stops_with
 from pipeline.runtime.provenance import made_by
 from pipeline.runtime.work_sharing import Parts, claim_folder, write_once
 from pipeline.scoring.likelihood import check_compatible, check_same_classes, layout_for, prepared
-from pipeline.settings import Precision, ProbeSettings
+from pipeline.settings.fields import Precision
+from pipeline.settings.models import ProbeSettings
 from shards.reader import Artifact, Batch, open_artifact
 
 CHUNK = 1024  # images a part

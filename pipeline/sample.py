@@ -29,7 +29,7 @@ from pipeline.reports.pictures import draw_patches, enlarge, sheet
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, stops_with
 from pipeline.runtime.work_sharing import atomic_path, claim_parts
-from pipeline.settings import SampleSettings
+from pipeline.settings.sampling import SampleSettings
 from shards.reader import Artifact
 
 SHEET_CLASSES = 50  # rows of a sheet, at most

@@ -39,7 +39,8 @@ from pipeline.scoring.reconstruction_sample import (
     reconstruction_lines,
     sampled_positions,
 )
-from pipeline.settings import TokenizeSettings, identity
+from pipeline.settings.artifacts import TokenizeSettings
+from pipeline.settings.fields import identity
 from pipeline.sources import Source, UnusableImage, open_source
 from pipeline.sources.crops import n_views, views
 from pipeline.sources.decode import budget

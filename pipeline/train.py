@@ -27,7 +27,8 @@ from pipeline.runtime.distributed import barrier, process_group
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.scoring.likelihood import check_compatible, check_same_classes
-from pipeline.settings import EntropySettings, OptimSettings, TrainSettings, run_time_fields
+from pipeline.settings.fields import run_time_fields
+from pipeline.settings.training import EntropySettings, OptimSettings, TrainSettings
 from pipeline.training.loop import Objective, enough_memory, fit, total_steps
 from pipeline.training.preview import Painter
 from pipeline.training.trackers import check_trackers

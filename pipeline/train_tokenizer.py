@@ -25,7 +25,8 @@ from pipeline.runs.run_folder import RunFolder
 from pipeline.runtime.device import autocast, choose_device, world_size
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, Stopped, stop_between_steps, stops_with
-from pipeline.settings import TrainTokenizerSettings, identity
+from pipeline.settings.fields import identity
+from pipeline.settings.training import TrainTokenizerSettings
 from pipeline.sources import IndexedSource, UnusableImage, open_indexed
 from pipeline.sources.decode import budget
 from pipeline.training.schedule import learning_rate

@@ -28,7 +28,7 @@ from PIL import Image
 from dpar import LlamaGen, LlamaGenConfig, VQConfig, VQTokenizer
 from pipeline.patchify import patchify
 from pipeline.runtime.progress import Progress
-from pipeline.settings import PatchifySettings, TokenizeSettings
+from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
 from pipeline.tokenize import tokenize
 
 Stage = Literal["tokenize", "patchify"]

@@ -131,7 +131,7 @@ def test_help_fits_80_columns_and_names_every_option_in_full() -> None:
 
 
 def test_help_lists_options_under_headings_those_that_must_be_given_first() -> None:
-    from pipeline.settings import GROUPS
+    from pipeline.settings.fields import GROUPS
 
     for name in commands():
         headings = [line[:-1] for line in help_of(name).splitlines() if line.endswith(":") and line[0] not in " U"]

@@ -25,7 +25,7 @@ from dpar.tokenizer import from_uint8
 from pipeline.generation.generator import Generator, KeptTokens
 from pipeline.reports.pictures import enlarge, sheet
 from pipeline.runtime.errors import StageError
-from pipeline.settings import SampleSettings
+from pipeline.settings.sampling import SampleSettings
 from pipeline.sources import UnusableImage
 from pipeline.sources.crops import views
 from pipeline.sources.decode import read_image

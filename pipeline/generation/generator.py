@@ -36,7 +36,8 @@ from pipeline.runs.weights import (
 )
 from pipeline.runtime.device import autocast, choose_device
 from pipeline.runtime.errors import StageError
-from pipeline.settings import Precision, SamplingSettings
+from pipeline.settings.fields import Precision
+from pipeline.settings.sampling import SamplingSettings
 from pipeline.sources.source import known_class
 from shards.manifest import file_sha256
 from shards.reader import Artifact

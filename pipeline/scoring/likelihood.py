@@ -26,7 +26,7 @@ from dpar.patching import PatchRule
 from pipeline.runtime.device import autocast, rank, world_size
 from pipeline.runtime.distributed import all_reduce_sum
 from pipeline.runtime.errors import StageError
-from pipeline.settings import Precision
+from pipeline.settings.fields import Precision
 from shards.manifest import Manifest
 from shards.reader import Artifact, Batch
 

@@ -18,7 +18,7 @@ from dpar.patching import PatchRule
 from pipeline.reports.pictures import entropy_scale
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
-from pipeline.settings import InspectSettings
+from pipeline.settings.artifacts import InspectSettings
 from shards.manifest import Manifest
 from shards.patch_statistics import by_compressibility, class_name, lengths_differ
 from shards.reader import Artifact

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from pipeline.runtime.errors import StageError
-from pipeline.settings import Views
+from pipeline.settings.fields import Views
 from pipeline.sources import HUB, Source, UnusableImage, open_source
 from pipeline.sources.crops import n_views
 from pipeline.sources.crops import views as crops

@@ -42,7 +42,7 @@ from pipeline.runtime.distributed import (
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, Stopped, stop_between_steps, stops_with
 from pipeline.scoring.likelihood import layout_for, shared_bits_per_token
-from pipeline.settings import OptimSettings
+from pipeline.settings.training import OptimSettings
 from pipeline.training.preview import Painter
 from pipeline.training.schedule import learning_rate
 from pipeline.training.throughput import Speed, peak_memory

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.settings import Schedule
+from pipeline.settings.fields import Schedule
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: Schedule) -> float:

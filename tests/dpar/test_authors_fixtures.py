@@ -13,7 +13,7 @@ from torch import Tensor
 from dpar import DPAR, DPARConfig, LlamaGen, ModelError, PatchRule, SamplingOptions, patch_starts, sample, token_entropy
 from dpar.pretrained import read_weights
 from pipeline.convert import convert
-from pipeline.settings import ConvertSettings
+from pipeline.settings.models import ConvertSettings
 from tests.dpar.conftest import FIXTURES, Reference
 
 TOLERANCE = 1e-4

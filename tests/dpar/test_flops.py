@@ -3,7 +3,7 @@ import pytest
 from dpar import DPARConfig, ModelError, preset
 from dpar.flops import PAPER_GMACS, PAPER_PARAMETERS, PAPER_PATCH_LENGTH, Cost, count, linear_macs
 from pipeline.flops import HEADER, NOTES, CostRow, cost_table, table, tables
-from pipeline.settings import FlopsSettings
+from pipeline.settings.models import FlopsSettings
 
 HERE = {  # GMACs per image, the table of docs/method.md
     ("llamagen-b", 256): 24.96,

@@ -19,7 +19,7 @@ from dpar.presets import preset
 from dpar.tokenizer import VQConfig, VQTokenizer
 from pipeline.patchify import patchify
 from pipeline.runtime.progress import Progress
-from pipeline.settings import PatchifySettings, TokenizeSettings
+from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
 from pipeline.tokenize import tokenize
 from pipeline.train import lineage
 from shards.manifest import Manifest, write_json

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from cli import in_this_process
 from pipeline.boundary_agreement import COMPARISON, compare, lines
 from pipeline.runtime.errors import StageError
-from pipeline.settings import PatchifySettings
+from pipeline.settings.artifacts import PatchifySettings
 from shards.reader import open_artifact
 from tests.pipeline.test_patchify import GRID, QUIET, N, build_codes, run, save_entropy_run, save_model
 

@@ -25,14 +25,10 @@ from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.sample import sample_pictures
 from pipeline.scoring.likelihood import bits_per_token
-from pipeline.settings import (
-    ConvertSettings,
-    EntropySettings,
-    EvalSettings,
-    PatchifySettings,
-    SampleSettings,
-    TokenizeSettings,
-)
+from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
+from pipeline.settings.models import ConvertSettings
+from pipeline.settings.sampling import EvalSettings, SampleSettings
+from pipeline.settings.training import EntropySettings
 from pipeline.tokenize import tokenize
 from pipeline.train import train_entropy
 from shards.reader import open_artifact

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dpar.tokenizer import VQConfig, VQTokenizer
 from pipeline.runtime.progress import Progress
-from pipeline.settings import TokenizeSettings
+from pipeline.settings.artifacts import TokenizeSettings
 from pipeline.tokenize import tokenize
 from shards.manifest import BUILD, MANIFEST
 

@@ -34,7 +34,9 @@ from pipeline.scoring.features import (
 from pipeline.scoring.likelihood import bits_per_token
 from pipeline.scoring.reconstruction import ssim
 from pipeline.scoring.results import write_results
-from pipeline.settings import EvalSettings, PatchifySettings, TokenizeSettings, TrainSettings
+from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
+from pipeline.settings.sampling import EvalSettings
+from pipeline.settings.training import TrainSettings
 from pipeline.sources.originals import load_originals
 from pipeline.tokenize import tokenize
 from pipeline.train import train

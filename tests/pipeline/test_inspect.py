@@ -18,7 +18,7 @@ from pipeline.reports.inspection import tables
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.scoring.survey import entropy_quantiles
-from pipeline.settings import InspectSettings
+from pipeline.settings.artifacts import InspectSettings
 from pipeline.sources import open_indexed
 from pipeline.sources.crops import views
 from pipeline.sources.originals import load_originals

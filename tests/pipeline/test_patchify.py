@@ -25,7 +25,8 @@ from pipeline.convert import convert
 from pipeline.patchify import find_threshold, patchify
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, Stopped, Task
-from pipeline.settings import ConvertSettings, PatchifySettings
+from pipeline.settings.artifacts import PatchifySettings
+from pipeline.settings.models import ConvertSettings
 from shards.errors import ArtifactError
 from shards.manifest import Container, Manifest, ShardInfo
 from shards.patch_statistics import count_patches, merge_counts, summary

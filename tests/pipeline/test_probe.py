@@ -12,7 +12,8 @@ from dpar import DPAR, LlamaGen
 from pipeline.patchify import patchify
 from pipeline.probe import accuracies, features, fit_linear, probe
 from pipeline.runtime.errors import StageError
-from pipeline.settings import PatchifySettings, ProbeSettings
+from pipeline.settings.artifacts import PatchifySettings
+from pipeline.settings.models import ProbeSettings
 from shards.reader import open_artifact
 from tests.pipeline.sampled import CPU, QUIET, SIDE, N, everything, killed_again_and_again, save_home, save_run
 

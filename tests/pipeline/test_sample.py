@@ -23,7 +23,9 @@ from pipeline.patchify import patchify
 from pipeline.runs.run_folder import RunFolder
 from pipeline.runtime.errors import StageError
 from pipeline.sample import sample_pictures
-from pipeline.settings import ConvertSettings, InspectSettings, PatchifySettings, SampleSettings
+from pipeline.settings.artifacts import InspectSettings, PatchifySettings
+from pipeline.settings.models import ConvertSettings
+from pipeline.settings.sampling import SampleSettings
 from pipeline.sources.crops import views
 from shards.errors import ArtifactError
 from shards.reader import open_artifact

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from pipeline.runtime.errors import StageError
-from pipeline.settings import TokenizeSettings, TrainSettings, TrainTokenizerSettings, identity, run_time_fields
+from pipeline.settings.artifacts import TokenizeSettings
+from pipeline.settings.fields import identity, run_time_fields
+from pipeline.settings.training import TrainSettings, TrainTokenizerSettings
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import dpar
 from dpar.tokenizer import VQConfig, VQTokenizer, from_uint8
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, Task
-from pipeline.settings import TokenizeSettings
+from pipeline.settings.artifacts import TokenizeSettings
 from pipeline.sources import open_indexed
 from pipeline.sources.crops import views
 from pipeline.tokenize import tokenize

@@ -19,7 +19,7 @@ from pipeline.runs.run_folder import RunFolder
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.scoring.likelihood import check_same_classes
-from pipeline.settings import EntropySettings
+from pipeline.settings.training import EntropySettings
 from pipeline.train import train_entropy
 from pipeline.training.loop import Objective, fit
 from shards.errors import ArtifactError

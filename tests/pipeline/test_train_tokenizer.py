@@ -13,7 +13,7 @@ from dpar.tokenizer import VQTokenizer, from_uint8
 from pipeline.runs.run_folder import read_metrics
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
-from pipeline.settings import TrainTokenizerSettings
+from pipeline.settings.training import TrainTokenizerSettings
 from pipeline.sources import open_indexed
 from pipeline.sources.crops import views
 from pipeline.train_tokenizer import train_tokenizer

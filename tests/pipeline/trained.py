@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.runtime.progress import Progress
-from pipeline.settings import TrainSettings
+from pipeline.settings.training import TrainSettings
 from pipeline.train import train
 from shards.manifest import Kind, Manifest, ShardInfo
 from shards.rows import Rows

@@ -204,7 +204,7 @@ def test_a_seal_with_wrong_values_makes_a_damaged_checkpoint(tmp_path: Path, con
 def test_memory_that_is_full_is_one_message_with_the_settings_to_lower(patches: Path, tmp_path: Path) -> None:
     script = f"""
 import resource, pathlib
-from pipeline.settings import TrainSettings
+from pipeline.settings.training import TrainSettings
 from pipeline.train import train
 pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1_000_000_000,) * 2)

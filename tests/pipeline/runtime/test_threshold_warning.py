@@ -12,7 +12,8 @@ from pipeline.patchify import patchify
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.threshold_warning import warn_if_out_of_reach
 from pipeline.sample import sample_pictures
-from pipeline.settings import EvalSettings, InspectSettings, PatchifySettings, SampleSettings
+from pipeline.settings.artifacts import InspectSettings, PatchifySettings
+from pipeline.settings.sampling import EvalSettings, SampleSettings
 from tests.pipeline.sampled import CPU, V, save_home, save_run
 
 HIGH = 50.0

@@ -16,7 +16,7 @@ from pipeline.inspect import inspect
 from pipeline.reports.inspection import tables
 from pipeline.runtime.progress import Progress
 from pipeline.scoring.reconstruction_sample import SAMPLE, reconstruction_lines, sampled_positions
-from pipeline.settings import InspectSettings, TokenizeSettings
+from pipeline.settings.artifacts import InspectSettings, TokenizeSettings
 from pipeline.sources.originals import load_originals
 from pipeline.tokenize import tokenize
 from shards.manifest import Manifest

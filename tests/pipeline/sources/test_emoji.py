@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.inspect import inspect
 from pipeline.runtime.errors import StageError
-from pipeline.settings import InspectSettings, TokenizeSettings
+from pipeline.settings.artifacts import InspectSettings, TokenizeSettings
 from pipeline.sources import IndexedSource, open_indexed
 from pipeline.sources.build_emoji import CLASSES, LEAST_TRAINING, base_emoji, build, group, held_out
 from pipeline.sources.emoji import TAR

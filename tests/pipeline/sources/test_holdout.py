@@ -18,7 +18,7 @@ from rich.console import Console
 from dpar.tokenizer import VQConfig, VQTokenizer
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
-from pipeline.settings import TokenizeSettings
+from pipeline.settings.artifacts import TokenizeSettings
 from pipeline.sources import IndexedSource, open_indexed
 from pipeline.sources.holdout import split_holdout
 from pipeline.sources.originals import load_originals

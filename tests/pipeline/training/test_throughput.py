@@ -19,7 +19,8 @@ from dpar.presets import preset
 from pipeline.patchify import patchify
 from pipeline.reports.pictures import LINE_PX
 from pipeline.runtime.progress import Progress
-from pipeline.settings import EntropySettings, PatchifySettings, TokenizeSettings, TrainSettings
+from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
+from pipeline.settings.training import EntropySettings, TrainSettings
 from pipeline.tokenize import tokenize
 from pipeline.train import train, train_entropy
 from pipeline.training import loop

@@ -1,0 +1,11 @@
+"""Every stage's settings: one frozen dataclass each, checked once, and the one place where a default stands.
+
+    fields      types, help headings, checks, and which fields decide a result
+    artifacts   tokenize, patchify, inspect
+    training    train-tokenizer, entropy, train
+    sampling    sample, eval
+    models      probe, flops, convert
+
+The command line makes its options from these fields, a ``--config FILE.toml`` uses their names, and manifests and
+runs record them. The strings beside each type are its help and the heading under which ``--help`` lists it.
+"""

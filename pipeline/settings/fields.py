@@ -1,0 +1,85 @@
+"""What settings have in common: types of fields, help headings, checks, and which fields decide a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pipeline.runtime.errors import StageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# The headings, in the order of --help.
+GROUPS = ("Data", "Model", "Patches", "Optimisation", "Sampling", "Hardware", "Output")
+DATA, MODEL, PATCHES, OPTIM, SAMPLING, HARDWARE, OUTPUT = GROUPS
+
+
+class RunTime:
+    """Marks a field that may change when a stage resumes: it does not decide the result, or what it names does."""
+
+
+RUN_TIME = RunTime()
+
+Precision = Literal["auto", "bf16", "fp32"]
+Views = Literal["center", "flip", "ten-crop"]
+Container = Literal["arrow", "webdataset"]
+Schedule = Literal["constant", "cosine"]
+Attention = Literal["auto", "varlen", "xformers", "flex", "sdpa"]
+Features = Literal["tokenizer", "inception"]
+PatchRope = Literal["dynamic", "dynamic-compact", "2d"]
+GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
+Labels = Literal["balanced", "random"]
+Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA where there is one.", HARDWARE, RUN_TIME]
+Compute = Annotated[Precision, "Of the arithmetic; auto is bf16 where the device is faster with it.", HARDWARE]
+Seed = Annotated[int, "All randomness comes from it."]
+Split = Annotated[
+    str | None, "Part of the data: a subfolder such as train or val; train or validation of built-in data.", DATA
+]
+FetchOriginals = Annotated[
+    bool,
+    "Fetch originals over the network, where the artifact's manifest says that they are: trust who made it.",
+    DATA,
+    RUN_TIME,
+]
+Classes = Annotated[tuple[str, ...], "Only this class; repeat for several. (default: all)", DATA]
+
+
+def run_time_fields(settings: object) -> frozenset[str]:
+    """The names of a settings object's fields that are marked :data:`RUN_TIME`."""
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    return frozenset(name for name, hint in hints.items() if RUN_TIME in typing.get_args(hint))
+
+
+def identity(settings: DataclassInstance) -> dict[str, Any]:
+    """The fields that decide the result, JSON-able: a stage resumes only under equal ones."""
+    free = run_time_fields(settings)
+    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    values: dict[str, Any] = json.loads(json.dumps(chosen, default=str))
+    return values
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises StageError with ``message`` unless ``condition``."""
+    if not condition:
+        raise StageError(message)
+
+
+LARGEST = 2**31 - 1  # of whole numbers: seeds times steps, and indices, stay below 64 bits
+LARGEST_BATCH = 2**16  # of what is held in memory at the same time
+BATCHES = ("batch", "micro_batch", "sheet", "workers", "image_size")
+
+
+def at_least(settings: object, low: float, *names: str) -> None:
+    """Raise StageError if one of the named numbers is below ``low``, not finite, or larger than any use of it."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None:
+            option = "--" + name.replace("_", "-")
+            shown = value if isinstance(value, float) or abs(value) < 10**15 else "a number of too many digits"
+            require(value >= low and value < math.inf, f"{option} is {shown}; it must be at least {low:g}")
+            high = LARGEST_BATCH if name in BATCHES else LARGEST
+            require(value <= high or isinstance(value, float), f"{option} is {shown}; it must be at most {high}")

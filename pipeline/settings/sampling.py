@@ -1,0 +1,176 @@
+"""Settings of the commands that sample from a run: sample and eval."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pipeline.settings.fields import (
+    DATA,
+    HARDWARE,
+    MODEL,
+    OUTPUT,
+    PATCHES,
+    RUN_TIME,
+    SAMPLING,
+    Compute,
+    Device,
+    Features,
+    FetchOriginals,
+    GuidanceSchedule,
+    Labels,
+    Precision,
+    Seed,
+    at_least,
+    require,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """What sampling needs wherever it happens."""
+
+    cfg_schedule: Annotated[
+        GuidanceSchedule,
+        "Of the guidance over the tokens; linear and power-cosine rise from none to --cfg-scale.",
+        SAMPLING,
+    ] = "constant"
+    cfg_power: Annotated[float, "Of power-cosine; higher guides later.", SAMPLING] = 1.0
+    temperature: Annotated[float, "Of the logits; 0 takes the likeliest token.", SAMPLING] = 1.0
+    top_k: Annotated[int, "Only the k likeliest tokens; 0 is all.", SAMPLING] = 0
+    top_p: Annotated[float, "Only the likeliest tokens that together have this probability.", SAMPLING] = 1.0
+    labels: Annotated[Labels, "Classes of a number of images: all alike, or drawn at random (seeded).", SAMPLING] = (
+        "balanced"
+    )
+    row_reset: Annotated[bool | None, "Each row starts a patch. (default: as in the training data)", PATCHES] = None
+    seed: Annotated[Seed, SAMPLING] = 0
+    batch: Annotated[int, "Images sampled at once; at most a shard.", HARDWARE, RUN_TIME] = 32
+    shard_size: Annotated[int, "Images a shard of the sampled codes: what a kill can lose.", OUTPUT, RUN_TIME] = 128
+    tokenizer: Annotated[str | None, "Its weights. (default: those that made the codes)", MODEL, RUN_TIME] = None
+    entropy_model: Annotated[str | None, "Its weights. (default: those that made the patches)", MODEL, RUN_TIME] = None
+    device: Device = "auto"
+    precision: Compute = "auto"
+    decode_precision: Annotated[Precision, "Of decoding codes to pictures.", HARDWARE] = "fp32"
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "temperature", "top_k", "seed", "cfg_power")
+        at_least(self, 1, "batch", "shard_size")
+        require(0 < self.top_p <= 1, f"--top-p is {self.top_p}; it must be above 0 and at most 1")
+
+
+def check_cfg_scale(scale: float) -> None:
+    """Raises StageError unless guidance of this scale means something."""
+    require(math.isfinite(scale) and scale >= 0, f"--cfg-scale is {scale}; it must be above 0")
+    require(scale > 0, "--cfg-scale is 0, which leaves the class out altogether; 1 is no guidance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings(SamplingSettings):
+    """Sampling pictures."""
+
+    cfg_scale: Annotated[float, "Classifier-free guidance s: logits = u + s·(c - u); 1 is none.", SAMPLING] = 2.0
+    threshold: Annotated[float | None, "τ, nats. (default: the training data's)", PATCHES] = None
+    max_length: Annotated[int | None, "P; 0 is no limit. (default: the training data's)", PATCHES] = None
+    classes: Annotated[
+        tuple[str, ...], "Only this class, by name or number; repeat for several. (default: all)", SAMPLING
+    ] = ()
+    per_class: Annotated[int | None, "Images of each class. (default: 4)", SAMPLING] = None
+    count: Annotated[
+        int | None, "Images in all, in place of --per-class; --labels says of which classes.", SAMPLING
+    ] = None
+    image: Annotated[
+        Path | None, "Keep a part of this image and sample the rest, with --mask or --keep-rows.", SAMPLING
+    ] = None
+    mask: Annotated[Path | None, "Image of the same size: white is sampled anew.", SAMPLING] = None
+    keep_rows: Annotated[int | None, "Rows of tokens kept, from the top.", SAMPLING] = None
+    show_patches: Annotated[bool, "Draw the patches on the images of the sheet.", OUTPUT] = False
+    png: Annotated[bool, "Write each picture as a PNG file.", OUTPUT] = True
+    npz: Annotated[bool, "Write samples.npz as ADM's evaluation suite reads it.", OUTPUT] = False
+    overwrite: Annotated[bool, "Replace an output that other settings made.", OUTPUT] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_cfg_scale(self.cfg_scale)
+        at_least(self, 0, "threshold", "max_length")
+        at_least(self, 1, "per_class", "count", "keep_rows")
+        require(self.count is None or self.per_class is None, "give one of --per-class and --count")
+        require(self.labels == "balanced" or self.count is not None, "--labels random needs --count")
+        kept = (self.mask is not None) + (self.keep_rows is not None)
+        if self.image is None:
+            require(kept == 0, "--mask and --keep-rows belong to --image")
+        else:
+            require(kept == 1, "--image needs one of --mask and --keep-rows")
+            require(len(self.classes) == 1, "--image needs one --classes: the class of what is sampled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(SamplingSettings):
+    """Scoring a run."""
+
+    reference: Annotated[
+        Path,
+        "What samples are held against: an artifact, a folder of images, or an .npz of images or statistics.",
+        DATA,
+        RUN_TIME,
+    ]
+    held_out: Annotated[
+        Path | None,
+        "Held-out artifact for bits per token: patches for DPAR; codes will do for LlamaGen. "
+        "(default: the reference, where it is one)",
+        DATA,
+        RUN_TIME,
+    ] = None
+    checkpoint: Annotated[
+        tuple[str, ...],
+        "One of the run's checkpoints, step-00001234, or other weights; repeat. (default: the newest)",
+        MODEL,
+        RUN_TIME,
+    ] = ()
+    cfg_scale: Annotated[
+        tuple[float, ...], "Guidance to sample at; repeat for a table. (default: 1.0 and 2.0)", SAMPLING, RUN_TIME
+    ] = (
+        1.0,
+        2.0,
+    )
+    threshold: Annotated[
+        tuple[float, ...], "τ, nats; repeat for a table. (default: the training data's)", PATCHES, RUN_TIME
+    ] = ()
+    max_length: Annotated[
+        tuple[int, ...], "P, 0 is no limit; repeat for a table. (default: the training data's)", PATCHES, RUN_TIME
+    ] = ()
+    labels: Annotated[
+        Labels, "Classes of the samples: drawn at random (seeded), as in the paper, or all alike.", SAMPLING
+    ] = "random"
+    samples: Annotated[int, "Images sampled for each cell of the table; 0 samples none.", SAMPLING] = 1000
+    features: Annotated[
+        Features,
+        "Of the distance between samples and reference: inception is FID and needs torch-fidelity (extra eval).",
+        OUTPUT,
+    ] = "tokenizer"
+    inception_weights: Annotated[
+        Path | None, "File of Inception's weights. (default: torch-fidelity fetches them)", OUTPUT, RUN_TIME
+    ] = None
+    save_reference: Annotated[
+        Path | None, "Write the reference's statistics to this .npz, to be a --reference.", OUTPUT, RUN_TIME
+    ] = None
+    sheet_per_class: Annotated[int, "Samples of each class on the sheets.", OUTPUT, RUN_TIME] = 4
+    fetch_originals: FetchOriginals = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for scale in self.cfg_scale:
+            check_cfg_scale(scale)
+        for threshold in self.threshold:
+            require(math.isfinite(threshold) and threshold >= 0, f"--threshold is {threshold}; it must be at least 0")
+        for length in self.max_length:
+            require(length >= 0, f"--max-length is {length}; it must be at least 0 (0 is no limit)")
+        at_least(self, 0, "samples")
+        at_least(self, 1, "sheet_per_class")
+        require(self.samples != 1, "--samples is 1; a distance needs at least 2 images (0 samples none)")
+        if self.save_reference is not None:
+            require(
+                self.save_reference.suffix == ".npz" and not self.save_reference.is_dir(),
+                f"--save-reference is '{self.save_reference}'; it must be a file that ends in .npz",
+            )

@@ -1,0 +1,154 @@
+"""Settings of the commands that train: train-tokenizer, entropy and train."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pipeline.settings.fields import (
+    DATA,
+    HARDWARE,
+    MODEL,
+    OPTIM,
+    OUTPUT,
+    RUN_TIME,
+    Attention,
+    Classes,
+    Compute,
+    Device,
+    Schedule,
+    Seed,
+    Split,
+    at_least,
+    require,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerSettings:
+    """Training a VQ tokenizer."""
+
+    model: Annotated[str, "Preset: vq-16 and vq-8 are LlamaGen's; vq-8-tiny is small.", MODEL] = "vq-8-tiny"
+    codebook_size: Annotated[int | None, "Codes, V. (default: the preset's)", MODEL] = None
+    image_size: Annotated[int, "Pixels along a side of the training crops.", DATA] = 128
+    split: Split = None
+    classes: Classes = ()
+    steps: Annotated[int, "Optimizer steps.", OPTIM] = 2000
+    batch: Annotated[int, "Images per step.", OPTIM] = 16
+    lr: Annotated[float, "Learning rate; it falls to a tenth along a cosine.", OPTIM] = 1e-3
+    warmup: Annotated[int, "Steps over which the learning rate rises from 0.", OPTIM] = 50
+    commitment_weight: Annotated[float, "Of the commitment loss.", OPTIM] = 0.25
+    entropy_weight: Annotated[float, "Of the codebook's entropy loss; 0 is off.", OPTIM] = 0.0
+    perceptual_weight: Annotated[float, "Of LPIPS (extra vqgan); 0 is off.", OPTIM] = 0.0
+    adversarial_weight: Annotated[float, "Of the PatchGAN discriminator; 0 is off.", OPTIM] = 0.0
+    adversarial_start: Annotated[int, "First step of the discriminator.", OPTIM] = 1000
+    restart_every: Annotated[int, "Steps between restarts of unused codes, in the first half; 0 is never.", OPTIM] = 50
+    checkpoint_every: Annotated[int, "Steps between checkpoints.", OUTPUT, RUN_TIME] = 250
+    weights_dtype: Annotated[Literal["fp32", "bf16"], "Of the weights written at the end.", OUTPUT] = "fp32"
+    workers: Annotated[int, "Threads that decode images.", HARDWARE, RUN_TIME] = 2
+    seed: Annotated[Seed, OPTIM] = 0
+    device: Device = "auto"
+    precision: Compute = "auto"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "codebook_size", "image_size", "steps", "batch", "checkpoint_every", "workers")
+        at_least(self, 0, "lr", "warmup", "adversarial_start", "restart_every", "seed")
+        at_least(self, 0, "commitment_weight", "entropy_weight", "perceptual_weight", "adversarial_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """How a model is trained; the defaults are the paper's recipe (section 4.1)."""
+
+    steps: Annotated[int | None, "Optimizer steps. (default: --epochs)", OPTIM] = None
+    epochs: Annotated[float, "Passes over the data, where --steps is not given.", OPTIM] = 300.0
+    batch: Annotated[int, "Images per step, over all processes.", OPTIM] = 256
+    micro_batch: Annotated[
+        int | None, "Images computed at once in a process. (default: all of its share)", HARDWARE, RUN_TIME
+    ] = None
+    lr: Annotated[float, "Learning rate.", OPTIM] = 1e-4
+    scale_lr: Annotated[bool, "Multiply the learning rate by batch / 256.", OPTIM] = False
+    schedule: Annotated[Schedule, "Of the learning rate; cosine falls to a tenth.", OPTIM] = "constant"
+    warmup: Annotated[int, "Steps over which the learning rate rises from 0.", OPTIM] = 0
+    weight_decay: Annotated[float, "On matrices only.", OPTIM] = 0.05
+    beta1: Annotated[float, "AdamW.", OPTIM] = 0.9
+    beta2: Annotated[float, "AdamW.", OPTIM] = 0.95
+    clip: Annotated[float, "Largest gradient norm; 0 is no limit.", OPTIM] = 1.0
+    dropout: Annotated[float, "In LlamaGen everywhere, in DPAR in the patch transformer and on its input.", OPTIM] = 0.1
+    ema: Annotated[float, "Decay of the weights' moving average, such as 0.9999; 0 keeps none.", OPTIM] = 0.0
+    init: Annotated[str | None, "Weights to start from: a directory, run, Hub name or LlamaGen's .pt file.", MODEL] = (
+        None
+    )
+    validation: Annotated[Path | None, "Held-out artifact for bits per token. (default: none)", DATA, RUN_TIME] = None
+    eval_every: Annotated[int, "Steps between validations and sheets; one more comes at the end.", OUTPUT, RUN_TIME] = (
+        2000
+    )
+    sheet: Annotated[int, "Samples on each sheet; 0 draws none.", OUTPUT, RUN_TIME] = 8
+    log_every: Annotated[int, "Steps between lines of metrics.", OUTPUT, RUN_TIME] = 50
+    checkpoint_every: Annotated[int, "Steps between checkpoints.", OUTPUT, RUN_TIME] = 2000
+    keep: Annotated[int, "Newest checkpoints kept.", OUTPUT, RUN_TIME] = 2
+    override: Annotated[bool, "Go on with a run under other settings, and record which.", OUTPUT, RUN_TIME] = False
+    verify: Annotated[bool, "Check the SHA-256 of every input shard before starting.", DATA, RUN_TIME] = True
+    attention: Annotated[
+        Attention,
+        "How packed patches attend; auto is the first of varlen, xformers and sdpa that runs here.",
+        HARDWARE,
+        RUN_TIME,
+    ] = "auto"
+    compile: Annotated[bool | None, "Compile the model's layers. (default: on CUDA)", HARDWARE, RUN_TIME] = None
+    checkpoint_layers: Annotated[
+        bool, "Keep no activations inside layers: less memory, a third more compute.", HARDWARE, RUN_TIME
+    ] = False
+    fsdp: Annotated[
+        bool, "Share weights and optimizer over the processes (FSDP2), for models of XXL size.", HARDWARE, RUN_TIME
+    ] = False
+    tensorboard: Annotated[bool, "Metrics to RUN/tensorboard, too (extra tensorboard).", OUTPUT, RUN_TIME] = False
+    wandb: Annotated[bool, "Metrics to Weights & Biases, too (extra wandb).", OUTPUT, RUN_TIME] = False
+    seed: Annotated[Seed, OPTIM] = 0
+    device: Device = "auto"
+    precision: Compute = "auto"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "batch", "micro_batch", "eval_every", "log_every", "checkpoint_every", "keep")
+        at_least(self, 0, "lr", "warmup", "weight_decay", "beta1", "beta2", "clip", "dropout", "ema", "sheet", "seed")
+        require(self.epochs > 0, f"--epochs is {self.epochs}; it must be above 0")
+        for name in ("beta1", "beta2", "dropout", "ema"):
+            require(getattr(self, name) < 1, f"--{name} is {getattr(self, name)}; it must be under 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropySettings(OptimSettings):
+    """Training the entropy model."""
+
+    model: Annotated[str, "Preset of LlamaGen's family, trained without classes.", MODEL] = "llamagen-b"
+    from_llamagen: Annotated[
+        str | None,
+        "LlamaGen's c2i_*.pt (or a directory of it), read without classes in place of training.",
+        MODEL,
+        RUN_TIME,
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.from_llamagen is not None:
+            given = [
+                "--" + field.name.replace("_", "-")
+                for field in dataclasses.fields(self)
+                if field.name not in ("from_llamagen", "device", "precision")
+                and getattr(self, field.name) != field.default
+            ]
+            require(not given, f"--from-llamagen trains nothing; leave out {', '.join(given)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(OptimSettings):
+    """Training DPAR or the LlamaGen baseline."""
+
+    model: Annotated[str, "Preset: dpar-… or llamagen-… with tiny, mini, b, l, xl, xxl.", MODEL] = "dpar-b"
+    guidance_dropout: Annotated[float, "How often the class is left out, for classifier-free guidance.", OPTIM] = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.guidance_dropout <= 1, f"--guidance-dropout is {self.guidance_dropout}; it must be in 0 to 1")
