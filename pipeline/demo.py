@@ -1,20 +1,18 @@
 """``dpar demo``: the whole chain on the photographs that ship with scikit-image, and a report of it.
 
 Every step is a ``dpar`` command, run as a user would run it and printed before it runs; the commands differ from those
-for ImageNet in sizes alone. Running the demo again goes on where it stopped.
+for ImageNet in sizes alone. A demo that was stopped resumes when run again.
 
     demo(Path("demo"), run_command=lambda arguments: subprocess.run(["dpar", *arguments], check=True))
 """
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +25,7 @@ from pipeline.runs.run_folder import read_metrics, read_run
 from pipeline.runs.weights import load_tokenizer
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.provenance import made_by
+from pipeline.scoring.records import DISTANCE, Results
 from pipeline.sources.originals import load_originals
 from shards.manifest import Manifest, write_json
 from shards.reader import Artifact, open_artifact
@@ -117,7 +116,7 @@ def write_report(out: Path, size: Size, timings: dict[str, float]) -> Path:
     pictures.mkdir(exist_ok=True)
     training = Manifest.read(out / "patches")
     held_out = open_artifact(out / "patches-validation")
-    scores = {name: json.loads((out / f"eval-{name}" / "results.json").read_text()) for name in ("dpar", "llamagen")}
+    scores = {name: Results.read(out / f"eval-{name}" / "results.json") for name in ("dpar", "llamagen")}
     chosen = one_a_class(held_out)
     sections = [
         _comparison(out, scores, training),
@@ -148,25 +147,25 @@ def one_a_class(artifact: Artifact) -> NDArray[np.int64]:
     return np.array([int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)])
 
 
-def _comparison(out: Path, scores: dict[str, dict[str, Any]], training: Manifest) -> Section:
+def _comparison(out: Path, scores: dict[str, Results], training: Manifest) -> Section:
     def seen(name: str) -> str:
-        """Images trained on, and the last training loss in bits."""
+        """How many images a run has trained on."""
         lines = [line for line in read_metrics(out / name) if "bits_per_token" in line]
         batch = read_run(out / name)["settings"]["batch"]
         return f"{lines[-1]['step'] * batch}"
 
-    dpar, llamagen = scores["dpar"], scores["llamagen"]
+    both = [scores[name].newest for name in ("dpar", "llamagen")]
     rows = [
-        ["tokens per image", str(dpar["tokens_per_image"]), str(llamagen["tokens_per_image"])],
-        ["patches per image, held out", f"{dpar['patches_per_image']:.1f}", "–"],
-        ["GFLOPs per image (MACs, as the paper counts)", *(f"{s['gmacs_per_image']:.3f}" for s in (dpar, llamagen))],
-        ["parameters", *(f"{s['parameters'] / 1e6:.2f} M" for s in (dpar, llamagen))],
+        ["tokens per image", *(str(row.tokens_per_image) for row in both)],
+        ["patches per image, held out", f"{both[0].patches_per_image:.1f}", "–"],
+        ["GFLOPs per image (MACs, as the paper counts)", *(f"{row.gmacs_per_image:.3f}" for row in both)],
+        ["parameters", *(f"{row.parameters / 1e6:.2f} M" for row in both if row.parameters)],
         ["images trained on", seen("dpar"), seen("llamagen")],
-        ["bits per token, held-out crops", *(f"{s['bits_per_token']:.3f}" for s in (dpar, llamagen))],
+        ["bits per token, held-out crops", *(f"{row.bits_per_token:.3f}" for row in both)],
     ]
-    for a, b in zip(dpar["cells"], llamagen["cells"], strict=True):
-        name = f"{a['distance']} at guidance {a['cfg_scale']:g} ({a['samples']} samples)"
-        rows.append([name, f"{a[a['distance']]:.2f}", f"{b[b['distance']]:.2f}"])
+    for pair in zip(scores["dpar"].cells, scores["llamagen"].cells, strict=True):
+        name = f"{DISTANCE[pair[0].features]} at guidance {pair[0].cfg_scale:g} ({pair[0].samples} samples)"
+        rows.append([name, *(f"{cell.scores.distance:.2f}" for cell in pair if cell.scores)])
     statistics = training.statistics
     lengths = {int(length): count for length, count in statistics["lengths"].items()}
     total = sum(lengths.values())
@@ -197,7 +196,7 @@ def _comparison(out: Path, scores: dict[str, dict[str, Any]], training: Manifest
 
 
 def _reconstructions(
-    held_out: Artifact, rows: NDArray[np.int64], scores: dict[str, dict[str, Any]], pictures: Path
+    held_out: Artifact, rows: NDArray[np.int64], scores: dict[str, Results], pictures: Path
 ) -> Section:
     originals, decoded = _originals_and_decoded(held_out, rows)
     names = _names(held_out, rows)
@@ -211,11 +210,12 @@ def _reconstructions(
         )
         path = pictures / f"reconstructions-{first // COLUMNS + 1}.png"
         shown.append(_keep(picture, path, "Held-out crops, and what the tokenizer makes of their codes"))
-    decibels = scores["dpar"]["reconstruction_psnr_db"]
+    reconstruction = scores["dpar"].reconstruction
+    assert reconstruction is not None  # the reference is an artifact
     return Section(
         title="What the tokenizer keeps",
         text=f"Held-out crops above their reconstructions from 16×16 codes. PSNR over all held-out crops: "
-        f"{decibels:.2f} dB.",
+        f"{reconstruction.psnr_db:.2f} dB.",
         pictures=shown,
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.work_sharing import atomic_path
+from pipeline.scoring.records import DISTANCE, Cell
 
 # file, what is on the x axis, its label, what tells lines apart
 PLOTS = (
@@ -16,7 +18,7 @@ PLOTS = (
 LABELS = {"cfg_scale": "guidance", "threshold": "threshold", "max_length": "max length", "checkpoint": ""}
 
 
-def how_sampled(cells: list[dict[str, Any]]) -> str:
+def how_sampled(cells: Sequence[Cell]) -> str:
     """How the samples of these cells were drawn and looked at, in a line."""
     settings = {
         "samples": "{} per row",
@@ -26,13 +28,13 @@ def how_sampled(cells: list[dict[str, Any]]) -> str:
         "decode_precision": "decoded in {}",
         "features": "features of {}",
     }
-    values = {name: list(dict.fromkeys(_short(cell[name]) for cell in cells)) for name in settings}
+    values = {name: list(dict.fromkeys(_short(getattr(cell, name)) for cell in cells)) for name in settings}
     return ", ".join(form.format(" or ".join(values[name])) for name, form in settings.items())
 
 
-def plot_cells(cells: list[dict[str, Any]], out: Path) -> None:
+def plot_cells(cells: Sequence[Cell], out: Path) -> None:
     """Write a plot for each quantity that takes several values."""
-    scored = [cell for cell in cells if "distance" in cell]
+    scored = [cell for cell in cells if cell.scores is not None]
     wanted = [plot for plot in PLOTS if _varies(scored, plot)]
     if not wanted:
         return
@@ -42,18 +44,15 @@ def plot_cells(cells: list[dict[str, Any]], out: Path) -> None:
     for name, x, label, apart in wanted:
         figure = Figure(figsize=(8, 4.4), dpi=150, layout="constrained")
         axes = figure.subplots()
-        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-        for cell in scored:
-            if cell.get(x) is not None:
-                groups.setdefault(tuple(cell.get(key) for key in apart), []).append(cell)
+        groups = _grouped(scored, x, apart)
         telling = [i for i, key in enumerate(apart) if len({group[i] for group in groups}) > 1]
-        for i, (group, held) in enumerate(groups.items()):
+        for i, (group, line) in enumerate(groups.items()):
             color = colormaps["viridis"](i / (len(groups) + 1))  # its end is too pale on white
-            held.sort(key=lambda cell: float(cell[x]))
+            points = sorted((float(getattr(cell, x)), cell.scores.distance) for cell in line if cell.scores)
             title = ", ".join(f"{LABELS[apart[k]]} {_short(group[k])}".strip() for k in telling)
-            axes.plot([c[x] for c in held], [c[c["distance"]] for c in held], marker="o", color=color, label=title)
+            axes.plot(*zip(*points, strict=True), marker="o", color=color, label=title)
         axes.set_xlabel(label)
-        axes.set_ylabel(f"{scored[0]['distance']} (lower is better)")
+        axes.set_ylabel(f"{DISTANCE[scored[0].features]} (lower is better)")
         axes.grid(alpha=0.3)
         axes.set_title(how_sampled(scored), fontsize="x-small")
         if telling:
@@ -62,16 +61,21 @@ def plot_cells(cells: list[dict[str, Any]], out: Path) -> None:
             figure.savefig(part, format="png")
 
 
-def _varies(cells: list[dict[str, Any]], plot: tuple[str, str, str, tuple[str, ...]]) -> bool:
+def _grouped(cells: Sequence[Cell], x: str, apart: tuple[str, ...]) -> dict[tuple[Any, ...], list[Cell]]:
+    """The cells that have the quantity ``x``, by what tells their lines apart."""
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        if getattr(cell, x) is not None:
+            groups.setdefault(tuple(getattr(cell, key) for key in apart), []).append(cell)
+    return groups
+
+
+def _varies(cells: Sequence[Cell], plot: tuple[str, str, str, tuple[str, ...]]) -> bool:
     """Whether a line of this plot would have two points that differ in what the plot is about."""
     _, x, _, apart = plot
-    if x == "mean_length" and len({(cell["threshold"], cell["max_length"]) for cell in cells}) < 2:
+    if x == "mean_length" and len({(cell.threshold, cell.max_length) for cell in cells}) < 2:
         return False  # patch lengths vary a little with guidance, too
-    values: dict[tuple[Any, ...], set[float]] = {}
-    for cell in cells:
-        if cell.get(x) is not None:
-            values.setdefault(tuple(cell.get(key) for key in apart), set()).add(cell[x])
-    return any(len(found) > 1 for found in values.values())
+    return any(len({getattr(cell, x) for cell in line}) > 1 for line in _grouped(cells, x, apart).values())
 
 
 def _short(value: Any) -> str:

@@ -1,21 +1,23 @@
 """What ``dpar eval`` writes for people and programs: the cells as JSON, CSV, a Markdown table and plots.
 
-results = write_results(Path("scores"), {"bits_per_token": 7.1, …}, progress)        # cells: OUT/cells/*/cell.json
+results = write_results(Path("scores"), row, reconstruction, identity)     # cells: OUT/cells/*/cell.json
+print(markdown(results))
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.progress import Progress
+from pipeline.runtime.provenance import made_by
 from pipeline.runtime.terminal import ESCAPES
 from pipeline.runtime.work_sharing import atomic_path, claim_parts
 from pipeline.scoring.plots import how_sampled, plot_cells
+from pipeline.scoring.records import RECONSTRUCTION, Cell, HeldOutRow, Reconstruction, Results
 from shards.manifest import write_json
+from shards.records import read_json
 
 # Columns of a cell's numbers, in order: key, heading, format. Those that no cell has are left out.
 COLUMNS = (
@@ -55,30 +57,43 @@ HELD_OUT = (
 )
 
 
-def write_results(out: Path, found: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Writes ``results.json``, ``.csv``, ``.md`` and plots of all cells in ``out``; gives what the first holds.
+def write_results(
+    out: Path,
+    newest: HeldOutRow,
+    reconstruction: Reconstruction | None,
+    identity: dict[str, Any],
+) -> Results:
+    """Write ``results.json``, ``.csv``, ``.md`` and plots of all rows and cells in ``out``; return what they say.
 
     Without cells the table is that of the held-out rows.
+
+    Raises:
+        ArtifactError: the file of a row or a cell cannot be read.
     """
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "cells").glob("*/cell.json")]
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "likelihood").glob("*.json")]
-    held_out = [{k: v for k, v in row.items() if k != "bits_by_class"} for row in rows if "bits_per_token" in row]
-    results = found | {"held_out": sorted(held_out, key=_order), "cells": sorted(cells, key=_order)}
+    cells = [Cell.from_json(read_json(path), str(path)) for path in (out / "cells").glob("*/cell.json")]
+    rows = [HeldOutRow.from_json(read_json(path), str(path)) for path in (out / "likelihood").glob("*.json")]
+    results = Results(
+        newest=newest,
+        reconstruction=reconstruction,
+        identity=identity,
+        made_by=made_by(),
+        held_out=sorted((row for row in rows if row.bits_per_token is not None), key=_order),
+        cells=sorted(cells, key=_order),
+    )
+    values = results.to_json()
     for _ in claim_parts(out / "results.json", 1, lambda _: False):
-        write_json(out / "results.json", results)
-        for name, text in (
-            ("results.md", markdown(results)),
-            ("results.csv", _csv(results["cells"] or results["held_out"])),
-        ):
+        write_json(out / "results.json", values)
+        texts = {"results.md": markdown(results), "results.csv": _csv(values["cells"] or values["held_out"])}
+        for name, text in texts.items():
             with atomic_path(out / name) as part:
                 part.write_text(text, encoding="utf-8")
-        plot_cells(results["cells"], out)
+        plot_cells(results.cells, out)
     return results
 
 
-def _order(cell: dict[str, Any]) -> tuple[Any, ...]:
-    numbers = (cell["step"], cell["threshold"], cell["max_length"], cell.get("cfg_scale"))
-    return (*(-1.0 if number is None else float(number) for number in numbers), cell["name"])
+def _order(row: HeldOutRow | Cell) -> tuple[Any, ...]:
+    numbers = (row.step, row.threshold, row.max_length, row.cfg_scale if isinstance(row, Cell) else None)
+    return (*(-1.0 if number is None else float(number) for number in numbers), row.name)
 
 
 def _csv(cells: list[dict[str, Any]]) -> str:
@@ -98,35 +113,35 @@ def _plain(value: Any) -> Any:
     return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: Results) -> str:
     """The results as Markdown: tables of the model and its tokenizer, of several held-out rows, and of the cells."""
     rows: list[tuple[str, str]] = []
-    held_out = results["held_out"]
-    if "bits_per_token" in results:
-        if len(held_out) < 2:
+    newest, reconstruction = results.newest, results.reconstruction
+    if newest.bits_per_token is not None:
+        if len(results.held_out) < 2:
             rows += [
-                ("held-out bits per token", f"{results['bits_per_token']:.4f}"),
-                ("patches per image", f"{results['patches_per_image']:.1f} of {results['tokens_per_image']} tokens"),
-                ("GMACs per image", f"{results['gmacs_per_image']:.3f}"),
+                ("held-out bits per token", f"{newest.bits_per_token:.4f}"),
+                ("patches per image", f"{newest.patches_per_image:.1f} of {newest.tokens_per_image} tokens"),
+                ("GMACs per image", f"{newest.gmacs_per_image:.3f}"),
             ]
+        rows.append(("held-out images", f"{newest.held_out_images}"))
+        rows += [] if newest.parameters is None else [("parameters", f"{newest.parameters / 1e6:.1f} M")]
+    if reconstruction is not None and reconstruction.psnr_db is not None:
         rows += [
-            ("held-out images", f"{results['held_out_images']}"),
-            ("parameters", f"{results['parameters'] / 1e6:.1f} M"),
+            ("tokenizer's PSNR", f"{reconstruction.psnr_db:.2f} dB"),
+            ("tokenizer's SSIM", f"{reconstruction.ssim:.4f}"),
         ]
-    if "reconstruction_psnr_db" in results:
-        rows += [
-            ("tokenizer's PSNR", f"{results['reconstruction_psnr_db']:.2f} dB"),
-            ("tokenizer's SSIM", f"{results['reconstruction_ssim']:.4f}"),
-        ]
-        names = ("rFID", "tokenizer reconstruction distance")
-        rows += [(name, f"{results[name]:.3f}") for name in names if name in results]
+        if reconstruction.distance is not None:
+            rows.append((RECONSTRUCTION[reconstruction.features], f"{reconstruction.distance:.3f}"))
     parts = []
     if rows:
         parts.append("| | |\n| --- | --- |\n" + "".join(f"| {name} | {value} |\n" for name, value in rows))
-    if len(held_out) > 1:
+    if len(results.held_out) > 1:
+        held_out = [row.to_json() for row in results.held_out]
         parts.append(_table("Held-out images, cut by each row's rule.", HELD_OUT, held_out))
-    if results["cells"]:
-        parts.append(_table(f"Samples: {how_sampled(results['cells'])}.", COLUMNS, results["cells"]))
+    if results.cells:
+        cells = [cell.to_json() for cell in results.cells]
+        parts.append(_table(f"Samples: {how_sampled(results.cells)}.", COLUMNS, cells))
     return "\n".join(parts)
 
 

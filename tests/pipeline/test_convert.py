@@ -1,7 +1,6 @@
 """LlamaGen's files in the pipeline: converted, pushed, as tokenizer, as entropy model, scored and sampled from."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -297,12 +296,12 @@ def test_weights_trained_elsewhere_score_and_sample_without_a_run(home: Path, tm
     results = evaluate(weights, tmp_path / "scores", settings, QUIET)
     model = LlamaGen.from_pretrained(home / "gpt.pt")
     expected = bits_per_token(model, open_artifact(home / "codes"), batch=32, precision="fp32")
-    assert results["bits_per_token"] == pytest.approx(expected.bits_per_token, abs=1e-6)
-    assert list(results["bits_by_class"]) == list(CLASSES)
-    assert results["cells"][0]["samples"] == 6
+    assert results.newest.bits_per_token == pytest.approx(expected.bits_per_token, abs=1e-6)
+    assert list(results.newest.bits_by_class) == list(CLASSES)
+    assert results.cells[0].samples == 6
     assert (tmp_path / "scores" / "cells" / "cfg-1.5" / "samples.png").is_file()
     again = evaluate(weights, tmp_path / "scores", settings, QUIET)
-    assert json.loads(json.dumps(again)) == json.loads(json.dumps(results))
+    assert again.to_json() == results.to_json()
     with pytest.raises(StageError, match=r"does not say which tokenizer.*--tokenizer"):
         sample_pictures(weights, tmp_path / "pictures", SampleSettings(**CPU), QUIET)
     made = sample_pictures(

@@ -33,6 +33,7 @@ from pipeline.scoring.features import (
 )
 from pipeline.scoring.likelihood import bits_per_token
 from pipeline.scoring.reconstruction import ssim
+from pipeline.scoring.records import HeldOutRow, Results
 from pipeline.scoring.results import write_results
 from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
 from pipeline.settings.sampling import EvalSettings
@@ -86,7 +87,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(home: Path, out: Path, model: str = "dpar-tiny", **values: Any) -> dict[str, Any]:
     defaults: dict[str, Any] = {"reference": home / "patches", "cfg_scale": (1.5,), "samples": 6}
-    return evaluate(home / model, out, EvalSettings(**{**defaults, **CPU, **values}), QUIET)
+    return evaluate(home / model, out, EvalSettings(**{**defaults, **CPU, **values}), QUIET).to_json()
 
 
 def build_patches(out: Path, codes: np.ndarray, labels: np.ndarray, starts: np.ndarray) -> Path:
@@ -179,6 +180,7 @@ def test_scores_are_written_as_numbers_tables_a_plot_and_sheets(home: Path, tmp_
         held = {path.name for path in (out / "cells" / f"cfg-{scale}").iterdir() if not path.name.startswith(".")}
         assert held == {"cell.json", "codes", "samples.png", "patches.png"}
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == found
+    assert Results.read(out / "results.json").to_json() == found
     assert [(cell["cfg_scale"], cell["samples"], cell["reference_images"]) for cell in found["cells"]] == [
         (1.0, 7, 10),
         (2.5, 7, 10),
@@ -358,7 +360,7 @@ def test_without_entropies_of_the_runs_entropy_model_a_threshold_is_one_message(
             batch=32,
             precision="fp32",
         )
-        assert found["bits_per_token"] == pytest.approx(expected.bits_per_token, abs=1e-6)
+        assert found.newest.bits_per_token == pytest.approx(expected.bits_per_token, abs=1e-6)
     assert not (tmp_path / "scores").exists()
 
 
@@ -404,7 +406,7 @@ def test_text_in_tables_is_no_formula_and_no_escape_code(tmp_path: Path) -> None
     cell |= {"cfg_scale": 1.0, "samples": 2, "labels": "random", "cfg_schedule": "constant", "features": "tokenizer"}
     (tmp_path / "cells" / "a").mkdir(parents=True)
     (tmp_path / "cells" / "a" / "cell.json").write_text(json.dumps(cell | {"decode_precision": "fp32"}))
-    write_results(tmp_path, {}, QUIET)
+    write_results(tmp_path, HeldOutRow(weights="", tokens_per_image=N), None, {})
     table = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert r"| \u001b[31m\|red |" in table
     with open(tmp_path / "results.csv", encoding="utf-8", newline="") as file:

@@ -1,0 +1,151 @@
+"""The held-out artifact of an evaluation: the rule that cuts it into patches, and a model's likelihood on it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dpar.flops import count
+from dpar.model import DPAR
+from dpar.patching import PatchRule
+from pipeline.generation.generator import Generator
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress
+from pipeline.runtime.work_sharing import Parts, write_once
+from pipeline.scoring.candidates import Row
+from pipeline.scoring.likelihood import Likelihood, check_compatible, check_same_classes, nats_per_token
+from pipeline.scoring.records import HeldOutRow
+from pipeline.settings.sampling import EvalSettings
+from shards.reader import Artifact
+
+CHUNK = 500  # images in memory at the same time
+
+
+def check_held_out(artifact: Artifact, generator: Generator, run: Path) -> None:
+    """Raise StageError unless the run's model can be scored on an artifact."""
+    name = str(artifact.folder)
+    check_compatible(generator.model, artifact.manifest, name)
+    check_same_classes(generator.class_names, artifact.manifest.class_names, str(run), name)
+    trained_on, made_by = generator.tokenizer_origin["fingerprint"], artifact.manifest.tokenizer["fingerprint"]
+    if trained_on != made_by:
+        raise StageError(
+            f"{name} was made by tokenizer {made_by[:12]}, the run's training data by {trained_on[:12]}; "
+            "bits per token would mean nothing"
+        )
+
+
+def held_out_rule(artifact: Artifact, generator: Generator, explicit: bool, progress: Progress) -> PatchRule | None:
+    """The rule by which the held-out images are cut into patches; None keeps the stored boundaries.
+
+    Args:
+        artifact: the held-out images.
+        generator: with the rule of the row.
+        explicit: whether options ask for this rule, so that another one will not do.
+        progress: told where the boundaries come from, if that is not as stored by the run's rule.
+
+    Raises:
+        StageError: options ask for a rule, and the artifact has no entropies of the run's entropy model.
+    """
+    wanted = generator.rule
+    if wanted is None:
+        return None
+    manifest, folder = artifact.manifest, artifact.folder
+    stored = wanted == PatchRule.from_dict(manifest.settings)
+    if wanted.strategy == "static":  # which needs no entropies
+        return None if stored else wanted
+    model, artifacts_model = generator.entropy_origin, manifest.entropy_model
+    assert model is not None  # or the rule would be static
+    if stored and artifacts_model is None:  # samples of the run
+        return None
+    if artifacts_model is not None and artifacts_model["fingerprint"] == model["fingerprint"]:
+        if not (stored or explicit):
+            progress.say(f"{folder} is cut by the run's patch rule, which is not the one that it is stored by")
+        return None if stored else wanted
+    reason = "it holds no entropies"
+    if artifacts_model is not None:
+        reason = f"its entropies are of {artifacts_model['path']} ({artifacts_model['fingerprint'][:12]})"
+    reason += f", and the run's entropy model is {model['path']} ({model['fingerprint'][:12]})"
+    if not explicit:
+        progress.say(f"bits per token are by the boundaries stored in {folder}, not by the run's: {reason}")
+        return None
+    raise StageError(
+        f"{folder} cannot be cut by --threshold, --max-length or --row-reset: {reason}. `dpar patchify` its codes "
+        "with that model, or leave these options out"
+    )
+
+
+def measure_held_out(
+    path: Path,
+    row: Row,
+    weights: str,
+    artifact: Artifact,
+    rule: PatchRule | None,
+    load: Callable[[], Generator],
+    settings: EvalSettings,
+    progress: Progress,
+) -> HeldOutRow:
+    """Exact bits per token of a row on the held-out artifact, and what the model costs on it.
+
+    Args:
+        path: the row's JSON file, made if missing by the processes that share its work.
+        row: which weights, by which rule.
+        weights: their fingerprint.
+        artifact: the held-out images.
+        rule: cuts them into patches; None keeps the stored boundaries.
+        load: the row's model, called only if something is left to compute.
+        settings: batch and precision.
+        progress: where to report.
+
+    Raises:
+        StageError: the weights give no finite likelihood.
+    """
+    images = len(artifact)
+    parts = Parts(path.with_suffix(""), -(-images // CHUNK), path.is_file)
+    with progress.task(" ".join(["bits per token", row.name]).strip(), images, "images") as task:
+        for index in parts.missing():
+            rows = np.arange(index * CHUNK, min((index + 1) * CHUNK, images))
+            nats, labels, patches = nats_per_token(
+                load().model, artifact, rows, settings.batch, settings.precision, rule=rule
+            )
+            parts.save(index, nats=nats, labels=labels, patches=np.array([patches]))
+            task.advance(len(rows))
+
+    def finish() -> HeldOutRow:
+        generator, names = load(), artifact.manifest.class_names
+        model = generator.model
+        patches = int(parts.joined("patches").sum())
+        likelihood = Likelihood.of(parts.joined("nats"), parts.joined("labels"), patches, names)
+        if not math.isfinite(likelihood.bits_per_token):
+            raise StageError(
+                f"{generator.name} has no finite bits per token on {artifact.folder}: its weights hold NaN or "
+                "infinity, or numbers too large for --precision"
+            )
+        applied = {}
+        if isinstance(model, DPAR):
+            applied = (rule or PatchRule.from_dict(artifact.manifest.settings)).to_dict()
+        length = model.config.n_tokens / likelihood.patches
+        cost = count(model.config, length)
+        by_class = zip(names, likelihood.bits_by_class, strict=True)
+        return HeldOutRow(
+            weights=weights,
+            name=row.name,
+            checkpoint=row.candidate.name or None,
+            step=row.candidate.step,
+            **{name: applied.get(name) for name in ("threshold", "max_length", "row_reset", "static_length")},
+            bits_per_token=likelihood.bits_per_token,
+            bits_by_class={name: bits for name, bits in by_class if not math.isnan(bits)},
+            held_out_images=likelihood.images,
+            patches_per_image=likelihood.patches,
+            mean_length=length,
+            tokens_per_image=model.config.n_tokens,
+            gmacs_per_image=cost.linear / 1e9,
+            parameters=cost.parameters,
+        )
+
+    values = write_once(path, lambda: finish().to_json())
+    shutil.rmtree(parts.folder, ignore_errors=True)
+    return HeldOutRow.from_json(values, str(path))

@@ -1,0 +1,229 @@
+"""What ``dpar eval`` writes and reads again: rows of the held-out table, the reconstruction, cells, and all of it.
+
+    row = HeldOutRow.from_json(read_json(path), str(path))
+    Results.read(Path("scores/results.json")).cells[0].scores
+
+Every file is flat JSON. Keys that name a quantity by its features, such as ``FID``, are those of :data:`DISTANCE`,
+:data:`RECONSTRUCTION` and :data:`PREFIX`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.settings.fields import Features
+from shards.records import parse, read_json
+
+DISTANCE = {"inception": "FID", "tokenizer": "tokenizer Fréchet distance"}
+RECONSTRUCTION = {"inception": "rFID", "tokenizer": "tokenizer reconstruction distance"}
+PREFIX = {"inception": "", "tokenizer": "tokenizer_"}  # of precision and recall
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutRow:
+    """A model's likelihood of the held-out images, ``likelihood/NAME.json``; without images only what it is of."""
+
+    weights: str  # their fingerprint
+    name: str = ""
+    checkpoint: str | None = None
+    step: int | None = None
+    threshold: float | None = None  # of the rule that cut the images into patches; None for LlamaGen, and these too
+    max_length: int | None = None
+    row_reset: bool | None = None
+    static_length: float | None = None
+    bits_per_token: float | None = None  # None without held-out images, and all below but the tokens
+    bits_by_class: dict[str, float] = field(default_factory=dict)
+    held_out_images: int | None = None
+    patches_per_image: float | None = None
+    mean_length: float | None = None  # tokens per patch
+    tokens_per_image: int
+    gmacs_per_image: float | None = None
+    parameters: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values by key."""
+        if self.bits_per_token is None:
+            return {"weights": self.weights, "tokens_per_image": self.tokens_per_image}
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any, where: str) -> HeldOutRow:
+        """The inverse of :meth:`to_json`; ``where`` names the file in messages.
+
+        Raises:
+            ArtifactError: a value is missing or of another type.
+        """
+        return parse(cls, values, where, ignore_unknown=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """How much the tokenizer keeps of the held-out images, ``reconstruction.json``."""
+
+    features: Features
+    originals: int  # images compared; 0 if they cannot be read
+    psnr_db: float | None = None
+    ssim: float | None = None
+    distance: float | None = None  # None for a single image
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values by key."""
+        values = {
+            "originals": self.originals,
+            "reconstruction_psnr_db": self.psnr_db,
+            "reconstruction_ssim": self.ssim,
+            RECONSTRUCTION[self.features]: self.distance,
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], features: Features, where: str) -> Reconstruction:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ArtifactError: a value is missing or of another type.
+        """
+        keys = {
+            "originals": "originals",
+            "psnr_db": "reconstruction_psnr_db",
+            "ssim": "reconstruction_ssim",
+            "distance": RECONSTRUCTION[features],
+        }
+        return parse(cls, {"features": features} | _renamed(values, keys), where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How far a cell's samples are from the reference."""
+
+    distance: float
+    reference_images: int | None  # None if the statistics do not say
+    inception_score: float | None = None  # None without Inception's logits
+    inception_score_std: float | None = None
+    precision: float | None = None  # None without the reference's features
+    recall: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A row at one guidance scale: how its images were sampled, and their scores; ``cells/NAME/cell.json``."""
+
+    name: str
+    checkpoint: str | None
+    step: int | None
+    training_flops: float | None = None
+    cfg_scale: float
+    cfg_schedule: str
+    threshold: float | None
+    max_length: int | None
+    samples: int
+    labels: str
+    features: Features
+    decode_precision: str
+    tokens_per_image: int | None = None
+    patches_per_image: float | None = None
+    mean_length: float | None = None  # tokens per patch
+    bits_per_token: float | None = None
+    held_out_patches_per_image: float | None = None
+    held_out_mean_length: float | None = None
+    gmacs_per_image: float | None = None
+    images_per_second: float | None = None  # of one process; None if some codes were sampled by an earlier call
+    scores: Scores | None = None  # None without a reference
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values by key, the scores among them."""
+        values = dataclasses.asdict(self)
+        scores = values.pop("scores")
+        if scores is None:
+            return values
+        name = DISTANCE[self.features]
+        values |= {"distance": name, name: scores["distance"], "reference_images": scores["reference_images"]}
+        keys = self._score_keys(self.features)
+        return values | {keys[field]: scores[field] for field in keys if scores[field] is not None}
+
+    @classmethod
+    def from_json(cls, values: Any, where: str) -> Cell:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ArtifactError: a value is missing or of another type.
+        """
+        cell = parse(cls, values, where, ignore_unknown=True)
+        if "distance" not in values:
+            return cell
+        keys = {"distance": DISTANCE[cell.features], "reference_images": "reference_images"}
+        scores = _renamed(values, keys | cls._score_keys(cell.features))
+        return dataclasses.replace(cell, scores=parse(Scores, scores, where))
+
+    @staticmethod
+    def _score_keys(features: Features) -> dict[str, str]:
+        prefix = PREFIX[features]
+        names = {"inception_score": "inception_score", "inception_score_std": "inception_score_std"}
+        return names | {"precision": f"{prefix}precision", "recall": f"{prefix}recall"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All that an evaluation says, ``results.json``."""
+
+    newest: HeldOutRow  # of the first checkpoint and rule asked for
+    reconstruction: Reconstruction | None  # None without held-out images
+    identity: dict[str, Any]
+    made_by: dict[str, Any]
+    held_out: Sequence[HeldOutRow]
+    cells: Sequence[Cell]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values by key; those of the first row and of the reconstruction stand at the top."""
+        rows = [row.to_json() for row in self.held_out]
+        for row in rows:
+            del row["bits_by_class"]
+        return {
+            **self.newest.to_json(),
+            **({} if self.reconstruction is None else self.reconstruction.to_json()),
+            "identity": self.identity,
+            "made_by": self.made_by,
+            "held_out": rows,
+            "cells": [cell.to_json() for cell in self.cells],
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """The inverse of :meth:`to_json`, from a file.
+
+        Raises:
+            ArtifactError: it cannot be read, or a value is missing or of another type.
+        """
+        where, file = str(path), read_json(path)
+        values = parse(_ResultsFile, file, where, ignore_unknown=True)
+        compared = Reconstruction.from_json(file, values.identity.features, where) if "originals" in file else None
+        return cls(
+            newest=HeldOutRow.from_json(file, where),
+            reconstruction=compared,
+            identity=file["identity"],
+            made_by=values.made_by,
+            held_out=[HeldOutRow.from_json(row, where) for row in values.held_out],
+            cells=[Cell.from_json(cell, where) for cell in values.cells],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Identity:
+    features: Features
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ResultsFile:
+    identity: _Identity
+    made_by: dict[str, Any]
+    held_out: list[Any]
+    cells: list[Any]
+
+
+def _renamed(values: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
+    """The values of ``keys``' keys under ``keys``' names, as far as there are any."""
+    return {name: values[key] for name, key in keys.items() if key in values}
