@@ -449,11 +449,11 @@ def inspect_artifact(
     from pipeline.inspect import inspect as look
     from pipeline.reports.inspection import tables
 
-    found = look(artifact, out, settings)
+    inspection = look(artifact, out, settings)
     if json:
-        console.print_json(data=found)
+        console.print_json(data=inspection.to_json())
         return
-    for part in tables(found):
+    for part in tables(inspection):
         table = Table(title=escape(part.caption), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in part.header:
             table.add_column(escape(name))

@@ -1,7 +1,7 @@
 """``dpar inspect ARTIFACT``: what is in a directory, in numbers, and in pictures where an output is named.
 
-    found = inspect(Path("patches"), Path("look"), InspectSettings(threshold=(7.0, 8.5)))
-    found["patches"]["mean_length"]
+    inspection = inspect(Path("patches"), Path("look"), InspectSettings(threshold=(7.0, 8.5)))
+    inspection.patches.mean_length
 
 The numbers are over every image and view: those of patches and classes as ``dpar patchify`` counted them, the others
 read shard by shard. Pictures show the first view of some images.
@@ -9,6 +9,7 @@ read shard by shard. Pictures show the first view of some images.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from dpar.patching import PatchRule
 from dpar.tokenizer import VQTokenizer, psnr
 from pipeline.generation.generator import decode
 from pipeline.reports.inspection import rule_name, write_page
+from pipeline.reports.inspection_record import Inspection
 from pipeline.reports.page import Picture, Section
 from pipeline.reports.pictures import (
     data_uri,
@@ -53,8 +55,8 @@ from shards.records import parse
 
 def inspect(
     artifact: Path, out: Path | None, settings: InspectSettings, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Reads an artifact whole and says what is in it.
+) -> Inspection:
+    """Read all of an artifact and return what is in it.
 
     Args:
         artifact: a codes or patches directory.
@@ -63,8 +65,7 @@ def inspect(
         progress: where to report.
 
     Returns:
-        JSON values: the manifest's own, ``codebook``, ``entropy``, ``patches``, ``thresholds``, the most and the least
-        ``compressible`` classes and images, ``pictures`` and ``notes``. What an artifact does not hold is None.
+        The artifact's numbers, the names of the pictures, and notes on what could not be drawn.
 
     Raises:
         StageError: an unknown class or key, or a threshold where there are no entropies.
@@ -85,14 +86,15 @@ def inspect(
         warn_if_out_of_reach(threshold, opened.manifest.codebook_size, progress)
     rule = stored_rule(opened.manifest, str(artifact / MANIFEST))
     survey = Survey.of(opened, settings.threshold, rule, progress)
-    found = numbers(opened, survey, settings)
+    inspection = numbers(opened, survey, settings)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         gallery = Gallery(out)
-        parts = _draw(opened, survey, settings, rule, gallery, found["notes"])
-        found["pictures"] = gallery.files
-        write_page(out, found, parts)
-    return found
+        notes: list[str] = []
+        sections = _draw(opened, survey, settings, rule, gallery, notes)
+        inspection = dataclasses.replace(inspection, pictures=gallery.files, notes=notes)
+        write_page(out, inspection, sections)
+    return inspection
 
 
 def _check_output(out: Path, artifact: Path) -> None:
@@ -171,20 +173,20 @@ def spread(labels: NDArray[np.int32], n: int, wanted: Sequence[int]) -> NDArray[
 
 def _rows_of_keys(artifact: Artifact, keys: Sequence[str]) -> NDArray[np.int64]:
     wanted = set(keys)
-    found: dict[str, int] = {}
+    rows: dict[str, int] = {}
     known: list[str] = []
     first = 0
     for index, info in enumerate(artifact.manifest.shards):
-        if len(found) == len(wanted):
+        if len(rows) == len(wanted):
             break
-        held = artifact.shard(index).keys(np.arange(info.rows))
-        found.update({key: first + i for i, key in enumerate(held) if key in wanted})
-        known += held
+        in_shard = artifact.shard(index).keys(np.arange(info.rows))
+        rows.update({key: first + i for i, key in enumerate(in_shard) if key in wanted})
+        known += in_shard
         first += info.rows
     for key in keys:
-        if key not in found:
+        if key not in rows:
             raise StageError(f"no image {key!r} in {artifact.folder}; {nearest(key, known)}")
-    return np.array([found[key] for key in keys], np.int64)
+    return np.array([rows[key] for key in keys], np.int64)
 
 
 def _tokenizer(manifest: Manifest, settings: InspectSettings, where: str) -> VQTokenizer:
@@ -288,7 +290,7 @@ def _originals(
     notes: list[str],
     fetch: bool,
 ) -> NDArray[np.uint8] | None:
-    """The originals as large as the decoded images; None, with a note, where they cannot be had."""
+    """The originals as large as the decoded images; None, with a note, if they are unavailable."""
     try:
         originals = load_originals(manifest, keys, view, fetch=fetch)
     except StageError as error:

@@ -1,7 +1,7 @@
 """The numbers of ``dpar inspect`` for people: tables for the terminal, and the page.
 
-for table in tables(found): ...                          # found: what pipeline.inspect.inspect returns
-write_page(Path("look"), found, drawn)
+for table in tables(inspection): ...                     # what pipeline.inspect.inspect returns
+write_page(Path("look"), inspection, drawn)
 """
 
 from __future__ import annotations
@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from dpar.patching import PatchRule
+from pipeline.reports.inspection_record import (
+    Compressible,
+    CompressibleClass,
+    CompressibleImage,
+    Inspection,
+    PatchLengths,
+    StoredPatches,
+)
 from pipeline.reports.page import Section, Table, render
 from pipeline.reports.pictures import histogram_svg
 from pipeline.runtime.provenance import made_by
@@ -27,35 +35,36 @@ def rule_name(rule: PatchRule) -> str:
     return "no rule" if rule.threshold is None else f"τ = {rule.threshold:.4g}"
 
 
-def write_page(out: Path, found: dict[str, Any], drawn: Sequence[Section]) -> None:
+def write_page(out: Path, inspection: Inspection, drawn: Sequence[Section]) -> None:
     """Write ``index.html`` and ``numbers.json`` in ``out``; ``drawn`` are the sections of pictures."""
-    write_json(out / "numbers.json", found)
-    sections = [
-        Section("What it holds", " ".join(found["notes"]), tables=[_table_artifact(found), *_table_values(found)])
-    ]
-    if found["patches"]:
+    write_json(out / "numbers.json", inspection.to_json())
+    contents = [_table_artifact(inspection), *_table_values(inspection)]
+    sections = [Section("Contents", " ".join(inspection.notes), tables=contents)]
+    patches, compressible = inspection.patches, inspection.compressible
+    if patches:
         text = "Over all images and views. Tokens saved are 1 - M/N, for M patches in N tokens."
-        sections.append(Section("Patches", text, tables=_table_patches(found), svg=_length_chart(found["patches"])))
-        if found["compressible"]:
-            text = "By patches per image: few patches are a compressible image."
-            sections.append(Section("Most and least compressible", text, tables=_table_compressible(found)))
+        lengths = _table_patches(inspection, patches)
+        sections.append(Section("Patches", text, tables=lengths, svg=_length_chart(patches)))
+    if compressible:
+        text = "By patches per image: few patches are a compressible image."
+        sections.append(Section("Most and least compressible", text, tables=_table_compressible(compressible)))
     sections += drawn
-    sections.append(Section("Settings", "What made it.", tables=[_table_settings(found)]))
-    subtitle = f"{found['rows']:,} images as {found['kind']}"
-    if found["patches"]:
-        subtitle += f", {found['patches']['mean_length']:.3f} tokens per patch"
+    sections.append(Section("Settings", "What made it.", tables=[_table_settings(inspection)]))
+    subtitle = f"{inspection.rows:,} images as {inspection.kind}"
+    if patches:
+        subtitle += f", {patches.mean_length:.3f} tokens per patch"
     render(
         "report.html",
         out / "index.html",
-        title=found["artifact"],
+        title=inspection.artifact,
         subtitle=subtitle,
         sections=sections,
         made_by=made_by(),
     )
 
 
-def _length_chart(patches: dict[str, Any]) -> str:
-    counts = {int(length): count for length, count in patches["lengths"].items()}
+def _length_chart(patches: StoredPatches) -> str:
+    counts = {int(length): count for length, count in patches.lengths.items()}
     longest = max(counts)
     step = -(-longest // BARS)
     bins = [(low, min(low + step - 1, longest)) for low in range(1, longest + 1, step)]
@@ -72,92 +81,93 @@ def _length_chart(patches: dict[str, Any]) -> str:
     )
 
 
-def tables(found: dict[str, Any]) -> list[Table]:
-    """What `inspect` found, as tables of text."""
-    out = [_table_artifact(found), *_table_values(found)]
-    if found["patches"]:
-        out += _table_patches(found)
-    if found["compressible"]:
-        out += _table_compressible(found)
-    return [*out, _table_settings(found)]
+def tables(inspection: Inspection) -> list[Table]:
+    """The numbers as tables of text."""
+    out = [_table_artifact(inspection), *_table_values(inspection)]
+    if inspection.patches:
+        out += _table_patches(inspection, inspection.patches)
+    if inspection.compressible:
+        out += _table_compressible(inspection.compressible)
+    return [*out, _table_settings(inspection)]
 
 
-def _table_artifact(found: dict[str, Any]) -> Table:
-    height, width = found["grid"]
+def _table_artifact(inspection: Inspection) -> Table:
+    height, width = inspection.grid
     rows = [
-        ("images", f"{found['rows']:,}" + (f", {found['left_out']:,} left out" if found["left_out"] else "")),
-        ("views per image", str(found["views"])),
-        ("tokens per view", f"{height}×{width} = {found['tokens_per_image']}"),
-        ("codebook", f"{found['codebook_size']:,} codes"),
-        ("classes", f"{found['classes']:,}"),
-        ("shards", f"{found['shards']:,} ({found['container']}), {_size(found['bytes'])}"),
-        ("checked", "every shard's SHA-256" if found["verified"] else "shards are there; --verify checks their bytes"),
-        ("source", _source(found["source"])),
-        ("tokenizer", _model(found["tokenizer"])),
+        ("images", f"{inspection.rows:,}" + (f", {inspection.left_out:,} left out" if inspection.left_out else "")),
+        ("views per image", str(inspection.views)),
+        ("tokens per view", f"{height}×{width} = {inspection.tokens_per_image}"),
+        ("codebook", f"{inspection.codebook_size:,} codes"),
+        ("classes", f"{inspection.classes:,}"),
+        ("shards", f"{inspection.shards:,} ({inspection.container}), {_size(inspection.bytes)}"),
+        (
+            "checked",
+            "every shard's SHA-256" if inspection.verified else "shards exist; --verify checks their bytes",
+        ),
+        ("source", _source(inspection.source)),
+        ("tokenizer", _model(inspection.tokenizer)),
     ]
-    if found["reconstruction"]:
-        measured = found["reconstruction"]
+    if inspection.reconstruction:
+        measured = inspection.reconstruction
         rows.append(("reconstruction", f"{measured['psnr']:.1f} dB PSNR, mean of {measured['images']} images"))
-    if found["kind"] == "patches":
-        rows.append(("entropy model", _model(found["entropy_model"])))
-    return Table(f"{found['kind'].capitalize()} in {found['artifact']}", ("property", "value"), rows)
+    if inspection.kind == "patches":
+        rows.append(("entropy model", _model(inspection.entropy_model)))
+    return Table(f"{inspection.kind.capitalize()} in {inspection.artifact}", ("property", "value"), rows)
 
 
-def _table_values(found: dict[str, Any]) -> Iterator[Table]:
-    codebook = found["codebook"]
-    row = (f"{codebook['used']:,}", f"{codebook['share']:.1%}", f"{codebook['perplexity']:,.1f}")
+def _table_values(inspection: Inspection) -> Iterator[Table]:
+    codebook = inspection.codebook
+    row = (f"{codebook.used:,}", f"{codebook.share:.1%}", f"{codebook.perplexity:,.1f}")
     note = "Perplexity is the number of codes that would be as varied if all were equally frequent."
     yield Table("Codes used", ("codes", "of the codebook", "perplexity"), [row], note)
-    if found["entropy"]:
-        quantiles = found["entropy"]["quantiles"]
+    if inspection.entropy:
+        quantiles = inspection.entropy.quantiles
         header = ("mean", *(f"{float(q):.0%}" for q in quantiles))
-        values = (f"{found['entropy']['mean']:.3f}", *(f"{value:.2f}" for value in quantiles.values()))
+        values = (f"{inspection.entropy.mean:.3f}", *(f"{value:.2f}" for value in quantiles.values()))
         yield Table("Entropy in nats, mean and quantiles", header, [values], "Token 0 of each image is left out.")
 
 
-def _table_patches(found: dict[str, Any]) -> list[Table]:
-    stored = (f"{rule_name(PatchRule.from_dict(found['settings']))} (stored)", found["patches"])
-    others = [(f"τ = {entry['threshold']:.4g}", entry) for entry in found["thresholds"]]
+def _table_patches(inspection: Inspection, stored: StoredPatches) -> list[Table]:
+    name = f"{rule_name(PatchRule.from_dict(inspection.settings))} (stored)"
+    lengths: dict[str, PatchLengths] = {name: stored}
+    lengths |= {f"τ = {patches.threshold:.4g}": patches for patches in inspection.thresholds}
     rows = [
-        (
-            name,
-            f"{entry['mean_length']:.3f}",
-            f"{entry['patches_per_image']:.1f}",
-            f"{entry['tokens_saved']:.1%}",
-        )
-        for name, entry in (stored, *others)
+        (name, f"{patches.mean_length:.3f}", f"{patches.patches_per_image:.1f}", f"{patches.tokens_saved:.1%}")
+        for name, patches in lengths.items()
     ]
-    by_class = found["patches"]["class_mean_length"]
-    classes = tuple(f"{by_class[name]:.3f}" for name in ("min", "median", "max"))
-    lengths = Table("Patches", ("boundaries", "mean length", "patches per image", "tokens saved"), rows)
-    if not found["compressible"]:
-        return [lengths]
-    return [lengths, Table("Mean patch length of a class", ("shortest", "median", "longest"), [classes])]
+    table = Table("Patches", ("boundaries", "mean length", "patches per image", "tokens saved"), rows)
+    if not inspection.compressible:
+        return [table]
+    by_class = stored.class_mean_length
+    classes = tuple(f"{length:.3f}" for length in (by_class.min, by_class.median, by_class.max))
+    return [table, Table("Mean patch length of a class", ("shortest", "median", "longest"), [classes])]
 
 
-def _table_compressible(found: dict[str, Any]) -> list[Table]:
+def _table_compressible(compressible: Compressible) -> list[Table]:
+    header = ("patches per image", "mean length")
+    ends = (("Most", "most"), ("Least", "least"))
     out = []
-    for what, first in (("classes", "class"), ("images", "key")):
-        for end in ("most", "least"):
-            entries = found["compressible"][what][end]
-            second = "images" if what == "classes" else "class"
-            rows = [
-                (e[first], str(e[second]), f"{e['patches_per_image']:.1f}", f"{e['mean_length']:.3f}") for e in entries
-            ]
-            if rows:
-                header = (first, second, "patches per image", "mean length")
-                out.append(Table(f"{end.capitalize()} compressible {what}", header, rows))
-    return out
+    for word, end in ends:
+        rows = [(c.class_name, str(c.images), *_lengths(c)) for c in getattr(compressible.classes, end)]
+        out.append(Table(f"{word} compressible classes", ("class", "images", *header), rows))
+    for word, end in ends:
+        rows = [(i.key, i.class_name, *_lengths(i)) for i in getattr(compressible.images, end)]
+        out.append(Table(f"{word} compressible images", ("key", "class", *header), rows))
+    return [table for table in out if table.rows]
 
 
-def _table_settings(found: dict[str, Any]) -> Table:
+def _lengths(entry: CompressibleClass | CompressibleImage) -> tuple[str, str]:
+    return f"{entry.patches_per_image:.1f}", f"{entry.mean_length:.3f}"
+
+
+def _table_settings(inspection: Inspection) -> Table:
     rows = [
         (name if not under else f"{under}.{name}", value if isinstance(value, str) else json.dumps(value))
-        for under, settings in (("", found["settings"]), ("codes", found["settings"].get("codes_settings", {})))
+        for under, settings in (("", inspection.settings), ("codes", inspection.settings.get("codes_settings", {})))
         for name, value in settings.items()
         if name != "codes_settings"
     ]
-    rows += [(f"made by {name}", str(value)) for name, value in found["made_by"].items()]
+    rows += [(f"made by {name}", str(value)) for name, value in inspection.made_by.items()]
     return Table("Settings", ("setting", "value"), rows)
 
 

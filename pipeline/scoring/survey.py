@@ -1,7 +1,7 @@
 """One pass over an artifact: how often each code and each entropy occurs, and how many patches its images have.
 
 survey = Survey.of(artifact, thresholds=(7.0, 8.5), rule=rule, progress=progress)
-found = numbers(artifact, survey, settings)              # JSON-able, what ``dpar inspect`` says
+inspection = numbers(artifact, survey, settings)         # what ``dpar inspect`` says
 """
 
 from __future__ import annotations
@@ -9,12 +9,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpar.patching import PatchRule
+from pipeline.reports.inspection_record import (
+    ClassExtremes,
+    CodebookUse,
+    Compressible,
+    CompressibleClass,
+    CompressibleImage,
+    Entropies,
+    ImageExtremes,
+    Inspection,
+    LengthRange,
+    StoredPatches,
+    ThresholdPatches,
+)
 from pipeline.reports.pictures import entropy_scale
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
@@ -107,106 +119,107 @@ def entropy_quantiles(counts: NDArray[np.int64], quantiles: Sequence[float] | ND
     return [float(x) for x in _HALVES[bits[np.searchsorted(ends, ranks)]]]
 
 
-def numbers(artifact: Artifact, survey: Survey, settings: InspectSettings) -> dict[str, Any]:
-    """What ``dpar inspect`` says of an artifact, JSON-able, without pictures."""
+def numbers(artifact: Artifact, survey: Survey, settings: InspectSettings) -> Inspection:
+    """What ``dpar inspect`` says of an artifact, without pictures."""
     manifest = artifact.manifest
     used = int(np.count_nonzero(survey.codes))
     share = survey.codes[survey.codes > 0] / max(int(survey.codes.sum()), 1)
-    tokens = manifest.rows * manifest.views * manifest.n_tokens
-    found: dict[str, Any] = {
-        "artifact": str(artifact.folder),
-        "kind": manifest.kind,
-        "rows": manifest.rows,
-        "views": manifest.views,
-        "grid": list(manifest.grid),
-        "tokens_per_image": manifest.n_tokens,
-        "codebook_size": manifest.codebook_size,
-        "classes": len(manifest.class_names),
-        "container": manifest.container,
-        "shards": len(manifest.shards),
-        "bytes": sum((artifact.folder / shard.name).stat().st_size for shard in manifest.shards),
-        "source": manifest.source,
-        "tokenizer": manifest.tokenizer,
-        "entropy_model": manifest.entropy_model,
-        "left_out": manifest.left_out,
-        "reconstruction": manifest.statistics.get("reconstruction"),
-        "verified": settings.verify,
-        "fingerprint": manifest.fingerprint(),
-        "settings": manifest.settings,
-        "made_by": manifest.made_by,
-        "codebook": {
-            "used": used,
-            "share": used / manifest.codebook_size,
-            "perplexity": float(np.exp(-(share * np.log(share)).sum())),
-        },
-        "entropy": None,
-        "patches": None,
-        "thresholds": [],
-        "compressible": None,
-        "pictures": [],
-        "notes": [],
-    }
-    if manifest.kind == "patches":
-        found["patches"] = _patch_numbers(manifest)
-        if lengths_differ(manifest.statistics):
-            found["compressible"] = _compressible(artifact, survey)
-        found["thresholds"] = [
-            {"threshold": threshold, **_saving(tokens, int(patches), manifest)}
-            for threshold, patches in zip(settings.threshold, survey.thresholds, strict=True)
-        ]
-        if survey.finite_entropies:
-            finite = np.flatnonzero(np.isfinite(_HALVES) & (survey.entropy > 0))
-            mean = float((_HALVES[finite] * survey.entropy[finite]).sum() / survey.finite_entropies)
-            values = entropy_quantiles(survey.entropy, QUANTILES)
-            found["entropy"] = {
-                "mean": mean,
-                "quantiles": {f"{q:g}": value for q, value in zip(QUANTILES, values, strict=True)},
-            }
-    return found
+    inspection = Inspection(
+        artifact=str(artifact.folder),
+        kind=manifest.kind,
+        rows=manifest.rows,
+        views=manifest.views,
+        grid=list(manifest.grid),
+        tokens_per_image=manifest.n_tokens,
+        codebook_size=manifest.codebook_size,
+        classes=len(manifest.class_names),
+        container=manifest.container,
+        shards=len(manifest.shards),
+        bytes=sum((artifact.folder / shard.name).stat().st_size for shard in manifest.shards),
+        source=manifest.source,
+        tokenizer=manifest.tokenizer,
+        entropy_model=manifest.entropy_model,
+        left_out=manifest.left_out,
+        reconstruction=manifest.statistics.get("reconstruction"),
+        verified=settings.verify,
+        fingerprint=manifest.fingerprint(),
+        settings=manifest.settings,
+        made_by=manifest.made_by,
+        codebook=CodebookUse(
+            used=used,
+            share=used / manifest.codebook_size,
+            perplexity=float(np.exp(-(share * np.log(share)).sum())),
+        ),
+    )
+    if manifest.kind != "patches":
+        return inspection
+    counted = zip(settings.threshold, survey.thresholds, strict=True)
+    return dataclasses.replace(
+        inspection,
+        entropy=_entropies(survey) if survey.finite_entropies else None,
+        patches=_stored_patches(manifest),
+        thresholds=[_at_threshold(threshold, int(patches), manifest) for threshold, patches in counted],
+        compressible=_compressible(artifact, survey) if lengths_differ(manifest.statistics) else None,
+    )
 
 
-def _saving(tokens: int, patches: int, manifest: Manifest) -> dict[str, float]:
-    sequences = max(manifest.rows * manifest.views, 1)
-    return {
-        "mean_length": tokens / max(patches, 1),
-        "patches_per_image": patches / sequences,
-        "tokens_saved": 1 - patches / max(tokens, 1),
-    }
+def _entropies(survey: Survey) -> Entropies:
+    finite = np.flatnonzero(np.isfinite(_HALVES) & (survey.entropy > 0))
+    mean = float((_HALVES[finite] * survey.entropy[finite]).sum() / survey.finite_entropies)
+    values = entropy_quantiles(survey.entropy, QUANTILES)
+    return Entropies(mean=mean, quantiles={f"{q:g}": value for q, value in zip(QUANTILES, values, strict=True)})
 
 
-def _patch_numbers(manifest: Manifest) -> dict[str, Any]:
+def _at_threshold(threshold: float, patches: int, manifest: Manifest) -> ThresholdPatches:
+    sequences = manifest.rows * manifest.views
+    tokens = sequences * manifest.n_tokens
+    return ThresholdPatches(
+        threshold=threshold,
+        mean_length=tokens / max(patches, 1),
+        patches_per_image=patches / max(sequences, 1),
+        tokens_saved=1 - patches / max(tokens, 1),
+    )
+
+
+def _stored_patches(manifest: Manifest) -> StoredPatches:
     statistics = manifest.statistics
     by_class = [entry["mean_length"] for entry in statistics["classes"]]
-    return {
-        **{name: statistics[name] for name in ("mean_length", "patches_per_image", "tokens_saved")},
-        "class_mean_length": {
-            "min": min(by_class),
-            "median": float(np.median(by_class)),
-            "max": max(by_class),
-        },
-        "lengths": statistics["lengths"],
-    }
+    return StoredPatches(
+        mean_length=statistics["mean_length"],
+        patches_per_image=statistics["patches_per_image"],
+        tokens_saved=statistics["tokens_saved"],
+        class_mean_length=LengthRange(min=min(by_class), median=float(np.median(by_class)), max=max(by_class)),
+        lengths=statistics["lengths"],
+    )
 
 
-def _compressible(artifact: Artifact, survey: Survey) -> dict[str, Any]:
+def _compressible(artifact: Artifact, survey: Survey) -> Compressible:
     """Classes and images with the fewest and with the most patches per image, the extreme ones first."""
     manifest = artifact.manifest
-    classes = by_compressibility(manifest.statistics)
+    classes = [
+        CompressibleClass(
+            class_name=entry["class"],
+            images=entry["images"],
+            patches_per_image=entry["patches_per_image"],
+            mean_length=entry["mean_length"],
+        )
+        for entry in by_compressibility(manifest.statistics)
+    ]
     order = np.argsort(survey.patches, kind="stable")
     few, many = order[:EXTREMES], order[::-1][: min(EXTREMES, max(len(order) - EXTREMES, 0))]
 
-    def images(rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+    def images(rows: NDArray[np.int64]) -> list[CompressibleImage]:
         return [
-            {
-                "key": key,
-                "class": class_name(manifest.class_names, int(survey.labels[row])),
-                "patches_per_image": float(survey.patches[row] / manifest.views),
-                "mean_length": float(manifest.views * manifest.n_tokens / survey.patches[row]),
-            }
+            CompressibleImage(
+                key=key,
+                class_name=class_name(manifest.class_names, int(survey.labels[row])),
+                patches_per_image=float(survey.patches[row] / manifest.views),
+                mean_length=float(manifest.views * manifest.n_tokens / survey.patches[row]),
+            )
             for row, key in zip(rows, artifact.keys(rows), strict=True)
         ]
 
-    return {
-        "classes": {"most": classes[:EXTREMES], "least": classes[: EXTREMES - 1 : -1][:EXTREMES]},
-        "images": {"most": images(few), "least": images(many)},
-    }
+    return Compressible(
+        classes=ClassExtremes(most=classes[:EXTREMES], least=classes[: EXTREMES - 1 : -1][:EXTREMES]),
+        images=ImageExtremes(most=images(few), least=images(many)),
+    )

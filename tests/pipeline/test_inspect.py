@@ -15,6 +15,7 @@ from dpar.tokenizer import VQConfig, VQTokenizer
 from pipeline.generation.generator import decode
 from pipeline.inspect import inspect, spread
 from pipeline.reports.inspection import tables
+from pipeline.reports.inspection_record import Inspection
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.scoring.survey import entropy_quantiles
@@ -125,8 +126,12 @@ def build(
     return out, every
 
 
-def look(artifact: Path, out: Path | None = None, **settings: Any) -> dict[str, Any]:
+def inspected(artifact: Path, out: Path | None = None, **settings: Any) -> Inspection:
     return inspect(artifact, out, InspectSettings(device="cpu", **settings), QUIET)
+
+
+def look(artifact: Path, out: Path | None = None, **settings: Any) -> dict[str, Any]:
+    return inspected(artifact, out, **settings).to_json()
 
 
 @pytest.mark.parametrize("container", ["arrow", "webdataset"])
@@ -260,9 +265,9 @@ def test_without_their_source_images_are_drawn_without_originals_and_a_note_says
 
 def test_static_patches_without_entropies_are_drawn_without_entropy_maps(made: Path, tmp_path: Path) -> None:
     artifact, _ = build(made, tmp_path / "a", strategy="static")
-    found = look(artifact, tmp_path / "look", images=1)
-    assert found["entropy"] is None
-    assert found["pictures"][:-1] == ["000-original.png", "000-decoded.png", "000-patches-0.png"]
+    found = inspected(artifact, tmp_path / "look", images=1)
+    assert found.entropy is None
+    assert found.pictures[:-1] == ["000-original.png", "000-decoded.png", "000-patches-0.png"]
     assert any("static, length 1.81 (stored)" in row for table in tables(found) for row in table.rows)
     with pytest.raises(StageError, match="holds no entropies, so --threshold has nothing to go by"):
         look(artifact, threshold=(1.0,))
@@ -270,8 +275,8 @@ def test_static_patches_without_entropies_are_drawn_without_entropy_maps(made: P
 
 def test_static_patches_list_no_most_compressible_classes(made: Path, tmp_path: Path) -> None:
     artifact, _ = build(made, tmp_path / "a", strategy="static")
-    found = look(artifact, tmp_path / "look", images=0)
-    assert found["compressible"] is None
+    found = inspected(artifact, tmp_path / "look", images=0)
+    assert found.compressible is None
     assert not any("ompressible" in table.caption or "of a class" in table.caption for table in tables(found))
     assert "ompressible" not in (tmp_path / "look" / "index.html").read_text(encoding="utf-8")
 
@@ -370,8 +375,8 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
 
 def test_tables_have_as_many_cells_in_a_row_as_in_the_header(made: Path, tmp_path: Path) -> None:
     for kind in ("codes", "patches"):
-        found = look(build(made, tmp_path / kind, kind=kind)[0])
-        for table in tables(found):
+        inspection = inspected(build(made, tmp_path / kind, kind=kind)[0])
+        for table in tables(inspection):
             assert {len(row) for row in table.rows} == {len(table.header)}
             assert all(isinstance(cell, str) for row in table.rows for cell in row)
 

@@ -113,7 +113,7 @@ def test_poor_reconstructions_warn_with_the_command_that_trains_a_tokenizer(home
 def test_inspect_shows_the_figures(home: Path, tmp_path: Path) -> None:
     manifest = run(home, tmp_path / "codes", limit=4)
     found = inspect(tmp_path / "codes", None, InspectSettings(device="cpu"), Progress(quiet=True))
-    assert found["reconstruction"] == manifest.statistics["reconstruction"]
+    assert found.reconstruction == manifest.statistics["reconstruction"]
     assert any("dB PSNR" in cell for table in tables(found) for row in table.rows for cell in row)
 
 
