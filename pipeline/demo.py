@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.generation.generator import decode
+from pipeline.reports.charts import histogram
 from pipeline.reports.page import Picture, Section, Table, render
-from pipeline.reports.pictures import data_uri, enlarge, histogram_svg, patches_sheet, sheet
+from pipeline.reports.pictures import data_uri, enlarge, patches_sheet, sheet
 from pipeline.runs.run_folder import read_metrics, read_run
 from pipeline.runs.weights import load_tokenizer
 from pipeline.runtime.progress import Progress
@@ -185,12 +186,10 @@ def _comparison(out: Path, scores: dict[str, Results], training: Manifest) -> Se
                 rows=[[str(n), f"{count}", f"{count / total:.1%}"] for n, count in lengths.items()],
             ),
         ],
-        svg=histogram_svg(
-            list(lengths.values()),
-            [str(length) for length in lengths],
-            title="Patch lengths",
-            description="How many patches of the training crops hold 1, 2, 3 and 4 tokens.",
-            axis="tokens in a patch",
+        chart=Picture(
+            "Share of patches of each length",
+            data_uri(histogram(list(lengths.values()), [str(length) for length in lengths], "tokens in a patch")),
+            "Bars. " + ", ".join(f"{length}: {count / total:.1%}" for length, count in lengths.items()),
         ),
     )
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpar.patching import PatchRule
+from pipeline.reports.charts import entropy_scale
 from pipeline.reports.inspection_record import (
     ClassExtremes,
     CodebookUse,
@@ -27,7 +28,6 @@ from pipeline.reports.inspection_record import (
     StoredPatches,
     ThresholdPatches,
 )
-from pipeline.reports.pictures import entropy_scale
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.settings.artifacts import InspectSettings
