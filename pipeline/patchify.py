@@ -30,7 +30,8 @@ from pipeline.runtime.provenance import made_by
 from pipeline.runtime.threshold_warning import warn_if_out_of_reach
 from pipeline.scoring.likelihood import check_compatible, entropies, prepared
 from pipeline.settings import PatchifySettings
-from shards.manifest import BUILD, FORMAT_VERSIONS, MANIFEST, Manifest, ShardInfo, write_json
+from shards.files import write_json
+from shards.manifest import BUILD, FORMAT_VERSIONS, MANIFEST, Manifest, ShardInfo
 from shards.patch_statistics import count_patches, merge_counts
 from shards.reader import Artifact, open_artifact
 from shards.rows import Rows

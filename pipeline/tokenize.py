@@ -45,9 +45,10 @@ from pipeline.sources.crops import n_views, views
 from pipeline.sources.decode import budget
 from pipeline.sources.holdout import split_holdout
 from pipeline.sources.source import Item
+from shards.left_out import LEFT_OUT
 from shards.manifest import MANIFEST, LeftOut, Manifest, ShardInfo
 from shards.rows import Rows
-from shards.writer import LEFT_OUT, ArtifactBuild
+from shards.writer import ArtifactBuild
 
 CROPS_AHEAD = 256 * 2**20  # bytes of crops that wait for the encoder, at most
 IMAGES_AHEAD = 512  # also at most: undecoded images of a stream hold bytes too

@@ -5,17 +5,15 @@ It is written last, under a temporary name first, so an artifact that has one is
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from shards.errors import ArtifactError
-from shards.files import open_regular
+from shards.files import write_json
 from shards.records import Count, Positive, Range, parse, read_json
 
 MANIFEST = "manifest.json"
@@ -138,34 +136,3 @@ def _check_version(kind: object, version: object, path: Path) -> None:
     if kind == "patches" and version == 1:
         what += ". Version 1 followed another patch rule: make the patches again with `dpar patchify`, from the codes"
     raise ArtifactError(what)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes JSON under a temporary name, flushes it to disk, and renames it.
-
-    Raises:
-        ValueError: a number is not finite. JSON has no such numbers; null stands for what has no value.
-    """
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str, *, errors: str = "strict", sync: bool = True) -> None:
-    """Writes UTF-8 under a temporary name, flushes it (to disk, with ``sync``), and renames it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8", errors=errors, newline="\n") as file:
-            file.write(text)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shards.errors import ArtifactError
-from shards.files import require_regular
-from shards.manifest import Kind, Manifest, ShardInfo, file_sha256
+from shards.files import file_sha256, require_regular
+from shards.manifest import Kind, Manifest, ShardInfo
 from shards.rows import Rows, unpack_starts
 from shards.shard_files import ArrowShard, Column, Shard, TarShard, columns_of
 

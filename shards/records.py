@@ -197,3 +197,9 @@ def described(kind: Any) -> str:
 def _shown(value: Any) -> str:
     text = "null" if value is None else repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the settings that differ, each with both values, in one line."""
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    return "; ".join(f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in names)

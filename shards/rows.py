@@ -13,17 +13,16 @@ open with the plain libraries alone: ``datasets.load_dataset("arrow", …)``, ``
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shards.manifest import Container, file_sha256
+from shards.files import atomic_path, file_sha256
+from shards.manifest import Container
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,23 +45,14 @@ class Rows:
 
 
 def write_shard(path: Path, rows: Rows, container: Container) -> str:
-    """Writes a shard under a temporary name, flushes it, renames it; gives the SHA-256 of its bytes.
+    """Write a shard atomically and return the SHA-256 of its bytes.
 
     The bytes are a function of ``rows`` alone.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_path(path, unlocked=True) as part:
         with open(part, "wb") as file:
             (_write_arrow if container == "arrow" else _write_tar)(file, rows)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = file_sha256(part)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-    return digest
+        return file_sha256(part)
 
 
 def pack_starts(starts: NDArray[np.bool_]) -> NDArray[np.uint8]:

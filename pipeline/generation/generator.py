@@ -38,7 +38,7 @@ from pipeline.runtime.device import autocast, choose_device
 from pipeline.runtime.errors import StageError
 from pipeline.settings import Precision, SamplingSettings
 from pipeline.sources.source import known_class
-from shards.manifest import file_sha256
+from shards.files import file_sha256
 from shards.reader import Artifact
 
 RUN = "run.json"

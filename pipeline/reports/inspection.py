@@ -15,7 +15,7 @@ from dpar.patching import PatchRule
 from pipeline.reports.page import Section, Table, render
 from pipeline.reports.pictures import histogram_svg
 from pipeline.runtime.provenance import made_by
-from shards.manifest import write_json
+from shards.files import write_json
 
 BARS = 32  # most in a histogram
 

@@ -10,7 +10,6 @@ Everything in a page is escaped but ``Section.svg``, which is markup made by
 from __future__ import annotations
 
 import importlib.resources
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from shards.files import write_text
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,7 @@ def render(template: str, out: Path, **values: Any) -> None:
     """
     page = _environment().get_template(template).render(**values)
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        part.write_text(page, encoding="utf-8", errors="backslashreplace")  # a key may hold what UTF-8 cannot
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(out, page, errors="backslashreplace")  # a key may hold what UTF-8 cannot
 
 
 @lru_cache

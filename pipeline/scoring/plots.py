@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.work_sharing import atomic_path
+from shards.files import atomic_path
 
 # file, what is on the x axis, its label, what tells lines apart
 PLOTS = (

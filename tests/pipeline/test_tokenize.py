@@ -27,7 +27,7 @@ from pipeline.settings import TokenizeSettings
 from pipeline.sources import open_indexed
 from pipeline.sources.crops import views
 from pipeline.tokenize import tokenize
-from shards.locks import take
+from shards.locks import Claims
 from shards.manifest import BUILD, MANIFEST, Manifest
 from shards.reader import open_artifact
 
@@ -200,13 +200,13 @@ def test_strict_refuses_what_an_earlier_run_without_it_left_out(home: Path, tmp_
 
 def test_a_shard_that_another_process_holds_is_left_to_it_and_named(home: Path, tmp_path: Path) -> None:
     (tmp_path / "a" / BUILD).mkdir(parents=True)
-    held = take(tmp_path / "a" / BUILD / "00001.lock")
-    assert held is not None
+    claims = Claims(tmp_path / "a" / BUILD)
+    assert claims.claim(1)
     said = io.StringIO()
     progress = Progress(Console(file=said, width=500), quiet=False)
     assert tokenize(str(home / "photos"), tmp_path / "a", chosen(home), progress) is None
     assert "1 shard is still being written by other processes" in said.getvalue()
-    os.close(held)
+    claims.release(1)
     run(home, tmp_path / "a")
     run(home, tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
