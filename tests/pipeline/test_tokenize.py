@@ -187,7 +187,7 @@ def test_strict_stops_at_the_first_image_that_cannot_be_used(home: Path, tmp_pat
     with pytest.raises(StageError, match=r"bird/2b cut\.jpg: .*truncated.*Without --strict it would be left out"):
         run(home, tmp_path / "a", "mixed", strict=True)
     assert not (tmp_path / "a" / MANIFEST).exists()
-    assert run(home, tmp_path / "a", "mixed").left_out == 2  # goes on without it
+    assert run(home, tmp_path / "a", "mixed").left_out == 2  # resumes without it
 
 
 def test_strict_refuses_what_an_earlier_run_without_it_left_out(home: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_each_tar_of_a_stream_is_a_shard_and_numbers_name_its_classes(home: Path
 def test_memory_holds_the_crops_that_wait_and_not_those_of_a_shard(
     home: Path, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.tokenize.CROPS_AHEAD", 2**20)
+    monkeypatch.setattr("pipeline.sources.crop_stream.BYTES_AHEAD", 2**20)
     images, bytes_each = 60, 10 * 64 * 64 * 3
     tracemalloc.start()
     try:
@@ -338,7 +338,7 @@ def test_ctrl_c_ends_with_130_and_says_what_is_kept_and_how_to_go_on(home: Path,
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"Stopped. Finished shards are kept in {out}; run the same command again to go on." in said
+    assert f"Stopped. Finished shards are kept in {out}; run the same command again to resume." in said
     assert "Traceback" not in said
     assert not list(out.glob("*.part"))
     run(home, out, "many", shard_size=1)
