@@ -24,7 +24,7 @@ from pipeline.runtime.progress import Progress, stops_with
 from pipeline.runtime.provenance import made_by
 from pipeline.scoring.likelihood import check_compatible, entropies, prepared
 from pipeline.settings.artifacts import PatchifySettings
-from shards.manifest import write_json
+from shards.files import write_json
 from shards.reader import Artifact, open_artifact
 
 COMPARISON = "compare.json"

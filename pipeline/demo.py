@@ -28,7 +28,8 @@ from pipeline.runtime.progress import Progress
 from pipeline.runtime.provenance import made_by
 from pipeline.scoring.records import DISTANCE, Results
 from pipeline.sources.originals import load_originals
-from shards.manifest import Manifest, write_json
+from shards.files import write_json
+from shards.manifest import Manifest
 from shards.reader import Artifact, open_artifact
 
 RunCommand = Callable[[list[str]], None]

@@ -28,8 +28,9 @@ from pipeline.generation.sampled_artifact import Plan, labels_of, write_sampled
 from pipeline.reports.pictures import draw_patches, enlarge, sheet
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, stops_with
-from pipeline.runtime.work_sharing import atomic_path, claim_parts
+from pipeline.runtime.work_sharing import claim_parts
 from pipeline.settings.sampling import SampleSettings
+from shards.files import atomic_path
 from shards.reader import Artifact
 
 SHEET_CLASSES = 50  # rows of a sheet, at most

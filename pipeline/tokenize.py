@@ -2,23 +2,21 @@
 
     manifest = tokenize("photos/", Path("codes"), TokenizeSettings(tokenizer="builtin:photos", image_size=128))
 
-Images that cannot be used are left out, each with its reason in the manifest and in ``left_out.tsv``.
+Unusable images are left out, each with its reason in the manifest and in ``left_out.tsv``.
 
 Decoding, encoding and writing overlap across shard boundaries: threads read, decode and crop images; this thread
-encodes them; one thread hashes and writes the shard before. A batch never holds images of two shards, so a shard's
-bytes are a function of its images alone.
+encodes them; one thread hashes and writes the previous shard. A batch never mixes images of two shards, so a shard's
+bytes depend on its images alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,7 +28,6 @@ from dpar.tokenizer import VQTokenizer, from_uint8, psnr, to_uint8
 from pipeline.runs.weights import fingerprint_of, load_tokenizer
 from pipeline.runtime.device import autocast, choose_device, precision_name, rank, world_size
 from pipeline.runtime.errors import StageError
-from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import Progress, Task, stops_with
 from pipeline.runtime.provenance import made_by
 from pipeline.scoring.reconstruction_sample import (
@@ -42,29 +39,25 @@ from pipeline.scoring.reconstruction_sample import (
 from pipeline.settings.artifacts import TokenizeSettings
 from pipeline.settings.fields import identity
 from pipeline.sources import Source, UnusableImage, open_source
-from pipeline.sources.crops import n_views, views
-from pipeline.sources.decode import budget
+from pipeline.sources.crop_stream import Crops, crop_stream
+from pipeline.sources.crops import n_views
 from pipeline.sources.holdout import split_holdout
-from pipeline.sources.source import Item
+from shards.left_out import LEFT_OUT
 from shards.manifest import MANIFEST, LeftOut, Manifest, ShardInfo
 from shards.rows import Rows
-from shards.writer import LEFT_OUT, ArtifactBuild
-
-CROPS_AHEAD = 256 * 2**20  # bytes of crops that wait for the encoder, at most
-IMAGES_AHEAD = 512  # also at most: undecoded images of a stream hold bytes too
-MOST_WORKERS = 16  # threads past these wait for each other in Python
+from shards.writer import ArtifactBuild
 
 
 def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progress | None = None) -> Manifest | None:
-    """Encodes every image of ``data`` and writes a codes artifact to ``out``.
+    """Encode every image of ``data`` and write a codes artifact to ``out``.
 
     With ``settings.holdout`` the held-out images go to a second artifact, :func:`holdout_folder` of ``out``.
 
-    Any number of processes may share the work (``torchrun``, or the same command several times); running it again
-    goes on where it stopped.
+    Any number of processes may share the work (``torchrun``, or the same command several times); a second run resumes
+    the first.
 
     Returns:
-        The manifest of ``out``; None where other processes have shards still to write.
+        The manifest of ``out``; None while other processes still write shards.
 
     Raises:
         StageError, ModelError, ArtifactError: data, weights, output or settings cannot be used.
@@ -95,9 +88,9 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
     fingerprint = fingerprint_of(settings.tokenizer)
     with contextlib.ExitStack() as stack:
         builds = []
-        for part, folder in parts:  # all of them, so that one that is refused is refused before any work
-            decides = decisive(data, part, fingerprint, settings)
-            builds.append(open_build(folder, part, decides, settings))
+        for part, folder in parts:  # open all first, so that a refusal comes before any work
+            values = artifact_identity(data, part, fingerprint, settings)
+            builds.append(open_build(folder, part, values, settings))
             stack.callback(builds[-1].close)
         manifests = [
             encode_source(data, part, build, tokenizer, settings, progress)
@@ -107,28 +100,28 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
 
 
 def holdout_folder(out: Path) -> Path:
-    """The directory of the held-out part, beside ``out``."""
+    """Return the directory of the held-out part, beside ``out``."""
     named = out if out.name not in ("", "..") else out.resolve()
     return named.with_name(f"{named.name}-holdout")
 
 
-def decisive(data: str, source: Source, fingerprint: str, settings: TokenizeSettings) -> dict[str, Any]:
-    """The settings that decide an artifact's bytes, with the tokenizer's fingerprint and the listing's."""
+def artifact_identity(data: str, source: Source, fingerprint: str, settings: TokenizeSettings) -> dict[str, Any]:
+    """Return the settings that decide an artifact's bytes, with the fingerprints of tokenizer and listing."""
     described = source.describe()
-    decides = identity(settings) | {
+    values = identity(settings) | {
         "data": data,
         "listing": described["listing_sha256"],
         "tokenizer": fingerprint,
         "precision": precision_name(choose_device(settings.device), settings.precision),
     }
-    return decides | ({"holdout": described["holdout"]} if "holdout" in described else {})
+    return values | ({"holdout": described["holdout"]} if "holdout" in described else {})
 
 
-def open_build(folder: Path, source: Source, decides: dict[str, Any], settings: TokenizeSettings) -> ArtifactBuild:
-    """The artifact of ``source`` in ``folder``, to be written or finished."""
+def open_build(folder: Path, source: Source, values: dict[str, Any], settings: TokenizeSettings) -> ArtifactBuild:
+    """Open the artifact of ``source`` in ``folder``, with ``values`` as its identity, for writing."""
     return ArtifactBuild(
         folder,
-        settings=decides,
+        settings=values,
         n_shards=source.n_parts(settings.shard_size),
         container=settings.container,
         overwrite=settings.overwrite,
@@ -143,7 +136,7 @@ def encode_source(
     settings: TokenizeSettings,
     progress: Progress,
 ) -> Manifest | None:
-    """Writes what of ``build`` is missing; gives its manifest, or None where other processes have shards to write."""
+    """Write the missing shards of ``build``; return its manifest, or None while other processes still write shards."""
     out, config = build.folder, tokenizer.config
     side = settings.image_size // config.downsampling
     is_holdout = build.settings.get("holdout", {}).get("part") == "held out"
@@ -153,7 +146,7 @@ def encode_source(
         if settings.strict and unusable:
             raise StageError(
                 f"{unusable} images cannot be used, and --strict allows none: an earlier run without it left them "
-                f"out of {out} ({out / LEFT_OUT} has the reasons). Mend or remove them, or leave --strict out"
+                f"out of {out} ({out / LEFT_OUT} has the reasons). Repair or remove them, or omit --strict"
             )
 
     def make_manifest(shards: tuple[ShardInfo, ...]) -> Manifest:
@@ -189,14 +182,13 @@ def encode_source(
         check_strict(build.finished.shards)
         report(build.finished)
         return build.finished
-    keeps = f"Stopped. Finished shards are kept in {out}; run the same command again to go on."
     with (
-        stops_with(keeps),
+        stops_with(f"Stopped. Finished shards are kept in {out}; run the same command again to resume."),
         CodeEncoder(tokenizer, settings) as encoder,
         progress.task("tokenize holdout" if is_holdout else "tokenize", source.n_items, "images") as task,
     ):
         write_shards(build, source, encoder, settings, task)
-    is_last = not (out / MANIFEST).is_file()  # of the processes, as far as this one can tell
+    is_last = not (out / MANIFEST).is_file()  # of the processes, probably
     manifest = build.finish(make_manifest)
     if manifest is not None:
         report(manifest, from_any_process=is_last)
@@ -212,24 +204,25 @@ def encode_source(
 def write_shards(
     build: ArtifactBuild, source: Source, encoder: CodeEncoder, settings: TokenizeSettings, task: Task
 ) -> None:
-    """Writes every shard of ``build`` that is this process's to write."""
+    """Write the shards of ``build`` that this process claims."""
     keys: list[str] = []
     labels: list[int] = []
     left_out: list[LeftOut] = []
-    sample: dict[int, NDArray[np.uint8]] = {}  # by row of the shard, the crop whose reconstruction is measured
+    sample: dict[int, NDArray[np.uint8]] = {}  # row of the shard -> crop whose reconstruction is measured
     n_left_out = 0
-    position = rank() * build.n_shards // world_size()  # in the round that todo() makes
+    position = rank() * build.n_shards // world_size()  # todo() starts here
 
     @functools.cache
     def positions(index: int) -> set[int]:
         n_shards, size = build.n_shards, settings.shard_size
         return set(sampled_positions(index, n_shards=n_shards, shard_size=size, n_items=source.n_items))
 
-    before: Future[None] | None = None  # the shard that is being written
-    with ThreadPoolExecutor(1) as writer, closing(crops_ahead(build, source, settings)) as stream:
+    writing: Future[None] | None = None  # the previous shard
+    todo = build.todo(rank(), world_size())
+    with ThreadPoolExecutor(1) as writer, closing(crop_stream(todo, source, settings)) as stream:
         for index, image in stream:
-            if before is not None and before.done():
-                before.result()  # raises what went wrong, soon
+            if writing is not None and writing.done():
+                writing.result()  # raises an error early
             if source.n_items is not None:
                 for i in range(position, position + (index - position) % build.n_shards):
                     first = i % build.n_shards * settings.shard_size
@@ -238,10 +231,10 @@ def write_shards(
             if isinstance(image, Crops):
                 pixels = image.pixels.result()
                 if isinstance(pixels, UnusableImage):
-                    image = LeftOut(key=image.key, reason=pixels.reason)
+                    image = LeftOut(image.key, pixels.reason)
                 else:
                     if len(keys) + len(left_out) in positions(index):
-                        sample[len(keys)] = pixels[0].copy()  # or all its views stay in memory
+                        sample[len(keys)] = pixels[0].copy()  # a slice would keep all views in memory
                     encoder.add(pixels)
                     keys.append(image.key)
                     labels.append(image.label)
@@ -260,79 +253,29 @@ def write_shards(
                 codes=codes.reshape(len(keys), n_views(settings.views, settings.crop_range), codes.shape[1]),
             )
             if index == 0:
-                left_out = [LeftOut(key=item.key, reason=item.reason) for item in source.left_out] + left_out
-            statistics: dict[str, Any] = {"labels": max(labels, default=-1) + 1}  # names the classes of a stream
+                left_out = [*source.left_out, *left_out]
+            statistics: dict[str, Any] = {"labels": max(labels, default=-1) + 1}  # a stream's classes are its labels
             if sample:
                 measured = encoder.reconstruction_psnr(np.stack([*sample.values()]), rows.codes[[*sample], 0])
                 statistics[SHARD_KEY] = [round(value, 2) for value in measured]
-            if before is not None:
-                before.result()  # one at a time: memory is bounded
-            before = writer.submit(build.add, index, rows, statistics=statistics, left_out=left_out)
+            if writing is not None:
+                writing.result()  # one at a time, to bound memory
+            writing = writer.submit(build.add, index, rows, statistics=statistics, left_out=left_out)
             keys, labels, left_out, sample = [], [], [], {}
-        if before is not None:
-            before.result()
-
-
-@dataclass(frozen=True)
-class Crops:
-    """An image whose views are being made: (views, size, size, 3) uint8, or why it has none."""
-
-    key: str
-    label: int
-    pixels: Future[NDArray[np.uint8] | UnusableImage]
-
-
-def crops_ahead(
-    build: ArtifactBuild, source: Source, settings: TokenizeSettings
-) -> Generator[tuple[int, Crops | LeftOut | None], None, None]:
-    """The images of each shard still to write, in order, with the shard's number; None stands at a shard's end.
-
-    They are read, decoded and cropped in threads, as far ahead as memory allows.
-    """
-    bytes_each = n_views(settings.views, settings.crop_range) * settings.image_size**2 * 3
-    workers = settings.workers or default_workers()
-
-    def crop(item: Item) -> NDArray[np.uint8] | UnusableImage:
-        try:
-            with budget.in_use():
-                return views(item.load(), settings.image_size, settings.views, settings.crop_range)
-        except UnusableImage as error:
-            return error
-
-    def images() -> Generator[tuple[int, Crops | LeftOut | None], None, None]:
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                for index in build.todo(rank(), world_size()):
-                    for item in source.part(index, settings.shard_size):
-                        if isinstance(item, Item):
-                            yield index, Crops(item.key, item.label, pool.submit(crop, item))
-                        else:
-                            yield index, LeftOut(key=item.key, reason=item.reason)
-                    yield index, None
-            except GeneratorExit:  # nobody wants the rest
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    return prefetch(images(), limit=max(workers, min(IMAGES_AHEAD, CROPS_AHEAD // bytes_each)))
-
-
-def default_workers() -> int:
-    """This process's share of the machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        if writing is not None:
+            writing.result()
 
 
 class CodeEncoder:
-    """Turns the crops of one shard after another into codes, ``batch`` crops at a time.
+    """Turns crops into codes, shard after shard, ``batch`` crops at a time.
 
         with CodeEncoder(tokenizer, settings) as encoder:
-            encoder.add(crops)                               # as often as the shard has images
+            encoder.add(crops)                               # once per image of the shard
             codes = encoder.end_shard()
 
-    Codes depend on neither the number of cores nor the company an image has: on CPUs each image is encoded by one
-    thread (shared out among several, convolutions round differently with each number of them), and elsewhere all
-    batches have one size, the last one of a shard filled up with pixels that nobody asks for. One batch is filled
-    while the one before is computed.
+    Codes depend neither on the number of cores nor on the other images of a batch. On a CPU one thread encodes each
+    image, because convolutions round differently with each number of threads. Elsewhere all batches have one size,
+    the last of a shard padded. One batch is filled while the previous one is computed.
     """
 
     def __init__(self, tokenizer: VQTokenizer, settings: TokenizeSettings) -> None:
@@ -343,16 +286,14 @@ class CodeEncoder:
         on_cuda = self.device.type == "cuda"
         self._buffers = [torch.zeros(shape, dtype=torch.uint8, pin_memory=on_cuda) for _ in range(2)]
         self._filled = 0  # crops in the first buffer
-        self._running: deque[Callable[[], torch.Tensor]] = (
-            deque()
-        )  # each gives the codes of a batch, and waits for them
+        self._running: deque[Callable[[], torch.Tensor]] = deque()  # each waits for a batch and returns its codes
         self._codes: list[NDArray[np.uint16]] = []
         self._cores = torch.get_num_threads()
 
     def __enter__(self) -> Self:
         self._pool = ThreadPoolExecutor(self._cores)
         if self.device.type == "cpu":
-            torch.set_num_threads(1)  # for each thread of the pool
+            torch.set_num_threads(1)  # per thread of the pool
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -360,7 +301,7 @@ class CodeEncoder:
         torch.set_num_threads(self._cores)
 
     def add(self, crops: NDArray[np.uint8]) -> None:
-        """Takes crops (n, size, size, 3)."""
+        """Add crops (n, size, size, 3) uint8 to the shard."""
         while len(crops):
             buffer = self._buffers[0].numpy()
             taken = crops[: len(buffer) - self._filled]
@@ -371,7 +312,7 @@ class CodeEncoder:
                 self._start()
 
     def end_shard(self) -> NDArray[np.uint16]:
-        """The codes (n, N) of all crops since the shard before."""
+        """Return the codes (n, N) uint16 of all crops added since the previous shard."""
         if self._filled:
             self._start()
         while self._running:
@@ -381,7 +322,7 @@ class CodeEncoder:
         return codes
 
     def reconstruction_psnr(self, crops: NDArray[np.uint8], codes: NDArray[np.uint16]) -> list[float]:
-        """PSNR, in dB, of crops (n, size, size, 3) against what their codes (n, N) decode to: n values."""
+        """Return the PSNR, in dB, between crops (n, size, size, 3) and the images decoded from their codes (n, N)."""
         if self.device.type == "cpu":
             return list(self._pool.map(self._psnr, crops, codes))
         return [self._psnr(crop, row) for crop, row in zip(crops, codes, strict=True)]
@@ -402,20 +343,20 @@ class CodeEncoder:
         self._buffers.reverse()
         self._filled = 0
         if len(self._running) == len(self._buffers):
-            self._collect()  # its pixels' buffer is filled next
+            self._collect()  # frees the buffer that is filled next
 
     def _collect(self) -> None:
         self._codes.append(self._running.popleft()().numpy().astype(np.uint16))
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Codes (n, N) int32 of uint8 pixels (n, size, size, 3) on the device."""
+        """Return codes (n, N) int32 of uint8 pixels (n, size, size, 3) on the device."""
         with autocast(self.device, self.precision):
             return self.tokenizer.encode(from_uint8(pixels)).int()
 
 
 def _copy_from_cuda(codes: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Queues a copy to the host right behind what computes ``codes``: ``codes.cpu()`` would wait for later batches."""
+    """Queue a copy to the host right after ``codes`` are computed: ``codes.cpu()`` would wait for later batches."""
     copy = torch.empty(codes.shape, dtype=codes.dtype, pin_memory=True).copy_(codes, non_blocking=True)
     done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(codes.device))

@@ -1,12 +1,12 @@
-"""The training data as one process takes it: its share of every global batch, read ahead.
+"""The training data of one process: its share of every global batch, prefetched.
 
     with TrainingData(artifact, batch=256, seed=0, rank=rank, world_size=8) as data:
-        batch = data.batch(step)                             # 32 images; the next step's are being read meanwhile
+        batch = data.batch(step)                             # 32 images; the next batch is prefetched
 
 Arrow shards are read in a global random order (:class:`shards.order.TrainingOrder`). WebDataset shards are streamed:
-each is read once an epoch from end to end, and its images are mixed with those of a few other shards
+each is read sequentially once per epoch, and its images are mixed with those of a few other shards
 (:class:`shards.order.StreamingOrder`). Either way a batch is a function of (seed, step), and the shares of any number
-of processes are together the same global batch.
+of processes add up to the same global batch.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class TrainingData:
     ) -> None:
         """Args:
             artifact: codes or patches, with at least one row.
-            batch: images of a global batch.
-            seed: decides the order, with the step.
+            batch: images per global batch.
+            seed: of the order.
             rank: this process.
-            world_size: how many share each batch.
-            streaming: read shards from end to end; None: if they are WebDataset's.
+            world_size: number of processes that share each batch.
+            streaming: read shards sequentially; None: only WebDataset shards.
 
         Raises:
-            ValueError: the batch does not divide by the processes, or there are no rows.
+            ValueError: the batch is not divisible by the number of processes, or there are no rows.
         """
         if batch % world_size:
             raise ValueError(f"a batch of {batch} does not divide by {world_size} processes")
         manifest = artifact.manifest
-        share = batch // world_size
-        self.mine = slice(rank * share, (rank + 1) * share)
+        size = batch // world_size
+        self.share = slice(rank * size, (rank + 1) * size)
         self.artifact = artifact
         self.order: TrainingOrder
         self._windows: _Windows | None = None
@@ -56,30 +56,30 @@ class TrainingData:
             self._windows = _Windows(artifact, order)
         else:
             self.order = TrainingOrder(rows=len(artifact), views=manifest.views, batch=batch, seed=seed)
-        self._ahead: tuple[int, Future[Batch]] | None = None
+        self._prefetched: tuple[int, Future[Batch]] | None = None
         self._thread = ThreadPoolExecutor(1, "training data")
 
     def batch(self, step: int) -> Batch:
-        """This process's share of global batch ``step``; begins to read the next step's.
+        """Return this process's share of global batch ``step``, and prefetch the next one.
 
         Raises:
             ArtifactError: a shard is missing or damaged.
         """
-        if self._ahead is not None and self._ahead[0] == step:
-            ready = self._ahead[1]
+        if self._prefetched is not None and self._prefetched[0] == step:
+            batch = self._prefetched[1]
         else:
-            ready = self._thread.submit(self._read, step)
-        self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
-        return ready.result()
+            batch = self._thread.submit(self._read, step)
+        self._prefetched = (step + 1, self._thread.submit(self._read, step + 1))
+        return batch.result()
 
     def _read(self, step: int) -> Batch:
         if self._windows is not None:
-            return self._windows.batch(step, self.mine)
+            return self._windows.batch(step, self.share)
         rows, views = self.order.batch(step)
-        return self.artifact.gather(rows[self.mine], views[self.mine], entropy=False)
+        return self.artifact.gather(rows[self.share], views[self.share], entropy=False)
 
     def close(self) -> None:
-        """Ends the reading ahead."""
+        """Stop prefetching."""
         self._thread.shutdown(cancel_futures=True)
         if self._windows is not None:
             self._windows.close()
@@ -94,34 +94,34 @@ class TrainingData:
 
 
 class _Windows:
-    """The windows of a streaming order around the last batch, of which only the drawn views are held."""
+    """The windows of a streaming order around the last batch; only the drawn views are kept in memory."""
 
     def __init__(self, artifact: Artifact, order: StreamingOrder) -> None:
         self.artifact, self.order = artifact, order
-        self._held: dict[tuple[int, int], Future[Drawn]] = {}
+        self._windows: dict[tuple[int, int], Future[Drawn]] = {}
         self._thread = ThreadPoolExecutor(1, "shards")
 
-    def batch(self, step: int, mine: slice) -> Batch:
-        """Images ``mine`` of global batch ``step``; the window that follows is being read meanwhile."""
+    def batch(self, step: int, share: slice) -> Batch:
+        """Return images ``share`` of global batch ``step``, and prefetch the next window."""
         parts, passed = [], 0
         places = self.order.places(step)
         for epoch, window, at in places:
-            wanted = at[max(mine.start - passed, 0) : max(mine.stop - passed, 0)]
+            selected = at[max(share.start - passed, 0) : max(share.stop - passed, 0)]
             passed += len(at)
-            self._held = {place: held for place, held in self._held.items() if place >= (epoch, window)}
-            if len(wanted):
-                parts.append(self._begin(epoch, window).result().batch(wanted))
+            self._windows = {place: drawn for place, drawn in self._windows.items() if place >= (epoch, window)}
+            if len(selected):
+                parts.append(self._load(epoch, window).result().batch(selected))
         epoch, window, _ = places[-1]
-        self._begin(epoch, window)  # this process's share may end before it
-        self._begin(*((epoch, window + 1) if window + 1 < self.order.n_windows else (epoch + 1, 0)))
+        self._load(epoch, window)  # this process's share may end before it
+        self._load(*((epoch, window + 1) if window + 1 < self.order.n_windows else (epoch + 1, 0)))
         return concatenated(parts)
 
-    def _begin(self, epoch: int, window: int) -> Future[Drawn]:
-        if (epoch, window) not in self._held:
-            self._held[epoch, window] = self._thread.submit(self._load, epoch, window)
-        return self._held[epoch, window]
+    def _load(self, epoch: int, window: int) -> Future[Drawn]:
+        if (epoch, window) not in self._windows:
+            self._windows[epoch, window] = self._thread.submit(self._read, epoch, window)
+        return self._windows[epoch, window]
 
-    def _load(self, epoch: int, window: int) -> Drawn:
+    def _read(self, epoch: int, window: int) -> Drawn:
         views = self.order.views_of(epoch, self.order.window_rows(epoch, window))
         return self.artifact.stream(self.order.window_shards(epoch, window), views)
 

@@ -1,5 +1,5 @@
-"""What this package raises when an artifact, not the code, is at fault."""
+"""The error this package raises for a bad artifact, as opposed to a bug."""
 
 
 class ArtifactError(ValueError):
-    """An artifact that cannot be used or written: what is wrong, where, and what to do."""
+    """An artifact cannot be used or written: the message says what, where, and what to do."""

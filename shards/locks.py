@@ -1,42 +1,83 @@
-"""File locks that a dead process cannot leave behind: how processes that share an artifact's work keep apart.
+"""Claims on pieces of work, so that processes that share it do not do the same piece twice.
 
-held = take(path)                                            # a descriptor; None where another process has it
-os.close(held)                                               # gives it back, and so does the process's end
+    claims = Claims(folder)                                  # an existing directory
+    if claims.claim(7):                                      # False: another process has piece 7
+        ...
+        claims.release(7)
+
+A claim is a lock on a file in the folder. The system releases the locks of a process that ends in any way, so a kill
+leaves no stale claim. On a file system without locks every claim succeeds, and ``has_locks`` is False.
 """
 
 from __future__ import annotations
 
 import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import lock_descriptor
 
-class NoLocks(OSError):
-    """The file system, or the operating system, has no such locks."""
+FOLDER = "."  # the claim on the folder itself
 
 
-def take(path: Path, *, wait: bool = False) -> int | None:
-    """Locks ``path``, which is made if it is not there, for this descriptor alone.
+class Claims:
+    """This process's claims on the pieces of one folder; any thread may claim and release."""
 
-    Args:
-        path: a file, or a directory that is there.
-        wait: wait for whoever has it.
+    def __init__(self, folder: Path) -> None:
+        """Prepare claims in ``folder``, which need not exist yet."""
+        self.folder = folder
+        self.has_locks = True
+        self._descriptors: dict[int | str, int] = {}  # open as long as the claim lasts
+        weakref.finalize(self, _close_all, self._descriptors)
 
-    Returns:
-        An open descriptor that holds the lock until it is closed; None where another has it and ``wait`` is off.
+    def claim(self, piece: int | str, *, wait: bool = False) -> bool:
+        """Claim a piece for this object.
 
-    Raises:
-        NoLocks: there are none here.
-        OSError: the file cannot be opened.
-    """
-    held = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        import fcntl
+        Args:
+            piece: a number, a file name in the folder, or `FOLDER`.
+            wait: wait until the piece is free.
 
-        fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(held)
-        return None
-    except (ImportError, OSError) as error:
-        os.close(held)
-        raise NoLocks(f"no file locks at {path}: {error}") from error
-    return held
+        Returns:
+            Whether the claim succeeded; False if another process holds the piece.
+
+        Raises:
+            OSError: the lock file cannot be opened, or the folder does not exist.
+        """
+        path = self.folder / (f"{piece:05d}.lock" if isinstance(piece, int) else piece)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            claimed = lock_descriptor(descriptor, blocking=wait)
+        except OSError:
+            claimed, self.has_locks = True, False
+        if claimed and self.has_locks:
+            self._descriptors[piece] = descriptor
+        else:
+            os.close(descriptor)
+        return claimed
+
+    def release(self, piece: int | str) -> None:
+        """Release a piece; no effect if this object does not hold it."""
+        descriptor = self._descriptors.pop(piece, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def release_all(self) -> None:
+        """Release all pieces."""
+        _close_all(self._descriptors)
+
+    @contextmanager
+    def claimed(self, piece: int | str, *, wait: bool = False) -> Iterator[bool]:
+        """Hold a piece for the block; gives the result of :meth:`claim`."""
+        claimed = self.claim(piece, wait=wait)
+        try:
+            yield claimed
+        finally:
+            if claimed:
+                self.release(piece)
+
+
+def _close_all(descriptors: dict[int | str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])

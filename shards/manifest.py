@@ -1,33 +1,31 @@
-"""The manifest: what an artifact holds and what made it, with the SHA-256 of every shard.
+"""The manifest: the contents and provenance of an artifact, with the SHA-256 of every shard.
 
-It is written last, under a temporary name first, so an artifact that has one is whole.
+It is written last and atomically, so an artifact that has one is complete.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from shards.errors import ArtifactError
-from shards.files import open_regular
+from shards.files import write_json
 from shards.records import Count, Positive, Range, parse, read_json
 
 MANIFEST = "manifest.json"
-MOST_VALUES = 2**31 - 1  # in a row of a column, as Arrow's fixed-size lists have it
+MAX_VALUES = 2**31 - 1  # per row of a column: the limit of Arrow's fixed-size lists
 Kind = Literal["codes", "patches"]
 FORMAT_VERSIONS: dict[Kind, int] = {"codes": 1, "patches": 2}
 Container = Literal["arrow", "webdataset"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LeftOut:
-    """An input that was not used."""
+    """An input that is not among the images, and why."""
 
     key: str
     reason: str
@@ -35,19 +33,19 @@ class LeftOut:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
-    """One shard: its file, what it holds, and what its making left behind."""
+    """One shard: its file, its statistics, and the inputs it leaves out."""
 
     name: str
     rows: Count
     sha256: str
-    bytes: Count | None = None  # size of the file; None in artifacts of earlier versions
+    bytes: Count | None = None  # file size; None in artifacts of earlier versions
     statistics: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What an artifact holds. ``settings`` are those that decide its bytes; the rest of what made it is ``made_by``."""
+    """The contents of an artifact. ``settings`` decide its bytes; ``made_by`` is further provenance."""
 
     kind: Kind
     container: Container
@@ -67,24 +65,24 @@ class Manifest:
 
     @property
     def format_version(self) -> int:
-        """Of an artifact of this kind."""
+        """The format version of this kind of artifact."""
         return FORMAT_VERSIONS[self.kind]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens an image, N."""
+        """Tokens per image, N."""
         return self.grid[0] * self.grid[1]
 
     def write(self, folder: Path) -> None:
-        """Writes ``folder/manifest.json``, whole or not at all."""
+        """Write ``folder/manifest.json`` atomically."""
         write_json(folder / MANIFEST, {**dataclasses.asdict(self), "format_version": self.format_version})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of ``folder``.
+        """Return the manifest of ``folder``.
 
         Raises:
-            ArtifactError: there is none, it is of another version, or it is damaged.
+            ArtifactError: it is missing, damaged, or of another version.
         """
         path = folder / MANIFEST
         if not folder.is_dir():
@@ -104,68 +102,39 @@ class Manifest:
         return manifest
 
     def _check(self, path: Path) -> None:
-        """Raises ArtifactError where fields contradict each other or a shard leads out of the directory."""
+        """Raise ArtifactError if fields contradict each other or a shard lies outside the directory."""
         names = [shard.name for shard in self.shards]
-        wrong = None
-        if (values := self.views * self.n_tokens) > MOST_VALUES:
-            wrong = f"{self.views} views of {self.grid[0]}×{self.grid[1]} tokens are {values} values per row"
+        fault = None
+        if (values := self.views * self.n_tokens) > MAX_VALUES:
+            fault = f"{self.views} views of {self.grid[0]}×{self.grid[1]} tokens are {values} values per row"
         for name in names:
             if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
-                wrong = f"shard name {name!r} is not a plain file name"
+                fault = f"shard name {name!r} is not a plain file name"
         if len(set(names)) < len(names):
-            wrong = "a shard is listed twice"
-        if (held := sum(shard.rows for shard in self.shards)) != self.rows:
-            wrong = f"its shards hold {held} rows together, and it says {self.rows}"
-        if wrong is not None:
-            raise ArtifactError(f"{path} is damaged: {wrong}")
+            fault = "a shard is listed twice"
+        if (n_rows := sum(shard.rows for shard in self.shards)) != self.rows:
+            fault = f"its shards hold {n_rows} rows together, and it says {self.rows}"
+        if fault is not None:
+            raise ArtifactError(f"{path} is damaged: {fault}")
 
     def fingerprint(self) -> str:
-        """SHA-256 over what the artifact holds: its shards, grid, codebook and classes."""
-        held = [self.kind, self.grid, self.codebook_size, self.views, self.class_names]
-        held += [(shard.name, shard.sha256) for shard in self.shards]
-        return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+        """Return the SHA-256 of the artifact's contents: its shards, grid, codebook and classes."""
+        contents = [self.kind, self.grid, self.codebook_size, self.views, self.class_names]
+        contents += [(shard.name, shard.sha256) for shard in self.shards]
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 BUILD = ".build"  # records of finished shards, while an artifact is being written
 
 
 def _check_version(kind: object, version: object, path: Path) -> None:
-    """Raises ArtifactError unless an artifact of this ``kind`` has the format version that is read here."""
-    reads = FORMAT_VERSIONS.get(kind) if isinstance(kind, str) else None  # type: ignore[call-overload]
-    if reads is None or version == reads:  # an unknown kind is found when it is parsed
+    """Raise ArtifactError unless this version reads the format version of the artifact."""
+    supported = FORMAT_VERSIONS.get(kind) if isinstance(kind, str) else None  # type: ignore[call-overload]
+    if supported is None or version == supported:  # parsing reports an unknown kind
         return
-    what = f"{path} has format version {version!r}; this version reads {reads}"
+    message = f"{path} has format version {version!r}; this version reads {supported}"
     if kind == "patches" and version == 1:
-        what += ". Version 1 followed another patch rule: make the patches again with `dpar patchify`, from the codes"
-    raise ArtifactError(what)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes JSON under a temporary name, flushes it to disk, and renames it.
-
-    Raises:
-        ValueError: a number is not finite. JSON has no such numbers; null stands for what has no value.
-    """
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str, *, errors: str = "strict", sync: bool = True) -> None:
-    """Writes UTF-8 under a temporary name, flushes it (to disk, with ``sync``), and renames it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8", errors=errors, newline="\n") as file:
-            file.write(text)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        message += (
+            ". Version 1 followed another patch rule: make the patches again with `dpar patchify`, from the codes"
+        )
+    raise ArtifactError(message)

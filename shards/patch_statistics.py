@@ -1,10 +1,10 @@
-"""How long an artifact's patches are: counted shard by shard in the pass that makes them, and put together exactly.
+"""Statistics of patch lengths: counted per shard while the shards are written, and merged exactly.
 
-    counted = count_patches(starts, labels)              # JSON values; each shard's stand in the manifest
-    statistics = merge_counts(counts_of_shards, n_tokens=256, views=20, class_names=names)
+    counts = count_patches(starts, labels)               # JSON values, stored per shard in the manifest
+    statistics = merge_counts(counts_per_shard, n_tokens=256, views=20, class_names=names)
     print("\\n".join(summary(statistics)))
 
-Counts are integers, so however the work was split they add up to the same numbers.
+Counts are integers, so the result does not depend on how the work was divided.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from shards.errors import ArtifactError
 from shards.manifest import Manifest
 from shards.records import Positive, parse
 
-BLOCK = 2**20  # tokens whose patches are measured at once, so that memory stays small
-NAMED = 3  # classes named at each end of the summary
+BLOCK = 2**20  # tokens measured at once, to bound memory
+NAMED = 3  # classes listed at each end of the summary
 SHOWN = 8  # lengths in the summary's histogram
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassRecord:
-    """What a manifest's statistics hold of a class."""
+    """The statistics of one class in a manifest."""
 
     images: Positive
     patches_per_image: float
@@ -38,7 +38,7 @@ class ClassRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsRecord:
-    """What a manifest's statistics hold; see `merge_counts`."""
+    """The statistics in a manifest; see `merge_counts`."""
 
     mean_length: float
     patches_per_image: float
@@ -49,10 +49,10 @@ class StatisticsRecord:
 
 
 def check_statistics(manifest: Manifest, where: str) -> None:
-    """Check that a patches manifest's statistics are what `merge_counts` gives.
+    """Check that a patches manifest has the statistics that `merge_counts` returns.
 
     Raises:
-        ArtifactError: something is missing, of another type, or counts what cannot be.
+        ArtifactError: a field is missing, of another type, or has an impossible value.
     """
     record = parse(StatisticsRecord, manifest.statistics, where, at="statistics", ignore_unknown=True)
     most = manifest.n_tokens
@@ -69,20 +69,24 @@ def check_statistics(manifest: Manifest, where: str) -> None:
 
 
 def patch_lengths(starts: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Lengths in tokens of all patches of (..., N) boundaries, in order: (patches,) int64.
+    """Return the lengths in tokens, (patches,) int64, of all patches of boundaries (..., N) bool, in order.
 
-    Token 0 of every sequence starts a patch, so none spans two sequences.
+    Token 0 of every sequence starts a patch, so no patch spans two sequences.
     """
     return np.diff(np.flatnonzero(starts), append=starts.size)
 
 
 def count_patches(starts: NDArray[np.bool_], labels: NDArray[np.int32]) -> dict[str, Any]:
-    """What boundaries (R, views, N) bool of images with labels (R,) add to the statistics.
+    """Return the counts of one shard.
+
+    Args:
+        starts: (R, views, N) bool, boundaries.
+        labels: (R,) int32.
 
     Returns:
-        ``sequences`` (R · views) and ``patches`` in numbers; ``lengths`` (patches of each length), ``patch_counts``
-        (sequences of each number of patches) and ``classes`` (images and patches of each label) in text,
-        ``"VALUE:COUNT …"``, which is a line of the manifest where a JSON object would be thousands.
+        ``sequences`` (R · views) and ``patches`` as numbers; ``lengths`` (patches per length), ``patch_counts``
+        (sequences per number of patches) and ``classes`` (images and patches per label) as text, ``"VALUE:COUNT …"``:
+        one line of the manifest, where a JSON object takes thousands.
     """
     rows, views, n_tokens = starts.shape
     lengths = np.zeros(n_tokens + 1, np.int64)
@@ -90,15 +94,15 @@ def count_patches(starts: NDArray[np.bool_], labels: NDArray[np.int32]) -> dict[
     for first in range(0, rows, step):
         lengths += np.bincount(patch_lengths(starts[first : first + step]), minlength=len(lengths))
     of_views = np.count_nonzero(starts, axis=2)
-    found, home, images = np.unique(labels, return_inverse=True, return_counts=True)
-    patches = np.zeros(len(found), np.int64)
-    np.add.at(patches, home, of_views.sum(axis=1))
+    present, place, images = np.unique(labels, return_inverse=True, return_counts=True)
+    patches = np.zeros(len(present), np.int64)
+    np.add.at(patches, place, of_views.sum(axis=1))
     return {
         "sequences": rows * views,
         "patches": int(of_views.sum()),
         "lengths": _text(np.flatnonzero(lengths), lengths[lengths > 0]),
         "patch_counts": _text(*np.unique(of_views, return_counts=True)),
-        "classes": _text(found, images, patches),
+        "classes": _text(present, images, patches),
     }
 
 
@@ -114,11 +118,11 @@ def _numbers(text: str) -> Iterator[list[int]]:
 def merge_counts(
     parts: Sequence[dict[str, Any]], *, n_tokens: int, views: int, class_names: Sequence[str]
 ) -> dict[str, Any]:
-    """The statistics of an artifact from what :func:`count_patches` gave for its shards.
+    """Return the statistics of an artifact from the counts of its shards (:func:`count_patches`).
 
     Returns:
         ``sequences``, ``patches``, ``tokens_per_image``, ``patches_per_image``, ``mean_length``, ``tokens_saved``
-        (1 - M/N), ``lengths`` and ``patch_counts`` (``{"VALUE": COUNT}``), and ``classes``, those that have images in
+        (1 - M/N), ``lengths`` and ``patch_counts`` (``{"VALUE": COUNT}``), and ``classes``, those with images, in
         the order of their labels: ``class``, ``images``, ``patches_per_image``, ``mean_length``.
     """
     sequences, patches = (sum(part[name] for part in parts) for name in ("sequences", "patches"))
@@ -127,12 +131,12 @@ def merge_counts(
     images_of: Counter[int] = Counter()
     patches_of: Counter[int] = Counter()
     for part in parts:
-        for of, name in ((lengths, "lengths"), (counts, "patch_counts")):
+        for counter, name in ((lengths, "lengths"), (counts, "patch_counts")):
             for value, count in _numbers(part[name]):
-                of[value] += count
-        for label, images, held in _numbers(part["classes"]):
-            images_of[label] += images
-            patches_of[label] += held
+                counter[value] += count
+        for label, n_images, n_patches in _numbers(part["classes"]):
+            images_of[label] += n_images
+            patches_of[label] += n_patches
     return {
         "sequences": sequences,
         "patches": patches,
@@ -155,12 +159,12 @@ def merge_counts(
 
 
 def class_name(class_names: Sequence[str], label: int) -> str:
-    """What class ``label`` is called; one past the names goes by its number."""
+    """Return the name of class ``label``; its number if it has no name."""
     return class_names[label] if label < len(class_names) else f"label {label}"
 
 
 def count_quantile(counts: dict[str, int], quantile: float) -> int:
-    """The value at ``quantile`` of values counted as ``{"VALUE": COUNT}``: the smallest that so many do not exceed."""
+    """Return the quantile of values counted as ``{"VALUE": COUNT}``: the smallest value with that share at or below."""
     values = np.array([int(value) for value in counts])
     order = np.argsort(values)
     ends = np.cumsum(np.array(list(counts.values()))[order])
@@ -168,17 +172,17 @@ def count_quantile(counts: dict[str, int], quantile: float) -> int:
 
 
 def lengths_differ(statistics: dict[str, Any]) -> bool:
-    """Whether images have different numbers of patches, which they do not in the static scheme."""
+    """Return whether images have different numbers of patches; in the static scheme they do not."""
     return len(statistics["patch_counts"]) > 1
 
 
 def by_compressibility(statistics: dict[str, Any]) -> list[dict[str, Any]]:
-    """The classes of an artifact's statistics, fewest patches per image first."""
+    """Return the classes of an artifact's statistics, fewest patches per image first."""
     return sorted(statistics["classes"], key=lambda entry: float(entry["patches_per_image"]))
 
 
 def summary(statistics: dict[str, Any]) -> list[str]:
-    """The statistics in a few lines of text."""
+    """Return the statistics in a few lines of text."""
     low, middle, high = (count_quantile(statistics["patch_counts"], q) for q in (0, 0.5, 1))
     lengths = [(int(length), count) for length, count in statistics["lengths"].items()]
     total = sum(count for _, count in lengths)

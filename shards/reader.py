@@ -1,12 +1,12 @@
-"""Reading an artifact: random access over its shards, by memory map, whichever container they are in.
+"""Reading an artifact: random access to the rows of its shards, in either file format.
 
 artifact = open_artifact("patches/", kind="patches", verify=True)
 artifact.manifest.rows, artifact.manifest.class_names
 batch = artifact.gather(rows, views)                     # Batch of (B, N) arrays
-rows = artifact.shard_rows(3)                            # a whole shard
+rows = artifact.shard_rows(3)                            # a complete shard
 
-A shard is looked through by memory map once; after that the drawn rows alone are read, at their places in the file.
-Reading them through the map would be no faster, and the system keeps up to 2 MB of the file resident for each row.
+A memory map serves to parse a shard; after that only the requested rows are read, at their offsets in the file.
+Reading rows through the map is not faster, and keeps up to 2 MB of the file resident per row.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shards.errors import ArtifactError
-from shards.files import require_regular
-from shards.manifest import Kind, Manifest, ShardInfo, file_sha256
+from shards.files import file_sha256, require_regular
+from shards.manifest import Kind, Manifest, ShardInfo
 from shards.rows import Rows, unpack_starts
 from shards.shard_files import ArrowShard, Column, Shard, TarShard, columns_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MOST_OPEN = 4096  # shards; each holds two file descriptors
-HASHING = min(8, os.cpu_count() or 1)  # threads
+MAX_OPEN = 4096  # shards; each has two file descriptors
+THREADS = min(8, os.cpu_count() or 1)  # that hash shards
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One view each of some images."""
+    """Some images, one view of each."""
 
     labels: NDArray[np.int64]  # (B,)
     codes: NDArray[np.int64]  # (B, N)
-    entropy: NDArray[np.float16] | None  # (B, N), patches only, and only where asked for
+    entropy: NDArray[np.float16] | None  # (B, N), nats; patches only, and only on request
     starts: NDArray[np.bool_] | None  # (B, N), patches only
 
     def part(self, first: int, last: int) -> Batch:
-        """Images ``first`` to ``last``, the latter not among them; shares memory."""
+        """Return images ``first`` to ``last - 1``; shares memory."""
         return Batch(
             labels=self.labels[first:last],
             codes=self.codes[first:last],
@@ -57,7 +57,7 @@ class Batch:
 
 
 def concatenated(parts: Sequence[Batch]) -> Batch:
-    """Some batches of one artifact as one."""
+    """Return batches of one artifact as one batch."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
@@ -71,16 +71,16 @@ def concatenated(parts: Sequence[Batch]) -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """One view each of some images, as it is stored."""
+    """Some images, one view of each, as stored."""
 
     labels: NDArray[np.int32]  # (R,)
     codes: NDArray[np.uint16]  # (R, N)
     entropy: NDArray[np.float16] | None  # (R, N)
-    packed: NDArray[np.uint8] | None  # (R, …) the bytes that hold a view's bits
-    first_bit: NDArray[np.int64]  # (R,) where in the first of these bytes they begin
+    packed: NDArray[np.uint8] | None  # (R, …) bytes that contain a view's bits
+    first_bit: NDArray[np.int64]  # (R,) position of the view's first bit in them
 
     def batch(self, at: NDArray[np.int64] | slice) -> Batch:
-        """Some of them as training takes them."""
+        """Return some of the images as a training batch."""
         codes = self.codes[at].astype(np.int64)
         starts = None
         if self.packed is not None:
@@ -97,14 +97,14 @@ class Drawn:
 
 
 class Artifact:
-    """A finished artifact, open for reading. Shards are mapped when first used. Any thread may read."""
+    """A finished artifact, open for reading. Shards are opened on first use. Thread-safe."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
         self.columns = columns_of(manifest)
         self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._most_open = min(MOST_OPEN, _file_limit() // 4)
+        self._max_open = min(MAX_OPEN, _file_limit() // 4)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -112,11 +112,11 @@ class Artifact:
 
     @cached_property
     def ends(self) -> NDArray[np.int64]:
-        """(shards,) rows up to and including each shard."""
+        """(shards,) int64: number of rows up to and including each shard."""
         return np.cumsum([shard.rows for shard in self.manifest.shards], dtype=np.int64)
 
     def shard(self, index: int) -> Shard:
-        """Shard ``index``, open.
+        """Return shard ``index``, open.
 
         Raises:
             ArtifactError: it is missing or damaged.
@@ -129,7 +129,7 @@ class Artifact:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(shard.file, 0, 0, os.POSIX_FADV_RANDOM)
         self._open[index] = shard
-        if len(self._open) > self._most_open:
+        if len(self._open) > self._max_open:
             self._open.popitem(last=False)
         return shard
 
@@ -141,16 +141,16 @@ class Artifact:
             return opener(path, info, self.columns)
         except FileNotFoundError:
             raise ArtifactError(f"shard {path} is missing; run the command that made {self.folder} again") from None
-        except Exception as error:  # on damaged bytes Arrow, NumPy and JSON raise nearly anything
+        except Exception as error:  # Arrow, NumPy and JSON raise all kinds of errors on damaged bytes
             raise ArtifactError(f"shard {path} is damaged: {_one_line(error)}") from error
 
     def gather(self, rows: NDArray[np.int64], views: NDArray[np.int64], *, entropy: bool = True) -> Batch:
-        """View ``views[i]`` of row ``rows[i]``, for (B,) each; no other view is read.
+        """Return view ``views[i]`` of row ``rows[i]``; reads no other view.
 
         Args:
-            rows: which images.
-            views: which view of each.
-            entropy: read entropies too, where there are any.
+            rows: (B,) int64, the images.
+            views: (B,) int64, the view of each.
+            entropy: also read entropies, if the artifact has them.
         """
         home = np.searchsorted(self.ends, rows, side="right")
         local = rows - np.concatenate([[0], self.ends])[home]
@@ -160,9 +160,9 @@ class Artifact:
         return drawn.batch(slice(None))
 
     def stream(self, shards: NDArray[np.int64], views: NDArray[np.int64]) -> Drawn:
-        """The rows of some shards in their order, view ``views[i]`` of the i-th; no entropies.
+        """Return all rows of some shards in order, view ``views[i]`` of the i-th; no entropies.
 
-        Each shard is read once, from its beginning to its end, and closed. Any thread may call it.
+        Each shard is read sequentially and closed.
         """
 
         def rows() -> Iterator[tuple[Shard, int]]:
@@ -176,14 +176,14 @@ class Artifact:
     def _draw(self, rows: Iterable[tuple[Shard, int]], views: NDArray[np.int64], entropy: bool) -> Drawn:
         n, patches = self.manifest.n_tokens, self.manifest.kind == "patches"
         entropy = entropy and patches
-        wide = -(-n // 8) + (n % 8 > 0)  # bytes that hold n bits wherever they begin
+        wide = -(-n // 8) + (n % 8 > 0)  # bytes that contain n bits at any position
         first_bit = views * n
         labels = np.empty(len(views), np.int32)
         codes, levels, packed = [], [], []
         at = zip(rows, (first_bit * 2).tolist(), (first_bit // 8).tolist(), strict=True)
         for i, ((shard, row), skipped, byte) in enumerate(at):
             file, offsets = shard.file, shard.offsets
-            labels[i] = shard.labels_held[row]
+            labels[i] = shard.labels[row]
             codes.append(os.pread(file, 2 * n, offsets["codes"].item(row) + skipped))
             if entropy:
                 levels.append(os.pread(file, 2 * n, offsets["entropy"].item(row) + skipped))
@@ -201,13 +201,13 @@ class Artifact:
                 packed=column(packed, "u1", wide) if patches else None,
                 first_bit=first_bit % 8,
             )
-        except ValueError as error:  # a read came back short
+        except ValueError as error:  # a read returned too few bytes
             raise ArtifactError(f"a shard of {self.folder} has been cut off since it was opened") from error
         self._check_values(drawn.codes, drawn.labels, f"a shard of {self.folder}")
         return drawn
 
     def _check_values(self, codes: NDArray[np.uint16], labels: NDArray[np.int32], where: str) -> None:
-        """Raises ArtifactError where a code or a label would be looked up past the end of a table."""
+        """Raise ArtifactError if a code or a label is out of range."""
         manifest = self.manifest
         for what, values, table, end in (
             ("code", codes, "codebook ends", manifest.codebook_size - 1),
@@ -221,22 +221,22 @@ class Artifact:
                     )
 
     def keys(self, rows: NDArray[np.int64]) -> list[str]:
-        """The keys of some rows."""
-        found = []
+        """Return the keys of some rows."""
+        keys = []
         with self._lock:
             for row in rows:
                 index = int(np.searchsorted(self.ends, row, side="right"))
                 local = np.array([row - (self.ends[index - 1] if index else 0)])
-                found += self.shard(index).keys(local)
-        return found
+                keys += self.shard(index).keys(local)
+        return keys
 
     def shard_rows(self, index: int) -> Rows:
-        """Shard ``index``, whole: arrays of its own, so nothing of the file stays mapped. Any thread may call it."""
+        """Return all rows of shard ``index`` as copies, so that the file does not stay mapped."""
         manifest, shard = self.manifest, self._map(index)
         shape = (shard.n_rows, manifest.views, manifest.n_tokens)
         shard.advise("WILLNEED")
         every = np.arange(shard.n_rows)
-        rows = Rows(keys=shard.keys(every), labels=shard.labels(every), codes=shard.column("codes").reshape(shape))
+        rows = Rows(keys=shard.keys(every), labels=shard.labels, codes=shard.column("codes").reshape(shape))
         self._check_values(rows.codes, rows.labels, f"shard {self.folder / manifest.shards[index].name}")
         if manifest.kind == "codes":
             return rows
@@ -247,13 +247,13 @@ class Artifact:
         )
 
     def damaged(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, str]]:
-        """Names of shards that are missing or not what was written, with the reason; reads every byte.
+        """Yield the names of missing or damaged shards, with the reason; reads every byte.
 
         Args:
-            share: this process's number and how many share the work, each by a stripe of the shards.
+            share: this process's rank and the number of processes; shards are divided in stripes.
         """
         indices = range(share[0], len(self.manifest.shards), share[1])
-        with ThreadPoolExecutor(HASHING) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             for index, reason in zip(indices, pool.map(self._damage, indices), strict=True):
                 if reason is not None:
                     yield self.manifest.shards[index].name, reason
@@ -261,7 +261,7 @@ class Artifact:
     def _damage(self, index: int) -> str | None:
         info = self.manifest.shards[index]
         path = self.folder / info.name
-        reason = _amiss(path, info, self.columns)
+        reason = _check_size(path, info, self.columns)
         if reason is not None:
             return reason
         try:
@@ -278,28 +278,28 @@ class Artifact:
 def open_artifact(
     path: str | os.PathLike[str], kind: Kind | None = None, *, verify: bool = False, share: tuple[int, int] = (0, 1)
 ) -> Artifact:
-    """Opens a finished artifact and checks that its shards are there and of the right size.
+    """Open a finished artifact and check that its shards exist and have the right size.
 
     Args:
         path: its directory.
-        kind: what is needed; None takes any.
-        verify: read every byte, too, and compare each shard's SHA-256 and columns with the manifest.
-        share: with ``verify``, this process's number and how many share the work.
+        kind: the required kind; None accepts both.
+        verify: also read every byte, and compare each shard's SHA-256 and columns with the manifest.
+        share: with ``verify``, this process's rank and the number of processes that share the work.
 
     Raises:
-        ArtifactError: it is no artifact, not finished, of another kind, or damaged: all such shards are named.
+        ArtifactError: it is not an artifact, not finished, of another kind, or damaged; all damaged shards are named.
     """
     folder = Path(path)
     manifest = Manifest.read(folder)
     if kind is not None and manifest.kind != kind:
-        makes = {"codes": "dpar tokenize", "patches": "dpar patchify"}[kind]
-        raise ArtifactError(f"{folder} holds {manifest.kind}; {kind} are needed here, which `{makes}` makes")
+        command = {"codes": "dpar tokenize", "patches": "dpar patchify"}[kind]
+        raise ArtifactError(f"{folder} holds {manifest.kind}; {kind} are needed here, which `{command}` makes")
     artifact = Artifact(folder, manifest)
     if verify:
         bad = list(artifact.damaged(share))
     else:
-        every = ((shard.name, _amiss(folder / shard.name, shard, artifact.columns)) for shard in manifest.shards)
-        bad = [(name, reason) for name, reason in every if reason is not None]
+        checked = ((shard.name, _check_size(folder / shard.name, shard, artifact.columns)) for shard in manifest.shards)
+        bad = [(name, reason) for name, reason in checked if reason is not None]
     if bad:
         shown = ", ".join(f"{name} ({reason})" for name, reason in bad[:20]) + (" …" if len(bad) > 20 else "")
         raise ArtifactError(
@@ -309,8 +309,8 @@ def open_artifact(
     return artifact
 
 
-def _amiss(path: Path, info: ShardInfo, columns: dict[str, Column]) -> str | None:
-    """What a look at the directory says against a shard."""
+def _check_size(path: Path, info: ShardInfo, columns: dict[str, Column]) -> str | None:
+    """Return what is wrong with a shard's size; None if nothing is."""
     try:
         size = require_regular(path).st_size
     except FileNotFoundError:
@@ -331,10 +331,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def _file_limit() -> int:
-    """How many files this process may have open."""
+    """Return how many files this process may open."""
     try:
         import resource
-    except ImportError:  # Windows, which lets a process have some thousands
-        return 2 * MOST_OPEN
+    except ImportError:  # Windows allows some thousands
+        return 2 * MAX_OPEN
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 2 * MOST_OPEN if soft == resource.RLIM_INFINITY else soft
+    return 2 * MAX_OPEN if soft == resource.RLIM_INFINITY else soft

@@ -1,4 +1,4 @@
-"""Reading a JSON file into a dataclass: what is wrong with it is one sentence that names the file and the field.
+"""Parsing JSON files into dataclasses; an error is one sentence that names the file and the field.
 
     manifest = parse(Manifest, read_json(path), str(path))
     # ArtifactError: codes/manifest.json: field shards[3].rows is '12', expected an integer of at least 0
@@ -25,13 +25,13 @@ from shards.files import open_regular
 
 T = TypeVar("T")
 
-LARGEST = 2**63 - 1  # integers beyond are an error in numpy, Arrow and torch
-SHOWN = 60  # characters of a wrong value in a message
+LARGEST = 2**63 - 1  # larger integers fail in numpy, Arrow and torch
+SHOWN = 60  # characters of a bad value in a message
 
 
 @dataclass(frozen=True)
 class Range:
-    """The smallest and the largest number a field may hold."""
+    """The smallest and the largest value of a field."""
 
     low: int
     high: int = LARGEST
@@ -63,7 +63,7 @@ def parse_json(data: bytes, where: str) -> Any:
     """
     try:
         values = json.loads(data.decode("utf-8"), parse_int=_integer)
-        json.dumps(values, ensure_ascii=False).encode()  # JSON can spell lone surrogates, which no file can hold
+        json.dumps(values, ensure_ascii=False).encode()  # JSON can spell lone surrogates, which UTF-8 cannot
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where} is damaged: it is not valid JSON ({error})") from error
     return values
@@ -82,8 +82,8 @@ def parse(kind: type[T], value: Any, where: str, *, at: str = "", ignore_unknown
         kind: the dataclass.
         value: what `json.loads` gave.
         where: the file, for messages.
-        at: the field of the file that the value is, where it is not all of it.
-        ignore_unknown: pass over fields that the dataclass does not have, at every level.
+        at: the field of the file that contains the value, if it is not the complete file.
+        ignore_unknown: ignore fields that the dataclass lacks, at every level.
 
     Raises:
         ArtifactError: a field is missing, unknown, of another type or out of its range.
@@ -126,15 +126,15 @@ class _Parser:
             return value
         if origin is Annotated:
             limits = next(note for note in arguments[1:] if isinstance(note, Range))
-            if not _same_sort(arguments[0], value) or not limits.low <= value <= limits.high:
+            if not _same_type(arguments[0], value) or not limits.low <= value <= limits.high:
                 raise self.wrong(at, value, kind)
             return self.value(arguments[0], value, at)
         if origin in (Union, types.UnionType):
             for choice in arguments:
-                if _same_sort(choice, value):
+                if _same_type(choice, value):
                     return self.value(choice, value, at)
             raise self.wrong(at, value, kind)
-        if not _same_sort(kind, value):
+        if not _same_type(kind, value):
             raise self.wrong(at, value, kind)
         if dataclasses.is_dataclass(kind):
             return self.record(kind, value, at)
@@ -151,17 +151,17 @@ class _Parser:
         return float(value) if kind is float else value
 
     def wrong(self, at: str, value: Any, kind: Any) -> ArtifactError:
-        """What to raise for a value of another type than ``kind``."""
+        """Return the error for a value that is not of type ``kind``."""
         if not at:
             return ArtifactError(f"{self.where} is {_shown(value)}, expected {described(kind)}")
         return ArtifactError(f"{self.where}: field {at} is {_shown(value)}, expected {described(kind)}")
 
 
-def _same_sort(kind: Any, value: Any) -> bool:
-    """Whether a JSON value is of the sort that ``kind`` is written as, whatever is inside it."""
+def _same_type(kind: Any, value: Any) -> bool:
+    """Return whether a JSON value has the outer type that ``kind`` is written as."""
     origin = typing.get_origin(kind)
     if origin is Annotated:
-        return _same_sort(typing.get_args(kind)[0], value)
+        return _same_type(typing.get_args(kind)[0], value)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind))
     if origin in (tuple, list):
@@ -174,7 +174,7 @@ def _same_sort(kind: Any, value: Any) -> bool:
 
 
 def described(kind: Any) -> str:
-    """Return what a type is called in a message."""
+    """Return the name of a type for messages."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         limits = next(note for note in arguments[1:] if isinstance(note, Range))
@@ -197,3 +197,9 @@ def described(kind: Any) -> str:
 def _shown(value: Any) -> str:
     text = "null" if value is None else repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the settings that differ, each with both values, in one line."""
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    return "; ".join(f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in names)

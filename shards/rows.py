@@ -1,4 +1,4 @@
-"""The columns of an artifact, as arrays, and their two containers on disk.
+"""The columns of an artifact as arrays, and their two file formats.
 
 | column  | in memory                 | Arrow                       | WebDataset            |
 | key     | str                       | string                      | ``json``, field key   |
@@ -7,23 +7,22 @@
 | entropy | float16 (R, views, N)     | fixed-size list of float16  | ``entropy.npy``       |
 | starts  | bool (R, views, N)        | fixed-size list of uint8    | ``starts.npy``        |
 
-``starts`` is stored as bits, ``views · N`` of them a row, packed big-endian (``numpy.packbits``). Both containers
-open with the plain libraries alone: ``datasets.load_dataset("arrow", …)``, ``webdataset.WebDataset(…)``.
+``starts`` is stored as bits, ``views · N`` per row, packed big-endian (``numpy.packbits``). The plain libraries open
+both: ``datasets.load_dataset("arrow", …)``, ``webdataset.WebDataset(…)``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shards.manifest import Container, file_sha256
+from shards.files import atomic_path, file_sha256
+from shards.manifest import Container
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +32,7 @@ EXTENSION: dict[Container, str] = {"arrow": ".arrow", "webdataset": ".tar"}
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Images of one shard; the last two columns are there in patches only."""
+    """Images of one shard; only patches have the last two columns."""
 
     keys: list[str]
     labels: NDArray[np.int32]  # (R,)
@@ -46,33 +45,24 @@ class Rows:
 
 
 def write_shard(path: Path, rows: Rows, container: Container) -> str:
-    """Writes a shard under a temporary name, flushes it, renames it; gives the SHA-256 of its bytes.
+    """Write a shard atomically and return the SHA-256 of its bytes.
 
     The bytes are a function of ``rows`` alone.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_path(path, unlocked=True) as part:
         with open(part, "wb") as file:
             (_write_arrow if container == "arrow" else _write_tar)(file, rows)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = file_sha256(part)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-    return digest
+        return file_sha256(part)
 
 
 def pack_starts(starts: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """(R, views, N) bool to (R, ceil(views · N / 8)) uint8, big-endian bits."""
+    """Return boundaries (R, views, N) bool as (R, ceil(views · N / 8)) uint8, big-endian bits."""
     rows, views, n_tokens = starts.shape
     return np.packbits(starts.reshape(rows, views * n_tokens), axis=1, bitorder="big")
 
 
 def unpack_starts(packed: NDArray[np.uint8], views: int, n_tokens: int) -> NDArray[np.bool_]:
-    """The inverse of :func:`pack_starts`: (R, views, N) bool."""
+    """Return packed boundaries as (R, views, N) bool: the inverse of :func:`pack_starts`."""
     bits = np.unpackbits(packed, axis=1, count=views * n_tokens, bitorder="big")
     return bits.view(np.bool_).reshape(len(packed), views, n_tokens)
 
@@ -91,7 +81,7 @@ def _write_arrow(file: Any, rows: Rows) -> None:
     if rows.entropy is not None and rows.starts is not None:
         columns |= {"entropy": fixed(rows.entropy), "starts": fixed(pack_starts(rows.starts))}
     batch = pa.record_batch(columns)
-    with pa.ipc.new_file(file, batch.schema) as writer:  # one record batch a shard, so that it maps without copies
+    with pa.ipc.new_file(file, batch.schema) as writer:  # one record batch, so that it maps without copies
         writer.write_batch(batch)
 
 
@@ -99,10 +89,10 @@ def _write_tar(file: Any, rows: Rows) -> None:
     from webdataset import TarWriter
 
     packed = None if rows.starts is None else pack_starts(rows.starts)
-    with TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:  # a float would double the headers
+    with TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:  # a float mtime doubles the headers
         for i, key in enumerate(rows.keys):
             sample = {
-                "__key__": f"{i:08d}",  # the image's own key may hold dots and slashes, which mean something in a tar
+                "__key__": f"{i:08d}",  # the image's key may hold dots and slashes, which a tar interprets
                 "json": json.dumps({"key": key, "label": int(rows.labels[i])}, ensure_ascii=False).encode(),
                 "codes.npy": _npy(rows.codes[i]),
             }

@@ -1,9 +1,9 @@
-"""The files of an artifact, mapped into memory: where each row's arrays lie in an Arrow shard and in a tar shard.
+"""The memory-mapped shards of an artifact: the offset of each row's arrays in an Arrow file and in a tar.
 
-    shard = ArrowShard(path, info, columns_of(manifest))     # ValueError: it does not hold what the manifest says
-    shard.keys(rows), shard.labels(rows), shard.offsets["codes"]
+    shard = ArrowShard(path, info, columns_of(manifest))     # ValueError: it differs from the manifest
+    shard.keys(rows), shard.labels[rows], shard.offsets["codes"]
 
-What a file says of itself is checked before it is read: types, bounds, sizes.
+Types, bounds and sizes are checked before any data is read.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """What one array column holds of a row."""
+    """The values of an array column, per row."""
 
     dtype: np.dtype[Any]
     width: int
 
     @property
     def bytes(self) -> int:
-        """A row's."""
+        """Bytes per row."""
         return self.width * self.dtype.itemsize
 
 
 def columns_of(manifest: Manifest) -> dict[str, Column]:
-    """The array columns of an artifact's shards."""
+    """Return the array columns of an artifact's shards."""
     width = manifest.views * manifest.n_tokens
     columns = {"codes": Column(dtype=np.dtype("<u2"), width=width)}
     if manifest.kind == "patches":
@@ -52,16 +52,16 @@ def columns_of(manifest: Manifest) -> dict[str, Column]:
 
 
 class Shard(ABC):
-    """A memory-mapped shard: where each row's arrays lie in its file. Its two kinds differ in finding that out."""
+    """A memory-mapped shard and the offsets of its rows; the subclasses parse the two file formats."""
 
-    labels_held: NDArray[np.int32]  # (rows,)
-    offsets: dict[str, NDArray[np.int64]]  # (rows,) first byte of a row, for each array column
+    labels: NDArray[np.int32]  # (rows,)
+    offsets: dict[str, NDArray[np.int64]]  # per array column (rows,): first byte of each row
 
     def __init__(self, path: Path, info: ShardInfo, columns: dict[str, Column]) -> None:
-        """Maps ``path`` and looks through it.
+        """Map ``path`` and parse its structure.
 
         Raises:
-            ValueError: it does not hold what the manifest says.
+            ValueError: it differs from the manifest.
         """
         require_regular(path)
         self.file = os.open(path, os.O_RDONLY)
@@ -70,30 +70,26 @@ class Shard(ABC):
         self.bytes = np.frombuffer(self.map, np.uint8)
         self.columns = columns
         self.n_rows = info.rows
-        self._find()
+        self._parse()
 
     @abstractmethod
-    def _find(self) -> None:
-        """Sets ``labels_held`` and ``offsets``, and checks what the file says of itself."""
+    def _parse(self) -> None:
+        """Set ``labels`` and ``offsets``, and check the file's structure."""
 
     @abstractmethod
     def keys(self, rows: NDArray[np.int64]) -> list[str]:
-        """The images' keys."""
-
-    def labels(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
-        """(n,) int32."""
-        return self.labels_held[rows]
+        """Return the keys of some rows."""
 
     def column(self, name: str) -> NDArray[Any]:
-        """(rows, width) of an array column, whole; a copy."""
+        """Return a copy of an array column, (rows, width)."""
         column = self.columns[name]
-        found = np.empty((self.n_rows, column.bytes), np.uint8)
+        values = np.empty((self.n_rows, column.bytes), np.uint8)
         for row, offset in enumerate(self.offsets[name].tolist()):
-            found[row] = self.bytes[offset : offset + column.bytes]
-        return found.view(column.dtype)
+            values[row] = self.bytes[offset : offset + column.bytes]
+        return values.view(column.dtype)
 
     def advise(self, name: str) -> None:
-        """Tells the system how the map will be used, where it can be told: ``WILLNEED``, ``DONTNEED``."""
+        """Advise the system how the map is used (``WILLNEED``, ``DONTNEED``), if it supports that."""
         advice = getattr(mmap, f"MADV_{name}", None)
         if advice is not None:
             self.map.madvise(advice)
@@ -102,7 +98,7 @@ class Shard(ABC):
 class ArrowShard(Shard):
     """An Arrow IPC file of one record batch."""
 
-    def _find(self) -> None:
+    def _parse(self) -> None:
         import pyarrow as pa
 
         reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self.map)))
@@ -110,11 +106,11 @@ class ArrowShard(Shard):
             raise ValueError(f"it holds {reader.num_record_batches} record batches, not 1")
         types = {"key": pa.string(), "label": pa.int32()}
         types |= {name: pa.list_(pa.from_numpy_dtype(c.dtype), c.width) for name, c in self.columns.items()}
-        for name, needed in types.items():
-            if (held := reader.schema.field(name).type) != needed:
-                raise ValueError(f"its {name} are {held}, not {needed}")
+        for name, expected in types.items():
+            if (actual := reader.schema.field(name).type) != expected:
+                raise ValueError(f"its {name} are {actual}, not {expected}")
         batch = reader.get_batch(0)
-        batch.validate(full=True)  # before anything is read: offsets and sizes may lead anywhere
+        batch.validate(full=True)  # before any data is read: offsets and sizes may point anywhere
         if batch.num_rows != self.n_rows:
             raise ValueError(f"it holds {batch.num_rows} rows; the manifest says {self.n_rows}")
         base = self.bytes.ctypes.data
@@ -131,39 +127,39 @@ class ArrowShard(Shard):
             if batch.column(name).null_count:
                 raise ValueError(f"a row has no {name}")
         self._keys = batch.column("key")
-        self.labels_held = batch.column("label").to_numpy(zero_copy_only=False).copy()
+        self.labels = batch.column("label").to_numpy(zero_copy_only=False).copy()
 
     def keys(self, rows: NDArray[np.int64]) -> list[str]:
         """See :class:`Shard`."""
-        found: list[str] = self._keys.take(rows).to_pylist()
-        return found
+        keys: list[str] = self._keys.take(rows).to_pylist()
+        return keys
 
     def column(self, name: str) -> NDArray[Any]:
         """See :class:`Shard`."""
         column = self.columns[name]
         first = int(self.offsets[name][0]) if self.n_rows else 0
-        held = self.bytes[first : first + self.n_rows * column.bytes]
-        return held.reshape(self.n_rows, column.bytes).copy().view(column.dtype)
+        values = self.bytes[first : first + self.n_rows * column.bytes]
+        return values.reshape(self.n_rows, column.bytes).copy().view(column.dtype)
 
 
 class TarShard(Shard):
     """A WebDataset tar; its members are uncompressed, so their arrays are read in place."""
 
-    def _find(self) -> None:
-        self.advise("WILLNEED")  # its headers are all over it
+    def _parse(self) -> None:
+        self.advise("WILLNEED")  # its headers are spread over the file
         members = _members(self.map)
         for field in {"json", *(f"{name}.npy" for name in self.columns), *members}:
-            held = len(members.get(field, ()))
-            if held != self.n_rows:
-                raise ValueError(f"it holds {held} of {field}; the manifest says {self.n_rows} rows")
+            count = len(members.get(field, ()))
+            if count != self.n_rows:
+                raise ValueError(f"it holds {count} of {field}; the manifest says {self.n_rows} rows")
         self.offsets = {name: self._arrays(name, members[f"{name}.npy"]) for name in self.columns if self.n_rows}
         for name in self.columns:
             self.offsets.setdefault(name, np.zeros(0, np.int64))
         self._json = np.array(members.get("json", []), np.int64).reshape(-1, 2)
-        self.labels_held = np.array([self._key_and_label(row)[1] for row in range(self.n_rows)], np.int32)
+        self.labels = np.array([self._key_and_label(row)[1] for row in range(self.n_rows)], np.int32)
 
     def _arrays(self, name: str, members: list[tuple[int, int]]) -> NDArray[np.int64]:
-        """Where the values of a column's ``.npy`` members begin; all must have the same header."""
+        """Return the offsets of the values in a column's ``.npy`` members, which must all have the same header."""
         column, at = self.columns[name], np.array(members, np.int64)
         start, size = members[0]
         stream = io.BytesIO(self.map[start : start + size])
@@ -185,7 +181,7 @@ class TarShard(Shard):
         if not isinstance(key, str) or type(label) is not int:
             raise ValueError(f"row {row} has the key {key!r} and the label {label!r}")
         if not key.isascii():
-            key.encode()  # JSON can spell lone surrogates, which no file can hold
+            key.encode()  # JSON can spell lone surrogates, which UTF-8 cannot
         return key, label
 
     def keys(self, rows: NDArray[np.int64]) -> list[str]:
@@ -194,22 +190,22 @@ class TarShard(Shard):
 
 
 def _members(tar: mmap.mmap) -> dict[str, list[tuple[int, int]]]:
-    """First byte and size of a tar's members by extension; many times as fast as ``tarfile`` on plain members."""
-    found: dict[str, list[tuple[int, int]]] = {}
+    """Return first byte and size of a tar's members by extension; much faster than ``tarfile`` on plain members."""
+    members: dict[str, list[tuple[int, int]]] = {}
     at, end = 0, len(tar)
     while at + 512 <= end:
         header = tar[at : at + 512]
         if header[0] == 0:  # the end mark
-            return found
+            return members
         if header[156:157] != b"0" or header[257:262] != b"ustar":
             raise ValueError(f"byte {at} is no header of a plain file")
-        if not header[124:135].isdigit():  # int() would take signs, too
+        if not header[124:135].isdigit():  # int() also accepts signs
             raise ValueError(f"the size at byte {at + 124} is not a number in octal")
         size = int(header[124:135], 8)
         at += 512
         if at + size > end:
             break
         field = header[:100].rstrip(b"\0").decode("ascii").split(".", 1)[1]
-        found.setdefault(field, []).append((at, size))
+        members.setdefault(field, []).append((at, size))
         at += -(-size // 512) * 512
     raise ValueError("it ends before its end mark")

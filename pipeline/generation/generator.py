@@ -39,7 +39,7 @@ from pipeline.runtime.errors import StageError
 from pipeline.settings.fields import Precision
 from pipeline.settings.sampling import SamplingSettings
 from pipeline.sources.source import known_class
-from shards.manifest import file_sha256
+from shards.files import file_sha256
 from shards.reader import Artifact
 
 RUN = "run.json"

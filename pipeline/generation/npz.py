@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from dpar.tensors import shown
 from pipeline.runtime.errors import StageError
-from pipeline.runtime.work_sharing import atomic_path
+from shards.files import atomic_path
 
 IMAGES, LABELS = "arr_0", "arr_1"
 LARGEST_IMAGE = 2**28  # pixels

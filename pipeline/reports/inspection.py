@@ -24,7 +24,7 @@ from pipeline.reports.inspection_record import (
 from pipeline.reports.page import Picture, Section, Table, render
 from pipeline.reports.pictures import data_uri
 from pipeline.runtime.provenance import made_by
-from shards.manifest import write_json
+from shards.files import write_json
 
 BARS = 32  # most in a histogram
 

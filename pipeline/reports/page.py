@@ -9,7 +9,6 @@ Everything in a page is escaped. Pages hold no scripts and load nothing: picture
 from __future__ import annotations
 
 import importlib.resources
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from shards.files import write_text
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,7 @@ def render(template: str, out: Path, **values: Any) -> None:
     """
     page = _environment().get_template(template).render(**values)
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        part.write_text(page, encoding="utf-8", errors="backslashreplace")  # a key may hold what UTF-8 cannot
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(out, page, errors="backslashreplace")  # a key may hold what UTF-8 cannot
 
 
 @lru_cache

@@ -51,7 +51,7 @@ from pipeline.runtime.device import rank, world_size
 from pipeline.runtime.distributed import all_reduce_max, barrier, gather_first
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
-from shards.manifest import file_sha256, write_json
+from shards.files import file_sha256, write_json
 from shards.records import parse, read_json
 
 SEAL = "checkpoint.json"

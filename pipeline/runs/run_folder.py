@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -29,9 +28,8 @@ from pipeline.runtime.device import rank
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.provenance import command_line, made_by
 from shards.errors import ArtifactError
-from shards.manifest import write_json
-from shards.records import parse, parse_json, read_json
-from shards.writer import differences
+from shards.files import write_json, write_text
+from shards.records import differences, parse, parse_json, read_json
 
 FORMAT_VERSIONS = {"tokenizer": 1, "entropy": 2, "train": 2}  # of run.json, by kind of run
 RUN = "run.json"
@@ -235,9 +233,7 @@ class RunFolder:
         if rank() != 0:
             return
         kept = [line for line in self.metrics() if line["step"] <= step]
-        part = self.folder / f"{METRICS}.part"
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, self.folder / METRICS)
+        write_text(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _newest_step(self) -> int:
         steps = [path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*")]

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.runtime.errors import StageError
-from shards.locks import NoLocks, take
+from shards.locks import Claims
 from shards.records import parse, read_json
 
 LOCK = ".lock"
@@ -42,32 +42,25 @@ class RunLock:
             StageError: another process holds the lock.
         """
         path = folder / LOCK
-        self._descriptor: int | None = None
-        try:
-            descriptor = take(path)
-        except NoLocks:  # this file system has none: nothing is protected, and nothing is blocked
-            return
-        if descriptor is None:
+        self._claims = Claims(folder)
+        if not self._claims.claim(LOCK):
             raise StageError(
                 f"{folder} is in use by {_describe_holder(path)}. Wait until that command ends, stop it, or name "
                 "another output"
             )
-        self._descriptor = descriptor
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         holder = Holder(host=socket.gethostname(), pid=os.getpid(), since=now)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, (json.dumps(asdict(holder)) + "\n").encode(), 0)
+        if self._claims.has_locks:
+            path.write_text(json.dumps(asdict(holder)) + "\n", encoding="utf-8")  # the same file: it is locked
 
     @property
     def held(self) -> bool:
-        """Whether this process has the run to itself; False where the file system has no locks."""
-        return self._descriptor is not None
+        """Whether this process has the run to itself; False on a file system without locks."""
+        return self._claims.has_locks
 
     def release(self) -> None:
-        """Give the lock back."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        """Release the lock."""
+        self._claims.release_all()
 
 
 def _describe_holder(path: Path) -> str:

@@ -12,9 +12,7 @@ system none of this kind, pieces may be made twice, which changes nothing: a pie
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,9 @@ from numpy.typing import NDArray
 
 from pipeline.runtime.device import rank, world_size
 from pipeline.runtime.errors import StageError
-from shards.locks import NoLocks, take
-from shards.writer import differences
+from shards.files import atomic_path
+from shards.locks import Claims
+from shards.records import differences
 
 LOCKS = ".locks"
 
@@ -38,36 +37,21 @@ def claim_parts(made: Path, n: int, there: Callable[[int], bool]) -> Iterator[in
         n: pieces, numbered from 0.
         there: whether a piece is finished, whoever made it. It must say so before the loop's body ends.
     """
-    locks = made.parent / LOCKS / made.name
+    claims = Claims(made.parent / LOCKS / made.name)
     first = rank() * n // world_size()
     busy = []
     for index in (*range(first, n), *range(first)):
         if not there(index):
-            with _claim(locks, index, wait=False) as mine:
-                if not mine:
+            claims.folder.mkdir(parents=True, exist_ok=True)
+            with claims.claimed(index) as claimed:
+                if not claimed:
                     busy.append(index)
                 elif not there(index):
                     yield index
-    for index in busy:  # another process has it, or had it and died
-        with _claim(locks, index, wait=True):
+    for index in busy:  # another process works on it, or died with it
+        with claims.claimed(index, wait=True):
             if not there(index):
                 yield index
-
-
-@contextlib.contextmanager
-def _claim(locks: Path, index: int, *, wait: bool) -> Iterator[bool]:
-    """Holds the lock of a piece for the block; gives False, without it, where another process has it."""
-    locks.mkdir(parents=True, exist_ok=True)
-    try:
-        held = take(locks / f"{index:05d}", wait=wait)
-    except NoLocks:
-        yield True
-        return
-    try:
-        yield held is not None
-    finally:
-        if held is not None:
-            os.close(held)
 
 
 def write_once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -133,19 +117,3 @@ class Parts:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:05d}.npz"
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; flushed and renamed at the end, removed where the block fails.
-
-    The name is the same in every process, so that a kill leaves nothing for long: write under a lock.
-    """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from dpar.tokenizer import VQTokenizer, from_uint8
 from pipeline.runtime.errors import StageError
-from shards.manifest import file_sha256
+from shards.files import file_sha256
 
 NEIGHBOURS = 3  # of precision and recall
 NEIGHBOURHOOD_ROWS = 10_000  # compared at once

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.work_sharing import atomic_path
 from pipeline.scoring.records import DISTANCE, Cell
+from shards.files import atomic_path
 
 # file, what is on the x axis, its label, what tells lines apart
 PLOTS = (

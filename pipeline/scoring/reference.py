@@ -25,12 +25,12 @@ from PIL import Image
 from pipeline.generation.npz import IMAGES, NpzImages, array_names, open_array, open_npz, read_floats
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.provenance import made_by
-from pipeline.runtime.work_sharing import atomic_path
 from pipeline.scoring.features import Extractor, Statistics
 from pipeline.sources import UnusableImage
 from pipeline.sources.decode import EXTENSIONS, read_image
 from pipeline.sources.originals import load_originals
-from shards.manifest import MANIFEST, file_sha256
+from shards.files import atomic_path, file_sha256
+from shards.manifest import MANIFEST
 from shards.reader import Artifact, open_artifact
 
 NEIGHBOURS_OF = 10_000  # images of the reference that precision and recall look at

@@ -13,10 +13,10 @@ from typing import Any
 
 from pipeline.runtime.provenance import made_by
 from pipeline.runtime.terminal import ESCAPES
-from pipeline.runtime.work_sharing import atomic_path, claim_parts
+from pipeline.runtime.work_sharing import claim_parts
 from pipeline.scoring.plots import how_sampled, plot_cells
 from pipeline.scoring.records import RECONSTRUCTION, Cell, HeldOutRow, Reconstruction, Results
-from shards.manifest import write_json
+from shards.files import atomic_path, write_json
 from shards.records import read_json
 
 # Columns of a cell's numbers, in order: key, heading, format. Those that no cell has are left out.

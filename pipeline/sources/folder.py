@@ -24,7 +24,6 @@ from pipeline.sources.decode import EXTENSIONS, read_image
 from pipeline.sources.imagenet import readable
 from pipeline.sources.source import (
     IndexedSource,
-    LeftOut,
     choose,
     file_version,
     listing_order,
@@ -33,6 +32,7 @@ from pipeline.sources.source import (
     normal,
     valid_text,
 )
+from shards.manifest import LeftOut
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

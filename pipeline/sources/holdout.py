@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.runtime.errors import StageError
-from pipeline.sources.source import IndexedSource, LeftOut, Source, listing_sha256
+from pipeline.sources.source import IndexedSource, Source, listing_sha256
+from shards.manifest import LeftOut
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import EXTENSIONS
 from pipeline.sources.labels import Label, parse_label
-from pipeline.sources.source import LeftOut, valid_text
+from pipeline.sources.source import valid_text
 from pipeline.sources.tar import Bytes, Member, members
+from shards.manifest import LeftOut
 
 LABEL_FIELDS = ("label", "cls", "class", "class_id", "class_name", "classname")
 """Fields of a sample's ``json`` that are taken for its label; the first that is there."""

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.runtime.errors import StageError
+from shards.manifest import LeftOut
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,14 +44,6 @@ class UnusableImage(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Something the listing itself rejects: where it is, and why it is not among the images."""
-
-    key: str
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from pipeline.sources.decode import MAX_BYTES, TOO_MANY_BYTES, decode_image, rea
 from pipeline.sources.labels import NO_LABEL, Label, number_labels, parse_label
 from pipeline.sources.source import (
     IndexedSource,
-    LeftOut,
     UnusableImage,
     choose,
     file_version,
     listing_sha256,
     nearest,
 )
+from shards.manifest import LeftOut
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

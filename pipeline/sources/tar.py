@@ -18,8 +18,9 @@ from typing import IO, Protocol, cast
 
 from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import MAX_BYTES, TOO_MANY_BYTES
-from pipeline.sources.source import LeftOut, source_lost, valid_text
+from pipeline.sources.source import source_lost, valid_text
 from shards.files import open_regular
+from shards.manifest import LeftOut
 
 MAX_HEADER = 2**20
 """Most bytes that the headers of one member may take, long names and all."""

@@ -34,7 +34,6 @@ from pipeline.sources.locations import stems
 from pipeline.sources.samples import holds_samples, key_text, samples
 from pipeline.sources.source import (
     IndexedSource,
-    LeftOut,
     choose,
     listing_order,
     listing_sha256,
@@ -44,6 +43,7 @@ from pipeline.sources.source import (
 )
 from pipeline.sources.tar import Extent, Member, members, read_member
 from shards.files import open_regular
+from shards.manifest import LeftOut
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

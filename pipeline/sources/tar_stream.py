@@ -21,8 +21,9 @@ from pipeline.sources.labels import MOST_CLASSES, NO_LABEL, decimal_names
 from pipeline.sources.locations import check_named_once, stems
 from pipeline.sources.remote import WAITS, RemoteFile, look_up
 from pipeline.sources.samples import Sample, key_text, samples
-from pipeline.sources.source import Item, LeftOut, Source
+from pipeline.sources.source import Item, Source
 from pipeline.sources.tar_images import TWICE
+from shards.manifest import LeftOut
 
 if TYPE_CHECKING:
     from PIL import Image

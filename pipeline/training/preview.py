@@ -8,7 +8,6 @@ painter.draw(model, run.sheets / "step-00002000.png")
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from pipeline.runs.weights import load_entropy_model, load_tokenizer
 from pipeline.runtime.device import Precision, autocast
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
+from shards.files import atomic_path
 
 COLUMNS = 8
 PICTURE_PX = 256
@@ -113,6 +113,5 @@ class Painter:
         ]
         rows = [pictures[i : i + COLUMNS] for i in range(0, len(pictures), COLUMNS)]
         path.parent.mkdir(exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(png_bytes(sheet(rows)))
-        os.replace(part, path)
+        with atomic_path(path) as part:
+            part.write_bytes(png_bytes(sheet(rows)))

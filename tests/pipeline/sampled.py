@@ -22,7 +22,8 @@ from pipeline.runtime.progress import Progress
 from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
 from pipeline.tokenize import tokenize
 from pipeline.train import lineage
-from shards.manifest import Manifest, write_json
+from shards.files import write_json
+from shards.manifest import Manifest
 
 V, SIDE, SIZE = 32, 4, 8
 N = SIDE * SIDE

@@ -359,7 +359,7 @@ def test_no_threshold_comes_nearer_to_the_target_than_the_one_found(
         assert target > 1.01 * max(reachable)
         return
     assert found.length == length(found.value)
-    assert found.off(target) == pytest.approx(min(abs(one / target - 1) for one in reachable))
+    assert found.deviation(target) == pytest.approx(min(abs(one / target - 1) for one in reachable))
 
 
 def test_a_sample_unlike_the_rest_is_said_with_the_threshold_that_would_do(home: Path, tmp_path: Path) -> None:

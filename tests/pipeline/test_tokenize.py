@@ -27,7 +27,7 @@ from pipeline.settings.artifacts import TokenizeSettings
 from pipeline.sources import open_indexed
 from pipeline.sources.crops import views
 from pipeline.tokenize import tokenize
-from shards.locks import take
+from shards.locks import Claims
 from shards.manifest import BUILD, MANIFEST, Manifest
 from shards.reader import open_artifact
 
@@ -187,7 +187,7 @@ def test_strict_stops_at_the_first_image_that_cannot_be_used(home: Path, tmp_pat
     with pytest.raises(StageError, match=r"bird/2b cut\.jpg: .*truncated.*Without --strict it would be left out"):
         run(home, tmp_path / "a", "mixed", strict=True)
     assert not (tmp_path / "a" / MANIFEST).exists()
-    assert run(home, tmp_path / "a", "mixed").left_out == 2  # goes on without it
+    assert run(home, tmp_path / "a", "mixed").left_out == 2  # resumes without it
 
 
 def test_strict_refuses_what_an_earlier_run_without_it_left_out(home: Path, tmp_path: Path) -> None:
@@ -200,13 +200,13 @@ def test_strict_refuses_what_an_earlier_run_without_it_left_out(home: Path, tmp_
 
 def test_a_shard_that_another_process_holds_is_left_to_it_and_named(home: Path, tmp_path: Path) -> None:
     (tmp_path / "a" / BUILD).mkdir(parents=True)
-    held = take(tmp_path / "a" / BUILD / "00001.lock")
-    assert held is not None
+    claims = Claims(tmp_path / "a" / BUILD)
+    assert claims.claim(1)
     said = io.StringIO()
     progress = Progress(Console(file=said, width=500), quiet=False)
     assert tokenize(str(home / "photos"), tmp_path / "a", chosen(home), progress) is None
     assert "1 shard is still being written by other processes" in said.getvalue()
-    os.close(held)
+    claims.release(1)
     run(home, tmp_path / "a")
     run(home, tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -230,7 +230,7 @@ def test_each_tar_of_a_stream_is_a_shard_and_numbers_name_its_classes(home: Path
 def test_memory_holds_the_crops_that_wait_and_not_those_of_a_shard(
     home: Path, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.tokenize.CROPS_AHEAD", 2**20)
+    monkeypatch.setattr("pipeline.sources.crop_stream.BYTES_AHEAD", 2**20)
     images, bytes_each = 60, 10 * 64 * 64 * 3
     tracemalloc.start()
     try:
@@ -338,7 +338,7 @@ def test_ctrl_c_ends_with_130_and_says_what_is_kept_and_how_to_go_on(home: Path,
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"Stopped. Finished shards are kept in {out}; run the same command again to go on." in said
+    assert f"Stopped. Finished shards are kept in {out}; run the same command again to resume." in said
     assert "Traceback" not in said
     assert not list(out.glob("*.part"))
     run(home, out, "many", shard_size=1)

@@ -342,7 +342,7 @@ def test_closing_the_shards_least_recently_used_changes_nothing(tmp_path: Path, 
     rows, views = np.arange(TOTAL).repeat(3)[::-1], np.tile(np.arange(VIEWS), TOTAL)
     whole = artifact.gather(rows, views)
     artifact = open_artifact(tmp_path / "a")
-    artifact._most_open = 1
+    artifact._max_open = 1
     for i in (*range(len(rows)), *range(0, len(rows), 7)):
         found = artifact.gather(rows[i : i + 1], views[i : i + 1])
         np.testing.assert_array_equal(found.codes[0], whole.codes[i])

@@ -20,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ArtifactError
-from shards.manifest import BUILD, MANIFEST, Container, LeftOut, Manifest, ShardInfo, write_json
+from shards.files import write_json
+from shards.left_out import LEFT_OUT
+from shards.manifest import BUILD, MANIFEST, Container, LeftOut, Manifest, ShardInfo
 from shards.reader import open_artifact
 from shards.rows import EXTENSION, Rows
-from shards.writer import LEFT_OUT, ArtifactBuild
+from shards.writer import ArtifactBuild
 
 N_SHARDS = 12
 GRID, VIEWS = (8, 8), 2

@@ -21,7 +21,7 @@ from pipeline.runs.checkpoints import damage, load_full_tensors
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.train import train
-from shards.manifest import file_sha256
+from shards.files import file_sha256
 from tests.pipeline.trained import (
     build,
     chosen,

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.runtime.errors import StageError
-from pipeline.runtime.work_sharing import Parts, atomic_path, claim_folder, claim_parts, write_once
+from pipeline.runtime.work_sharing import Parts, claim_folder, claim_parts, write_once
+from shards.files import atomic_path
 from tests.pipeline.sampled import start
 
 

@@ -1,0 +1,181 @@
+"""The records of an artifact that is being written: its folder ``.build/``, removed when the manifest is there.
+
+    settings.json        the settings that decide the bytes
+    NNNNN.json           the record of a finished shard
+    NNNNN.unchecked      the record of a shard from an earlier session, until its SHA-256 has been verified
+    NNNNN.lock           locked by the process that writes or verifies the shard
+    *.process            one per process at work, locked while it lives
+
+A session begins when a process finds no other one at work: all records become unchecked, and the processes of the
+session share the verification.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from shards.errors import ArtifactError
+from shards.files import file_sha256, write_json, write_text
+from shards.left_out import LEFT_OUT
+from shards.locks import Claims
+from shards.manifest import BUILD, MANIFEST, Manifest, ShardInfo
+from shards.records import parse, read_json
+
+THREADS = min(8, os.cpu_count() or 1)  # that verify shards; hashing releases the interpreter's lock
+
+
+class BuildRecords:
+    """The records of one artifact, as this process sees them."""
+
+    def __init__(self, artifact: Path) -> None:
+        """Prepare the records of the directory ``artifact``; nothing is read or written yet."""
+        self.artifact = artifact
+        self.folder = artifact / BUILD
+        self.claims = Claims(self.folder)
+
+    def settings(self) -> dict[str, Any] | None:
+        """Return the settings of the artifact, finished or not; None if there is none.
+
+        Raises:
+            ArtifactError: they are damaged.
+        """
+        if (self.artifact / MANIFEST).is_file():
+            return Manifest.read(self.artifact).settings
+        path = self.folder / "settings.json"
+        if not path.is_file():
+            return None
+        settings = read_json(path)
+        if not isinstance(settings, dict):
+            raise ArtifactError(f"{path} is damaged: it is {settings!r:.60}, expected an object")
+        return settings
+
+    def is_empty(self) -> bool:
+        """Return whether the folder is there but has no settings: a kill came right after its creation."""
+        return self.folder.is_dir() and not (self.folder / "settings.json").exists()
+
+    def read(self, index: int) -> ShardInfo | None:
+        """Return the record of shard ``index``; None if it is not finished, or only unchecked."""
+        try:
+            return _read(self._path(index))
+        except ArtifactError:
+            return None
+
+    def __contains__(self, index: int) -> bool:
+        return self._path(index).is_file()
+
+    def write(self, index: int, info: ShardInfo) -> None:
+        """Record shard ``index`` as finished."""
+        write_json(self._path(index), dataclasses.asdict(info))
+
+    def claim(self, index: int, *, wait: bool = False) -> bool:
+        """Claim shard ``index``; False if another process holds it, or has finished the artifact."""
+        try:
+            return self.claims.claim(index, wait=wait)
+        except FileNotFoundError:
+            return False
+
+    def count_processes(self) -> int:
+        """Return how many other processes are at work; 0 on a file system without locks."""
+        claims = Claims(self.folder)
+        busy = [path for path in self.folder.glob("*.process") if not claims.claim(path.name)]
+        claims.release_all()
+        return len(busy)
+
+    def join(self, settings: dict[str, Any], *, first: bool) -> None:
+        """Register this process as one at work; the ``first`` of a session makes all records unchecked."""
+        self.folder.mkdir(exist_ok=True)
+        if not (self.folder / "settings.json").exists():
+            write_json(self.folder / "settings.json", settings)
+        if first:
+            remove_parts(self.artifact)
+            self._start_session()
+        self.claims.claim(f"{uuid.uuid4().hex}.process")
+
+    def _start_session(self) -> None:
+        """Make all records unchecked; those of a finished artifact come from its manifest."""
+        for path in self.folder.glob("*.process"):
+            path.unlink()
+        recorded = [path for path in self.folder.iterdir() if re.fullmatch(r"\d{5,}\.(json|unchecked)", path.name)]
+        if not (self.artifact / MANIFEST).is_file():
+            for path in recorded:
+                path.replace(path.with_suffix(".unchecked"))
+            return
+        for path in recorded:
+            path.unlink()
+        for index, info in enumerate(Manifest.read(self.artifact).shards):
+            write_text(self._path(index, ".unchecked"), json.dumps(dataclasses.asdict(info)), sync=False)
+
+    def verify(self) -> None:
+        """Verify all unchecked records, together with the other processes at work; return when none is left."""
+        indices = sorted(int(path.stem) for path in self.folder.glob("*.unchecked"))
+        with ThreadPoolExecutor(THREADS) as pool:
+            verified = list(pool.map(self._verify, indices))
+        for index in (index for index, done in zip(indices, verified, strict=True) if not done):
+            self._verify(index, wait=True)
+
+    def _verify(self, index: int, wait: bool = False) -> bool:
+        """Verify a shard record and drop it on mismatch; False if another process is verifying it."""
+        unchecked = self._path(index, ".unchecked")
+        if not self.claim(index, wait=wait):
+            return not unchecked.exists()
+        try:
+            try:
+                info = _read(unchecked)
+                valid = file_sha256(self.artifact / info.name) == info.sha256
+            except (OSError, ArtifactError):
+                valid = False
+            with contextlib.suppress(FileNotFoundError):  # another process has verified it by now
+                if valid:
+                    unchecked.replace(self._path(index))
+                elif unchecked.exists():
+                    (self.artifact / MANIFEST).unlink(missing_ok=True)  # first: a manifest vouches for every shard
+                    unchecked.unlink()
+        finally:
+            self.claims.release(index)
+        return True
+
+    def remove_artifact(self) -> None:
+        """Delete shards and records, the manifest first: without it the rest counts as unfinished."""
+        (self.artifact / MANIFEST).unlink(missing_ok=True)
+        for path in self.artifact.iterdir():
+            if re.match(r"\d{5,}\.", path.name) or path.name == LEFT_OUT:
+                path.unlink()
+        self.remove()
+        remove_parts(self.artifact)
+
+    def remove(self) -> None:
+        """Remove the folder; it vanishes in one step for a process that still looks for a lock in it."""
+        with contextlib.suppress(OSError):
+            aside = self.artifact / f"{BUILD}.{os.getpid()}.part"
+            self.folder.replace(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _path(self, index: int, suffix: str = ".json") -> Path:
+        return self.folder / f"{index:05d}{suffix}"
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete the temporary files of killed processes."""
+    for path in folder.glob("*.part"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> ShardInfo:
+    """Return a record.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    return parse(ShardInfo, read_json(path), str(path))

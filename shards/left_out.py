@@ -1,0 +1,31 @@
+"""``left_out.tsv``: the inputs that an artifact leaves out, each with its reason, one per line.
+
+Control characters and backslashes are escaped, so that a line is always two fields and the escapes can be undone. So
+is the first character of a field that a spreadsheet would compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from shards.files import write_text
+from shards.manifest import LeftOut
+
+LEFT_OUT = "left_out.tsv"
+CONTROLS = (*range(32), *range(127, 160), 0x2028, 0x2029)
+ESCAPES = {code: chr(code).encode("unicode_escape").decode() for code in (*CONTROLS, ord("\\"))}
+FORMULA = "=+-@"  # first characters of a spreadsheet formula
+
+
+def write_left_out(folder: Path, items: Sequence[LeftOut]) -> None:
+    """Write the listing into an artifact's directory; nothing if there are no items."""
+    if items:
+        lines = [("key", "reason"), *((item.key, item.reason) for item in items)]
+        text = "".join(f"{_escape(key)}\t{_escape(reason)}\n" for key, reason in lines)
+        write_text(folder / LEFT_OUT, text, errors="backslashreplace")
+
+
+def _escape(text: str) -> str:
+    escaped = text.translate(ESCAPES)
+    return f"\\x{ord(escaped[0]):02x}{escaped[1:]}" if escaped.startswith(tuple(FORMULA)) else escaped
