@@ -52,7 +52,7 @@ def pad_rows(x: Tensor) -> Tensor:
 def prepare_forward(model: M) -> M:
     """A copy of ``model`` with its linear layers on oneDNN; ``model`` itself if none of them can be."""
     linears = {} if _is_prepared(model) else _linears(model)
-    return _with_parts(model, {name: PackedLinear(linear) for name, linear in linears.items()})
+    return with_parts(model, {name: PackedLinear(linear) for name, linear in linears.items()})
 
 
 def prepare_steps(model: M) -> M:
@@ -74,7 +74,7 @@ def prepare_steps(model: M) -> M:
             parts[name] = PackedLinear(linears[name])
         elif type(module) is nn.RMSNorm and module.eps == NORM_EPS:
             parts[name] = FewCallsNorm(module)
-    return _with_parts(model, parts)
+    return with_parts(model, parts)
 
 
 class PackedLinear(nn.Linear):
@@ -138,7 +138,7 @@ class PreparedBlock(Block):
         return _product(gated, self.w2, add=x)
 
 
-def _with_parts(model: M, parts: dict[str, nn.Module]) -> M:
+def with_parts(model: M, parts: dict[str, nn.Module]) -> M:
     """A copy of ``model`` that shares its parameters and buffers, with submodules replaced by name.
 
     ``model`` itself if there are no parts; the part itself if it stands for all of ``model``.

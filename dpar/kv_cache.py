@@ -1,13 +1,14 @@
-"""The keys and values that sampling keeps: one cache an attention layer, allocated once.
+"""Keys and values while sampling on a CPU: one cache per attention layer, allocated once.
 
-    cache = KVCache(rows=16, capacity=256, heads=12, head_dim=64, device=device, dtype=torch.float32)
-    places = Places.of(rows, positions, total=16, device=device)
+    cache = KVCache(rows=16, capacity=256, heads=12, head_dim=64, dtype=torch.float32)
+    places = Places.of(rows, positions, total=16)
     out = block(pad_rows(x), table, cache.at(places))[:7]        # x (7, 1, width): a new token of each of 7 rows
 
-On CPU a row's float32 result is bit-identical in any batch, so that the same image comes out of batches of 1 and of 16:
+A row's float32 result is bit-identical in any batch, so that the same image comes out of batches of 1 and of 16:
 one flipped bit in a distribution of 16384 tokens can change a token. Matrix products choose their order of summation by
 the number of rows, so :func:`dpar.cpu_kernels.pad_rows` gives them numbers of rows that they treat alike. Products of
 attention choose it by the number of keys and by where they lie in memory, so caches are read in multiples of 32.
+Other devices have :mod:`dpar.static_cache`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -48,31 +48,24 @@ class Places:
     rows: Tensor  # (R,) int64
     positions: Tensor  # (R,) int64
     together: int | None  # the position, where it is every row's of the cache
-    stretches: tuple[Stretch, ...]  # CPU: what is attended to at once
-    keys: int  # the most that a row attends to
-    mask: Tensor | None  # 0 or -inf, float32, added to scores: CPU (R, 1, keys); else (rows of the cache, 1, keys)
+    stretches: tuple[Stretch, ...]  # what is attended to at once
+    keys: int  # the most that a row attends to, a multiple of KEYS
+    mask: Tensor  # (R, 1, keys) float32, 0 or -inf, added to scores
 
     @classmethod
-    def together_at(cls, position: int, total: int, device: torch.device | str = "cpu") -> Places:
+    def together_at(cls, position: int, total: int) -> Places:
         """All rows of caches with ``total`` rows, at one position."""
-        return cls.of(np.arange(total), np.full(total, position), total, device)
+        return cls.of(np.arange(total), np.full(total, position), total)
 
     @classmethod
-    def of(
-        cls, rows: NDArray[np.int64], positions: NDArray[np.int64], total: int, device: torch.device | str = "cpu"
-    ) -> Places:
+    def of(cls, rows: NDArray[np.int64], positions: NDArray[np.int64], total: int) -> Places:
         """Rows (R,), ascending, and their positions (R,), of caches with ``total`` rows."""
-        at, last = torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)
         farthest = int(positions.max())
         together = farthest if len(rows) == total and int(positions.min()) == farthest else None
-        if torch.device(device).type == "cpu":
-            keys = round_up(farthest + 1, KEYS)
-            mask = np.where(np.arange(keys) > positions[:, None, None], HIDDEN, SEEN)
-            return cls(at, last, together, _stretches(rows, positions), keys, torch.from_numpy(mask))
-        hidden = None
-        if together is None:
-            hidden = _hide_later(last.new_zeros(total).index_put((at,), last)[:, None, None], farthest + 1)
-        return cls(at, last, together, (), farthest + 1, hidden)
+        keys = round_up(farthest + 1, KEYS)
+        mask = torch.from_numpy(np.where(np.arange(keys) > positions[:, None, None], HIDDEN, SEEN))
+        at, last = torch.from_numpy(rows), torch.from_numpy(positions)
+        return cls(at, last, together, _stretches(rows, positions), keys, mask)
 
 
 def _stretches(rows: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[Stretch, ...]:
@@ -90,11 +83,9 @@ class KVCache:
     Every row (an image, or an image's guidance half) has its own length, so rows can be at different places.
     """
 
-    def __init__(
-        self, rows: int, capacity: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, rows: int, capacity: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
         # a head's past is one stretch of memory, which the products of attention read without a copy
-        self.kv = torch.zeros(2, rows, heads, round_up(capacity, KEYS), head_dim, device=device, dtype=dtype)
+        self.kv = torch.zeros(2, rows, heads, round_up(capacity, KEYS), head_dim, dtype=dtype)
         self.k, self.v = self.kv.unbind()
 
     def at(self, places: Places) -> Attend:
@@ -106,12 +97,8 @@ class KVCache:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.put(torch.cat([k[:count], v[:count]], dim=1), places)
-            if self.k.device.type == "cpu":
-                scaled = q[:count, 0].to(self.k.dtype) * q.shape[-1] ** -0.5
-                out = self.attended(scaled, places).unsqueeze(1).to(q.dtype)
-            else:
-                out = self._fused(q[:count], places)
-            return with_rows(out, len(q))
+            scaled = q[:count, 0].to(self.k.dtype) * q.shape[-1] ** -0.5
+            return with_rows(self.attended(scaled, places).unsqueeze(1).to(q.dtype), len(q))
 
         return attend
 
@@ -123,14 +110,13 @@ class KVCache:
             self.kv[:, places.rows, :, places.positions] = kv.to(self.kv.dtype)
 
     def attended(self, q: Tensor, places: Places) -> Tensor:
-        """What scaled queries (R, heads, head_dim) of rows at ``places`` see: the like, on CPU.
+        """What scaled queries (R, heads, head_dim) of rows at ``places`` see: the like.
 
         As batched products: the CPU's fused kernel rounds differently from thread to thread, and is no faster.
         """
         rows, heads, head_dim = q.shape
         query = q.reshape(rows * heads, 1, head_dim)
         keys, values = self.k.flatten(0, 1), self.v.flatten(0, 1)
-        assert places.mask is not None  # on CPU
         if len(places.stretches) == 1:
             past = slice(places.stretches[0].row * heads, (places.stretches[0].row + rows) * heads), slice(places.keys)
             scores = torch.bmm(query, keys[past].transpose(1, 2))
@@ -148,23 +134,6 @@ class KVCache:
         for own, past in parts:
             torch.bmm(weights[own, :, past[1]], values[past], out=out[own])
         return out.view(rows, heads, head_dim)
-
-    def _fused(self, q: Tensor, places: Places) -> Tensor:
-        """The same on other devices. Attending with all rows reads pasts once; choosing rows first would copy them."""
-        keys, values = (x[:, :, : places.keys].to(q.dtype) for x in (self.k, self.v))
-        if places.together is not None:
-            return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)
-        assert places.mask is not None  # unless all are together
-        spread = q.new_zeros(self.k.shape[0], *q.shape[1:]).index_copy(0, places.rows, q).transpose(1, 2)
-        bias = places.mask.unsqueeze(1).to(q.dtype)
-        out = F.scaled_dot_product_attention(spread, keys, values, attn_mask=bias).transpose(1, 2)
-        return out[places.rows]
-
-
-def _hide_later(last: Tensor, keys: int) -> Tensor:
-    """0 for keys up to ``last``, -inf for later ones: (..., keys) float32 of ``last`` (..., 1)."""
-    later = torch.arange(keys, device=last.device) > last
-    return torch.zeros(later.shape, device=last.device).masked_fill(later, float("-inf"))
 
 
 def with_rows(x: Tensor, rows: int) -> Tensor:

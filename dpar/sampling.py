@@ -13,16 +13,17 @@ For each batch of images, for each token i:
 With guidance the conditional and the unconditional half share tokens and boundaries, so the entropy model and the patch
 encoder run once for both. Feeding the sampled codes and starts through the model's forward gives the same logits.
 
-An image depends on (seed, index), not on what else is in its batch: on CPU in float32 to the last bit
-(:mod:`dpar.kv_cache` says how). On a GPU, or between two machines, logits can differ in their last bits, and then a
-token does if its uniform number lies within about 1e-6 of an edge of the cumulative distribution.
+The CPU and other devices have steppers of their own: :mod:`dpar.steppers` and :mod:`dpar.static_steppers`. An image
+depends on (seed, index), not on what else is in its batch: on CPU in float32 to the last bit (:mod:`dpar.kv_cache` says
+how). On a GPU, or between two machines, logits can differ in their last bits, and then a token does if its uniform
+number lies within about 1e-6 of an edge of the cumulative distribution.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,13 +32,13 @@ from dpar.errors import ModelError
 from dpar.guidance import SamplingOptions, draw, uniforms
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
-from dpar.patching import PatchRule
-from dpar.steppers import TokenStepper, stepper_for
+from dpar.patching import OnlinePatcher, PatchRule
+from dpar.static_steppers import StaticPatcher, StaticSteppers, StaticTokenStepper, longest_patch
+from dpar.steppers import Stepper, TokenStepper, stepper_for
 
 Observe = Callable[[slice, int, Tensor], None]  # images of the batch, position, what was seen of each
 
 
-@torch.no_grad()
 def sample(
     model: DPAR | LlamaGen,
     labels: Tensor,
@@ -78,59 +79,141 @@ def sample(
     Raises:
         ModelError: settings or models that do not fit each other.
     """
-    options = options or SamplingOptions()
-    if isinstance(model, LlamaGen):
-        rule = PatchRule.static(1.0)  # every token is its own patch
-    rule = _check(model, labels, entropy_model, rule)
-    count, n, device = len(labels), model.config.n_tokens, model.output.weight.device
-    indices = range(count) if indices is None else indices
-    if len(indices) != count:
-        raise ModelError(f"there are {len(indices)} indices for {count} labels; one per image is needed")
-    if batch is not None and batch < 1:
-        raise ModelError(f"batch is {batch}; it must be at least 1")
-    known, keep = _on_device(known, keep, count, n, model.config.codebook_size, device)
-    labels = labels.to(device)
-    codes = torch.zeros(count, n, dtype=torch.long, device=device)
-    starts = np.zeros((count, n), bool)
-    model = prepare_steps(model)
-    entropy_model = prepare_steps(entropy_model) if entropy_model is not None and rule.needs_entropy else None
+    return Sampler(model, entropy_model).sample(
+        labels,
+        rule,
+        options,
+        indices=indices,
+        batch=batch,
+        known=known,
+        keep=keep,
+        advance=advance,
+        observe=observe,
+        observe_log_prob=observe_log_prob,
+    )
 
-    for begin in range(0, count, batch or count):
-        images = slice(begin, min(begin + (batch or count), count))
-        size = images.stop - begin
-        stepper = stepper_for(model, labels[images], options.guided)
+
+class Sampler:
+    """:func:`sample` from one model many times: keeps prepared weights, and on GPUs caches and graphs, between calls.
+
+    Weights are prepared at the first call, for the autocast that it runs under; later calls must run under the same.
+    """
+
+    def __init__(
+        self,
+        model: DPAR | LlamaGen,
+        entropy_model: LlamaGen | None = None,
+        *,
+        static: bool | None = None,
+        graphs: bool = True,
+    ) -> None:
+        """Takes a model and its entropy model, in evaluation mode, on the device to sample on.
+
+        Args:
+            model: to sample from.
+            entropy_model: decides boundaries for DPAR.
+            static: whether to take the steppers of fixed shapes; None: on all devices but the CPU.
+            graphs: whether those run as CUDA graphs on CUDA.
+        """
+        self.model, self.entropy_model, self.graphs = model, entropy_model, graphs
+        self.device = model.output.weight.device
+        self.static = self.device.type != "cpu" if static is None else static
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Tensor,
+        rule: PatchRule | None = None,
+        options: SamplingOptions | None = None,
+        *,
+        indices: Sequence[int] | None = None,
+        batch: int | None = None,
+        known: Tensor | None = None,
+        keep: Tensor | None = None,
+        advance: Callable[[int], None] = lambda images: None,
+        observe: Observe | None = None,
+        observe_log_prob: Observe | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :func:`sample`."""
+        options = options or SamplingOptions()
+        if isinstance(self.model, LlamaGen):
+            rule = PatchRule.static(1.0)  # every token is its own patch
+        rule = _check(self.model, labels, self.entropy_model, rule)
+        count, n = len(labels), self.model.config.n_tokens
+        indices = range(count) if indices is None else indices
+        if len(indices) != count:
+            raise ModelError(f"there are {len(indices)} indices for {count} labels; one per image is needed")
+        if batch is not None and batch < 1:
+            raise ModelError(f"batch is {batch}; it must be at least 1")
+        known, keep = _on_device(known, keep, count, n, self.model.config.codebook_size, self.device)
+        labels = labels.to(self.device)
+        codes = torch.zeros(count, n, dtype=torch.long, device=self.device)
+        starts = torch.zeros(count, n, dtype=torch.bool, device=self.device)
+
+        for begin in range(0, count, batch or count):
+            images = slice(begin, min(begin + (batch or count), count))
+            patcher, stepper, entropy_stepper = self._begin(labels[images], rule, options.guided)
+            noise = torch.from_numpy(uniforms(options.seed, indices[begin : images.stop], n)).to(self.device)
+            for i in range(n):
+                # 1. boundaries
+                entropy = None if entropy_stepper is None else entropy_stepper.entropy(i)
+                begun = torch.as_tensor(patcher.step(i, entropy))
+                starts[images, i] = begun
+                # 2. patches
+                stepper.begin_patches(i, begun)
+                # 3. a token
+                logits = own = stepper.logits(i).float()
+                if options.guided:
+                    own, unconditional = logits[0::2], logits[1::2]
+                    logits = unconditional + options.guidance_at(i, n) * (own - unconditional)
+                drawn = draw(logits, noise[:, i], options)
+                if known is not None and keep is not None:
+                    drawn = torch.where(keep[images, i], known[images, i], drawn)
+                codes[images, i] = drawn
+                if observe is not None:
+                    observe(images, i, logits)
+                if observe_log_prob is not None:
+                    observe_log_prob(images, i, own.log_softmax(dim=-1).gather(1, drawn.unsqueeze(1)).squeeze(1))
+                # 4. which is read
+                if i + 1 < n:
+                    stepper.accept(i, drawn)
+                    if entropy_stepper is not None:
+                        entropy_stepper.accept(i, drawn)
+            advance(images.stop - begin)
+        return codes, starts
+
+    def _begin(
+        self, labels: Tensor, rule: PatchRule, guided: bool
+    ) -> tuple[OnlinePatcher | StaticPatcher, Stepper, TokenStepper | StaticTokenStepper | None]:
+        """What decides the boundaries of images with labels (B,), and what is fed their tokens."""
+        c, batch = self.model.config, len(labels)
+        if self.static:
+            kept = self._static_steppers
+            longest = longest_patch(rule, c.n_tokens, c.grid_width)
+            return (
+                StaticPatcher(rule, batch, c.n_tokens, c.grid_width, self.device),
+                kept.generator(labels, guided, longest),
+                kept.entropy(labels) if rule.needs_entropy else None,
+            )
         entropy_stepper = None
-        if entropy_model is not None:
-            entropy_stepper = TokenStepper(entropy_model, labels.new_full((size,), entropy_model.config.classes))
-        patcher = rule.online(size, n, model.config.grid_width)
-        noise = torch.from_numpy(uniforms(options.seed, indices[begin : images.stop], n)).to(device)
+        if rule.needs_entropy:
+            entropy_model = self._prepared_entropy_model
+            entropy_stepper = TokenStepper(entropy_model, labels.new_full((batch,), entropy_model.config.classes))
+        stepper = stepper_for(self._prepared_model, labels, guided)
+        return rule.online(batch, c.n_tokens, c.grid_width), stepper, entropy_stepper
 
-        for i in range(n):
-            # 1. boundaries
-            entropy = None if entropy_stepper is None else entropy_stepper.entropy(i)
-            starts[images, i] = patcher.step(i, entropy)
-            # 2. patches
-            stepper.begin_patches(i, starts[images, i])
-            # 3. a token
-            logits = own = stepper.logits(i).float()
-            if options.guided:
-                own, unconditional = logits[0::2], logits[1::2]
-                logits = unconditional + options.guidance_at(i, n) * (own - unconditional)
-            drawn = draw(logits, noise[:, i], options)
-            if known is not None and keep is not None:
-                drawn = torch.where(keep[images, i], known[images, i], drawn)
-            codes[images, i] = drawn
-            if observe is not None:
-                observe(images, i, logits)
-            if observe_log_prob is not None:
-                observe_log_prob(images, i, own.log_softmax(dim=-1).gather(1, drawn.unsqueeze(1)).squeeze(1))
-            # 4. which is read
-            if i + 1 < n:
-                stepper.accept(i, drawn)
-                if entropy_stepper is not None:
-                    entropy_stepper.accept(i, drawn)
-        advance(size)
-    return codes, torch.from_numpy(starts).to(device)
+    @functools.cached_property
+    def _static_steppers(self) -> StaticSteppers:
+        return StaticSteppers(self.model, self.entropy_model, self.graphs)
+
+    @functools.cached_property
+    def _prepared_model(self) -> DPAR | LlamaGen:
+        return prepare_steps(self.model)
+
+    @functools.cached_property
+    def _prepared_entropy_model(self) -> LlamaGen:
+        assert self.entropy_model is not None  # which _check has seen
+        return prepare_steps(self.entropy_model)
 
 
 def _check(model: DPAR | LlamaGen, labels: Tensor, entropy_model: LlamaGen | None, rule: PatchRule | None) -> PatchRule:

@@ -1,4 +1,4 @@
-"""Models fed one token a step, with KV caches: LlamaGen and the entropy model, and DPAR.
+"""Models fed one token per step, with KV caches: LlamaGen and the entropy model, and DPAR, on a CPU.
 
     stepper = stepper_for(model, labels, guided=True)    # models may be prepared: dpar.cpu_kernels
     for i in range(n_tokens):
@@ -9,6 +9,7 @@
 All images of a batch stand at the same token, so encoder, decoder and LlamaGen step in unison. Patches start at
 different tokens in different images: the patch transformer steps the images that need it, each at its own place in its
 cache. With guidance an image has two neighbouring rows, conditional first. The encoder has no class and keeps one.
+GPUs have :mod:`dpar.static_steppers`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dpar.rope import PatchPositions
 class Stepper(Protocol):
     """A generator that is fed one token a step, for a batch of images that stand at the same token."""
 
-    def begin_patches(self, position: int, starts: NDArray[np.bool_]) -> None:
+    def begin_patches(self, position: int, starts: Tensor) -> None:
         """Does what the first token of a patch needs, for the images (B,) bool where ``position`` is one."""
 
     def logits(self, position: int) -> Tensor:
@@ -53,20 +54,19 @@ class TokenStepper:
     def __init__(self, model: LlamaGen, labels: Tensor, guided: bool = False) -> None:
         self.model, self.copies = model, 2 if guided else 1
         self.rows = len(labels) * self.copies
-        self.device = model.output.weight.device
         self.cache = _caches(model, model.config.layers, self.rows)
         # where a token's input stands: the start token moves all of them on by one
         self.lag = 0 if model.config.start_token else 1
         self.input: Tensor  # what the next step reads: the start token or the token before
         if model.cls_embedding is not None:
-            self.input = model.cls_embedding(_conditions(labels, self.copies, model.config.classes))
+            self.input = model.cls_embedding(conditions(labels, self.copies, model.config.classes))
 
-    def begin_patches(self, position: int, starts: NDArray[np.bool_]) -> None:
+    def begin_patches(self, position: int, starts: Tensor) -> None:
         """A token is its own patch."""
 
     def logits(self, position: int) -> Tensor:
         """See :class:`Stepper`."""
-        places = Places.together_at(position - self.lag, self.rows, self.device)
+        places = Places.together_at(position - self.lag, self.rows)
         x = pad_rows(self.input)
         table = pad_rows(self.model.table[places.positions])
         for layer, cache in zip(_blocks(self.model.layers), self.cache, strict=True):
@@ -88,7 +88,7 @@ class PatchStepper:
 
     def __init__(self, model: DPAR, labels: Tensor, guided: bool) -> None:
         c, weight, batch = model.config, model.output.weight, len(labels)
-        self.model, self.device = model, weight.device
+        self.model = model
         self.batch, self.copies = batch, 2 if guided else 1
         self.rows = batch * self.copies
         self.encoder_cache = _caches(model, c.encoder_layers, batch)
@@ -97,14 +97,14 @@ class PatchStepper:
         self.tokens = [weight.new_zeros(batch, c.n_tokens, c.width) for _ in range(c.encoder_layers)]
         self.received = weight.new_zeros(self.rows, c.decoder_layers, c.width)  # from the patch of the open token
         self.positions = PatchPositions(c.n_tokens, c.grid_width, c.head_dim, c.rope, weight.device)
-        self.condition = model.cls_embedding(_conditions(labels, self.copies, c.classes))
+        self.condition = model.cls_embedding(conditions(labels, self.copies, c.classes))
         self.stream = model.stream_start(self.condition)  # the decoder's next input
         self.first = np.zeros(batch, np.int64)  # token of the open patch
         self.patches = np.zeros(batch, np.int64)  # begun so far
 
     def logits(self, position: int) -> Tensor:
         """See :class:`Stepper`."""
-        places = Places.together_at(position, self.rows, self.device)
+        places = Places.together_at(position, self.rows)
         x = pad_rows(self.stream)
         table = pad_rows(self.model.stream_table[places.positions])
         for i, (layer, cache) in enumerate(zip(self.model.decoder_layers(), self.decoder_cache, strict=True)):
@@ -114,7 +114,7 @@ class PatchStepper:
 
     def accept(self, position: int, codes: Tensor) -> None:
         """See :class:`Stepper`."""
-        places = Places.together_at(position, self.batch, self.device)
+        places = Places.together_at(position, self.batch)
         x = pad_rows(self.model.tok_embeddings(codes))
         table = pad_rows(self.model.token_table[places.positions])
         for layer, tokens, cache in zip(self.model.encoder_layers(), self.tokens, self.encoder_cache, strict=True):
@@ -122,13 +122,13 @@ class PatchStepper:
             tokens[:, position] = x[: self.batch].to(tokens.dtype)
         self.stream = x[: self.batch].repeat_interleave(self.copies, dim=0).to(self.stream.dtype)
 
-    def begin_patches(self, position: int, starts: NDArray[np.bool_]) -> None:
+    def begin_patches(self, position: int, starts: Tensor) -> None:
         """Closes the open patch of these images, and runs the patch transformer on it for the one that starts."""
-        images = np.flatnonzero(starts)
+        images = np.flatnonzero(starts.numpy())
         if not images.size:
             return
         rows = np.add.outer(images * self.copies, np.arange(self.copies)).ravel()
-        places = Places.of(rows, self.patches[images].repeat(self.copies), self.rows, self.device)
+        places = Places.of(rows, self.patches[images].repeat(self.copies), self.rows)
         if position == 0:  # all images: the sequence begins with the class, whose rotation is the zero matrix
             x = self.condition
             table = self.model.stream_table.new_zeros(self.rows, *self.model.stream_table.shape[1:])
@@ -136,7 +136,7 @@ class PatchStepper:
             first = self.first[images]
             x = self._closed_patches(images, first, position).repeat_interleave(self.copies, dim=0)
             last = np.full(len(images), position - 1)
-            table = self.positions.of(*(_on(tokens, self.device) for tokens in (first, last)))
+            table = self.positions.of(torch.from_numpy(first), torch.from_numpy(last))
             table = table.repeat_interleave(self.copies, dim=0)
         x, table = pad_rows(x.to(self.condition.dtype)), pad_rows(table)
         for layer, cache in zip(self.model.patch_layers(), self.patch_cache, strict=True):
@@ -151,12 +151,12 @@ class PatchStepper:
         lengths = end - first
         patch = np.arange(len(images)).repeat(lengths)
         offset = np.arange(len(patch)) - (lengths.cumsum() - lengths)[patch]
-        at = _on(images[patch], self.device), _on(first[patch] + offset, self.device)
+        at = torch.from_numpy(images[patch]), torch.from_numpy(first[patch] + offset)
         # rows of padding as in pad_rows: a patch more, if need be, that holds the tokens of padding
         missing = padded(len(patch)) - len(patch)
         count = padded(len(images) + (missing > 0))
-        patch_of_token = _on(np.pad(patch, (0, missing), constant_values=count - 1), self.device)
-        offset_in_patch = _on(np.pad(offset, (0, missing)), self.device)
+        patch_of_token = torch.from_numpy(np.pad(patch, (0, missing), constant_values=count - 1))
+        offset_in_patch = torch.from_numpy(np.pad(offset, (0, missing)))
         patches = None
         for layer, tokens in zip(self.model.encoder_layers(), self.tokens, strict=True):
             patches = layer.cross_attention(patches, pad_rows(tokens[at]), patch_of_token, offset_in_patch, count)
@@ -171,17 +171,12 @@ def _blocks(layers: torch.nn.ModuleList) -> list[Block]:
 def _caches(model: DPAR | LlamaGen, layers: int, rows: int) -> list[KVCache]:
     """Empty caches in the dtype that keys and values come in: autocast's inside autocast, else the weights'."""
     c, weight = model.config, model.output.weight
-    kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return [KVCache(rows, c.n_tokens, c.heads, c.head_dim, weight.device, dtype) for _ in range(layers)]
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+    return [KVCache(rows, c.n_tokens, c.heads, c.head_dim, dtype) for _ in range(layers)]
 
 
-def _conditions(labels: Tensor, copies: int, without: int) -> Tensor:
+def conditions(labels: Tensor, copies: int, without: int) -> Tensor:
     """The label of each row from those of images, (B,): the unconditional row has label ``without``."""
     if copies == 1:
         return labels
     return torch.stack([labels, torch.full_like(labels, without)], dim=1).flatten()
-
-
-def _on(indices: NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(indices).to(device)

@@ -24,7 +24,7 @@ from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.patching import PatchRule
 from dpar.pretrained import CONFIG
-from dpar.sampling import check_same_tokens, sample
+from dpar.sampling import Sampler, check_same_tokens
 from dpar.tokenizer import VQTokenizer, to_uint8
 from pipeline.runs.run_folder import read_run
 from pipeline.runs.weights import (
@@ -78,6 +78,7 @@ class Generator:
     rule: PatchRule | None  # to sample by: the same, or what with_rule says
     settings: SamplingSettings
     device: torch.device
+    sampler: Sampler  # of the models; it keeps what is costly to make, also for other rules
 
     @classmethod
     def load(
@@ -134,6 +135,7 @@ class Generator:
             rule=trained,
             settings=settings,
             device=device,
+            sampler=Sampler(model, entropy_model),
         )
 
     @classmethod
@@ -182,6 +184,7 @@ class Generator:
             rule=trained,
             settings=settings,
             device=device,
+            sampler=Sampler(model, entropy_model),
         )
 
     def with_rule(self, threshold: float | None, max_length: int | None) -> Generator:
@@ -216,10 +219,8 @@ class Generator:
         """
         s, n = self.settings, len(labels)
         with autocast(self.device, s.precision):
-            codes, starts = sample(
-                self.model,
+            codes, starts = self.sampler.sample(
                 torch.from_numpy(np.asarray(labels, np.int64)),
-                self.entropy_model,
                 self.rule,
                 SamplingOptions(
                     cfg_scale=cfg_scale,

@@ -23,7 +23,6 @@ from dpar.kv_cache import KVCache, Places
 from dpar.layers import Block
 
 pytestmark = pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
-CPU = torch.device("cpu")
 SIZES = {"codebook_size": 19, "grid_height": 3, "grid_width": 5, "classes": 3, "width": 32, "heads": 2}
 
 
@@ -49,7 +48,7 @@ def block(width: int, heads: int) -> Block:
 def walk(block: Block, rows: int, tokens: int) -> Tensor:
     """The outputs of a block for random tokens, one a step: (tokens, rows, width)."""
     heads, width = block.attention.heads, block.attention.wo.in_features
-    cache = KVCache(rows, tokens, heads, width // heads, CPU, torch.float32)
+    cache = KVCache(rows, tokens, heads, width // heads, torch.float32)
     x = torch.stack(
         [torch.randn(tokens, width, generator=torch.Generator().manual_seed(i)) for i in range(rows)], dim=1
     )

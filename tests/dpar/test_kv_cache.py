@@ -12,7 +12,7 @@ HEADS, HEAD_DIM, CAPACITY = 3, 16, 40
 
 
 def cache(rows: int) -> KVCache:
-    return KVCache(rows, CAPACITY, HEADS, HEAD_DIM, torch.device("cpu"), torch.float32)
+    return KVCache(rows, CAPACITY, HEADS, HEAD_DIM, torch.float32)
 
 
 def tokens(rows: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:

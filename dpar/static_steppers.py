@@ -1,0 +1,335 @@
+"""Steppers of fixed shapes, for GPUs: the interface of :mod:`dpar.steppers` with nothing left to the host.
+
+    steppers = StaticSteppers(model, entropy_model)          # once: weights in the precision of autocast
+    stepper = steppers.generator(labels, guided=True, longest=4)     # for each batch; caches and graphs are kept
+
+A decoding step is hundreds of small kernels, and launching them takes longer than running them. So each step reads and
+writes tensors that are allocated beforehand, positions are tensors on the device, and on CUDA a step is captured as a
+graph, which is launched as one (:class:`dpar.graphs.Graphs`). Three things follow:
+
+1. Attention reads all N keys of a cache, with a mask made of positions (:class:`dpar.static_cache.StaticCache`).
+2. The patch transformer runs on 1, 2, 4, … or all images, the next size at or above the number that begin a patch.
+   Rows of padding belong to a scratch image behind the others, whose cache nobody reads.
+3. The host has to know that number: one copy per token, the only time it waits for the device.
+
+A batch may have fewer images than its stepper; the rest is padding that begins no patch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpar.attention import Attend
+from dpar.cpu_kernels import with_parts
+from dpar.graphs import Graphs
+from dpar.layers import Block
+from dpar.llamagen import LlamaGen
+from dpar.model import DPAR
+from dpar.patching import PatchRule, patch_starts, static_starts, token_entropy
+from dpar.rope import PatchPositions
+from dpar.static_cache import StaticCache
+from dpar.steppers import conditions
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class HalfLinear(nn.Linear):
+    """A linear layer with its weight in half precision, as autocast would make it of a float32 one at every call."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)  # the weight is not made again
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., fan_in) of any float type to (..., fan_out) in half precision."""
+        return F.linear(x.to(self.weight.dtype), self.weight)
+
+
+def half_linears(model: M, dtype: torch.dtype) -> M:
+    """A copy of ``model`` whose linear layers compute in ``dtype``; it shares all other parameters."""
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    return with_parts(model, {name: HalfLinear(linear, dtype) for name, linear in linears.items()})
+
+
+def longest_patch(rule: PatchRule, n_tokens: int, grid_width: int) -> int:
+    """The most tokens that a patch of this rule can hold in an image of ``n_tokens``."""
+    if rule.static_length is not None:
+        starts = np.flatnonzero(static_starts(n_tokens, rule.static_length))
+        return int(np.diff(np.append(starts, n_tokens)).max())
+    limits = [n_tokens, rule.max_length or n_tokens, grid_width if rule.row_reset else n_tokens]
+    return min(limits)
+
+
+class StaticPatcher:
+    """:class:`dpar.patching.OnlinePatcher` on a device: the same decisions, and no wait for entropies."""
+
+    def __init__(self, rule: PatchRule, batch: int, n_tokens: int, grid_width: int, device: torch.device) -> None:
+        if rule.static_length is not None:
+            self.always = static_starts(n_tokens, rule.static_length)
+            self.max_length = n_tokens
+        else:
+            entropies = np.zeros(n_tokens, np.float32)
+            self.always = patch_starts(entropies, math.inf, None, grid_width, rule.row_reset)
+            self.max_length = rule.max_length or n_tokens
+        self.threshold = np.float32(math.inf if rule.threshold is None else rule.threshold).item()
+        self.run = torch.zeros(batch, dtype=torch.long, device=device)  # length of the open patch
+
+    def step(self, position: int, entropy: Tensor | None) -> Tensor:
+        """Whether token ``position`` starts a patch: (B,) bool. See :meth:`dpar.patching.OnlinePatcher.step`."""
+        if self.always[position]:
+            starts = torch.ones_like(self.run, dtype=torch.bool)
+        else:
+            starts = self.run >= self.max_length
+            if entropy is not None:
+                starts = starts | (entropy.half().float() > self.threshold)
+        self.run = torch.where(starts, 1, self.run + 1)
+        return starts
+
+
+class StaticTokenStepper:
+    """LlamaGen, one token a step. See :class:`dpar.steppers.Stepper`."""
+
+    def __init__(self, model: LlamaGen, batch: int, guided: bool, graphs: bool) -> None:
+        c, embeddings, self.device = model.config, model.tok_embeddings.weight, model.output.weight.device
+        self.model, self.batch, self.copies = model, batch, 2 if guided else 1
+        self.images = batch  # of them, those that are not padding
+        self.lag = 0 if c.start_token else 1  # where a token's input stands, as in TokenStepper
+        rows = batch * self.copies
+        self.cache = _caches(model, c.layers, rows)
+        self.input = embeddings.new_zeros(rows, c.width)
+        self.position = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.out = model.output.weight.new_zeros(rows, c.codebook_size)
+        self.entropies = torch.zeros(rows, device=self.device)
+        self.graphs = Graphs(self.device, graphs)
+
+    def reset(self, labels: Tensor) -> None:
+        """Begins images with these labels, (B,); at most as many as the stepper is for."""
+        self.images = len(labels)
+        if self.model.cls_embedding is not None:
+            x = self.model.cls_embedding(conditions(labels, self.copies, self.model.config.classes))
+            self.input[: len(x)].copy_(x)
+
+    def begin_patches(self, position: int, starts: Tensor) -> None:
+        """A token is its own patch."""
+
+    def logits(self, position: int) -> Tensor:
+        """See :class:`dpar.steppers.Stepper`; float32."""
+        self.position.fill_(position - self.lag)
+        self.graphs.run("logits", self._logits)
+        return self.out[: self.images * self.copies].to(torch.float32, copy=True)  # the next step writes there again
+
+    def accept(self, position: int, codes: Tensor) -> None:
+        """See :class:`dpar.steppers.Stepper`."""
+        x = _repeated(self.model.tok_embeddings(codes), self.copies)
+        self.input[: len(x)].copy_(x)
+
+    def entropy(self, position: int) -> Tensor | None:
+        """See :class:`dpar.steppers.TokenStepper`."""
+        if position < self.lag:
+            return None
+        self.position.fill_(position - self.lag)
+        self.graphs.run("entropy", self._entropy)
+        return self.entropies[: self.images]
+
+    def _logits(self) -> None:
+        places, x = self.cache[0].together_at(self.position), self.input
+        table = self.model.table[self.position].expand(len(x), -1, -1)
+        for layer, cache in zip(self.model.layers, self.cache, strict=True):
+            x = _step(layer, x, table, cache.attend(places))
+        self.out.copy_(self.model.output(self.model.norm(x)))
+
+    def _entropy(self) -> None:
+        self._logits()
+        self.entropies.copy_(token_entropy(self.out))
+
+
+class StaticPatchStepper:
+    """DPAR, one token a step. See :class:`dpar.steppers.Stepper`.
+
+    All that belongs to an image has one image more, the scratch image of padding.
+    """
+
+    def __init__(self, model: DPAR, batch: int, guided: bool, longest: int, graphs: bool) -> None:
+        c, embeddings, self.device = model.config, model.tok_embeddings.weight, model.output.weight.device
+        self.model, self.batch, self.copies, self.longest = model, batch, 2 if guided else 1, longest
+        self.images = batch  # of them, those that are not padding
+        rows = batch * self.copies
+        self.sizes = sorted({min(2**k, batch) for k in range(batch.bit_length() + 1)})  # 1, 2, 4, …, batch
+        self.encoder_cache = _caches(model, c.encoder_layers, batch)
+        self.patch_cache = _caches(model, c.patch_layers, rows + self.copies)
+        self.decoder_cache = _caches(model, c.decoder_layers, rows)
+        self.tokens = [embeddings.new_zeros(batch + 1, c.n_tokens, c.width) for _ in range(c.encoder_layers)]
+        self.received = embeddings.new_zeros(rows + self.copies, c.decoder_layers, c.width)
+        self.condition = embeddings.new_zeros(rows + self.copies, c.width)
+        self.stream = embeddings.new_zeros(rows, c.width)  # the decoder's next input
+        self.positions = PatchPositions(c.n_tokens, c.grid_width, c.head_dim, c.rope, self.device)
+        integers = torch.zeros(4, batch + 1, dtype=torch.long, device=self.device)
+        self.codes = integers[0, :batch]
+        self.first, self.patches = integers[1], integers[2]  # token of the open patch; patches begun so far
+        self.position = integers[3, :1]
+        self.starts = torch.zeros(batch, dtype=torch.bool, device=self.device)
+        self.host_starts = torch.zeros(batch, dtype=torch.bool, pin_memory=self.device.type == "cuda")
+        self.out = model.output.weight.new_zeros(rows, c.codebook_size)
+        self.graphs = Graphs(self.device, graphs)
+
+    def reset(self, labels: Tensor) -> None:
+        """Begins images with these labels, (B,); at most as many as the stepper is for."""
+        self.images = len(labels)
+        condition = self.model.cls_embedding(conditions(labels, self.copies, self.model.config.classes))
+        self.condition[: len(condition)].copy_(condition)
+        self.stream[: len(condition)].copy_(self.model.stream_start(condition))
+        self.starts.zero_()
+        self.first.zero_()
+        self.patches.zero_()
+
+    def begin_patches(self, position: int, starts: Tensor) -> None:
+        """See :class:`dpar.steppers.Stepper`. Waits for the device once, to learn how many images begin a patch."""
+        self.starts[: self.images].copy_(starts)
+        count = self._count()
+        if not count:
+            return
+        size = next(size for size in self.sizes if size >= count)
+        self.position.fill_(position)
+        self.graphs.run(("patches", position == 0, size), lambda: self._patches(size, position == 0))
+
+    def logits(self, position: int) -> Tensor:
+        """See :class:`dpar.steppers.Stepper`; float32."""
+        self.position.fill_(position)
+        self.graphs.run("logits", self._logits)
+        return self.out[: self.images * self.copies].to(torch.float32, copy=True)  # the next step writes there again
+
+    def accept(self, position: int, codes: Tensor) -> None:
+        """See :class:`dpar.steppers.Stepper`."""
+        self.codes[: self.images].copy_(codes)
+        self.position.fill_(position)
+        self.graphs.run("encode", self._encode)
+
+    def _count(self) -> int:
+        self.host_starts.copy_(self.starts, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return int(np.count_nonzero(self.host_starts.numpy()))
+
+    def _logits(self) -> None:
+        places, x = self.decoder_cache[0].together_at(self.position), self.stream
+        table = self.model.stream_table[self.position].expand(len(x), -1, -1)
+        for i, (layer, cache) in enumerate(zip(self.model.decoder_layers(), self.decoder_cache, strict=True)):
+            x = _step(layer.block, x + self.received[: len(x), i], table, cache.attend(places))
+        self.out.copy_(self.model.output(self.model.norm(x)))
+
+    def _encode(self) -> None:
+        places = self.encoder_cache[0].together_at(self.position)
+        x = self.model.tok_embeddings(self.codes)
+        table = self.model.token_table[self.position].expand(len(x), -1, -1)
+        for layer, tokens, cache in zip(self.model.encoder_layers(), self.tokens, self.encoder_cache, strict=True):
+            x = _step(layer.block, x, table, cache.attend(places))
+            tokens[: self.batch].index_copy_(1, self.position, x.unsqueeze(1).to(tokens.dtype))
+        self.stream.copy_(_repeated(x, self.copies))
+
+    def _patches(self, size: int, leading: bool) -> None:
+        """The patch transformer, for at most ``size`` images that begin a patch; ``leading``: their first."""
+        images = self._beginning(size)
+        rows = (images.unsqueeze(1) * self.copies + torch.arange(self.copies, device=self.device)).flatten()
+        if leading:  # the sequence begins with the class, whose rotation is the zero matrix
+            x = self.condition[rows]
+            table = self.model.stream_table.new_zeros(len(rows), *self.model.stream_table.shape[1:])
+        else:
+            first = self.first[images]
+            x = _repeated(self._closed_patches(images, first), self.copies)
+            last = (self.position - 1).expand(size)
+            table = _repeated(self.positions.of(first, last), self.copies)
+        places = self.patch_cache[0].at_own(rows, _repeated(self.patches[images], self.copies))
+        for layer, cache in zip(self.model.patch_layers(), self.patch_cache, strict=True):
+            x = _step(layer, x, table, cache.attend(places))
+        projected = torch.stack([layer.project(x) for layer in self.model.decoder_layers()], dim=1)
+        self.received.index_copy_(0, rows, projected.to(self.received.dtype))
+        begun = F.pad(self.starts, (0, 1))
+        self.first.copy_(torch.where(begun, self.position, self.first))
+        self.patches.add_(begun)
+
+    def _beginning(self, size: int) -> Tensor:
+        """The images that begin a patch, in order, then the scratch image: (size,) int64."""
+        slot = torch.where(self.starts, self.starts.cumsum(0) - 1, size)  # the last is for all that begin none
+        images = torch.full((size + 1,), self.batch, device=self.device)
+        return images.scatter_(0, slot, torch.arange(self.batch, device=self.device))[:size]
+
+    def _closed_patches(self, images: Tensor, first: Tensor) -> Tensor:
+        """The open patches, which begin at ``first`` (R,), of these images (R,): (R, d)."""
+        size, longest = len(images), self.longest
+        offset = torch.arange(longest, device=self.device).expand(size, -1)
+        token = first.unsqueeze(1) + offset
+        patch = torch.arange(size, device=self.device).unsqueeze(1)
+        patch = torch.where(token < self.position, patch, size).flatten()  # one patch more, of tokens that have none
+        token = token.clamp(max=self.model.config.n_tokens - 1)
+        patches = None
+        for layer, tokens in zip(self.model.encoder_layers(), self.tokens, strict=True):
+            own = tokens[images.unsqueeze(1), token].flatten(0, 1)
+            patches = layer.cross_attention(patches, own, patch, offset.flatten(), size + 1)
+        assert patches is not None  # there is at least one layer
+        return patches[:size]
+
+
+class StaticSteppers:
+    """The static steppers of a model and its entropy model, kept from batch to batch.
+
+    A stepper serves batches of up to its size. Caches are large, so one of each is kept: asking for another kind of
+    generator drops it.
+    """
+
+    def __init__(self, model: DPAR | LlamaGen, entropy_model: LlamaGen | None, graphs: bool = True) -> None:
+        kind = model.output.weight.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            model = half_linears(model, dtype)
+            entropy_model = None if entropy_model is None else half_linears(entropy_model, dtype)
+        self.model, self.entropy_model, self.graphs = model, entropy_model, graphs
+        self.kind: tuple[bool, int] | None = None  # of the stepper: guided, longest patch
+        self.stepper: StaticPatchStepper | StaticTokenStepper | None = None
+        self.entropy_stepper: StaticTokenStepper | None = None
+
+    def generator(self, labels: Tensor, guided: bool, longest: int) -> StaticPatchStepper | StaticTokenStepper:
+        """The generator's stepper, at the begin of images with labels (B,)."""
+        if self.stepper is None or self.kind != (guided, longest) or self.stepper.batch < len(labels):
+            self.stepper = None  # gives its memory back first
+            if isinstance(self.model, DPAR):
+                self.stepper = StaticPatchStepper(self.model, len(labels), guided, longest, self.graphs)
+            else:
+                self.stepper = StaticTokenStepper(self.model, len(labels), guided, self.graphs)
+            self.kind = guided, longest
+        self.stepper.reset(labels)
+        return self.stepper
+
+    def entropy(self, labels: Tensor) -> StaticTokenStepper:
+        """The entropy model's stepper, at the begin of as many images as there are labels, (B,)."""
+        model = self.entropy_model
+        assert model is not None  # the caller has seen that there is one
+        if self.entropy_stepper is None or self.entropy_stepper.batch < len(labels):
+            self.entropy_stepper = None
+            self.entropy_stepper = StaticTokenStepper(model, len(labels), False, self.graphs)
+        self.entropy_stepper.reset(torch.full_like(labels, model.config.classes))
+        return self.entropy_stepper
+
+
+def _step(block: nn.Module, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
+    """One new token in each row, (R, width), through a block; ``forward`` passes by what is compiled for training."""
+    assert isinstance(block, Block)
+    out: Tensor = block.forward(x.unsqueeze(1), table.unsqueeze(1), attend).squeeze(1)
+    return out
+
+
+def _caches(model: DPAR | LlamaGen, layers: int, rows: int) -> list[StaticCache]:
+    c, weight = model.config, model.output.weight
+    return [StaticCache(rows, c.n_tokens, c.heads, c.head_dim, weight.device, weight.dtype) for _ in range(layers)]
+
+
+def _repeated(x: Tensor, copies: int) -> Tensor:
+    """Each row of x (R, ...) ``copies`` times: (R · copies, ...)."""
+    return x.unsqueeze(1).expand(-1, copies, *x.shape[1:]).flatten(0, 1)
