@@ -168,7 +168,7 @@ class EntropyMeter:
         self.precision: str | None = before.get("precision")
         self.batch: int | None = before.get("batch")  # products round differently in batches of another size
         if settings.entropy_model is not None and manifest.kind == "patches":
-            given = fingerprint_of(settings.entropy_model)
+            given = fingerprint_of(settings.entropy_model, "entropy_model")
             if self.origin is None:
                 raise StageError(f"{artifact.folder} holds no entropies; to measure them, patchify the codes anew")
             if given != self.origin["fingerprint"]:
@@ -183,7 +183,10 @@ class EntropyMeter:
             device = choose_device(settings.device)
             self.model = prepared(model.to(device), settings.precision)
             self.precision, self.batch = precision_name(device, settings.precision), settings.batch
-            self.origin = {"path": settings.entropy_model, "fingerprint": fingerprint_of(settings.entropy_model)}
+            self.origin = {
+                "path": settings.entropy_model,
+                "fingerprint": fingerprint_of(settings.entropy_model, "entropy_model"),
+            }
         elif settings.strategy == "entropy" and self.origin is None:
             raise StageError(f"{artifact.folder} holds no entropies; name the entropy model with --entropy-model")
 
