@@ -258,9 +258,7 @@ class DPARPipeline:
         if threshold is None and max_length is None and row_reset is None:
             return self.rule
         if self.rule is None or self.rule.strategy == "static":
-            raise ModelError(
-                "this pipeline places no patches by entropy; it has no threshold, max_length or row_reset"
-            )
+            raise ModelError("this pipeline places no patches by entropy; it has no threshold, max_length or row_reset")
         return dataclasses.replace(
             self.rule,
             threshold=self.rule.threshold if threshold is None else threshold,
@@ -291,4 +289,4 @@ def _central_square(image: Image.Image, height: int, width: int) -> NDArray[np.u
         (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BICUBIC
     )
     left, top = (resized.width - width) // 2, (resized.height - height) // 2
-    return np.asarray(resized.crop((left, top, left + width, top + height)))
+    return np.array(resized.crop((left, top, left + width, top + height)))
