@@ -34,7 +34,7 @@ from pipeline.runtime.terminal import Terminal
 from pipeline.settings.artifacts import InspectSettings, PatchifySettings, TokenizeSettings
 from pipeline.settings.fields import GROUPS, OUTPUT
 from pipeline.settings.models import ConvertSettings, FlopsSettings, ProbeSettings
-from pipeline.settings.sampling import EvalSettings, SampleSettings
+from pipeline.settings.sampling import EvalSettings, ExportSettings, SampleSettings
 from pipeline.settings.training import EntropySettings, TrainSettings, TrainTokenizerSettings
 from shards.errors import ArtifactError
 from shards.files import open_regular
@@ -83,6 +83,10 @@ EXAMPLES = {
     "convert": (
         "dpar convert c2i_B_256.pt c2i-b",
         "dpar convert run c2i-b --push-to you/c2i-b",
+    ),
+    "export": (
+        "dpar export run bundle",
+        "dpar export run bundle --push-to you/dpar-photos",
     ),
     "flops": (
         "dpar flops --model dpar-b --model llamagen-b --image-size 256",
@@ -480,6 +484,22 @@ def convert(
         f"{done.parameters / 1e6:.1f} M parameters in {done.tensors} tensors, {done.bytes / 1e6:.1f} MB",
         f"{dst}: SHA-256 {done.fingerprint}",
     ]
+    lines += [] if done.pushed_to is None else [f"pushed to {done.pushed_to}"]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command(cls=Command)
+@stage(ExportSettings)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of `dpar train`.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to write: a bundle, as DPARPipeline loads it.")],
+    settings: ExportSettings,
+) -> None:
+    """Write a run as one bundle to share. Generator, entropy model, tokenizer, patch rule, classes and a model card."""
+    from pipeline.export import export as run_stage
+
+    done = run_stage(run, out, settings)
+    lines = [f"{done.folder}: {', '.join(done.parts)}, {done.bytes / 1e6:.1f} MB"]
     lines += [] if done.pushed_to is None else [f"pushed to {done.pushed_to}"]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 

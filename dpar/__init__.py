@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpar.errors import ModelError
     from dpar.guidance import SamplingOptions
+    from dpar.image_pipeline import DPARPipeline
     from dpar.llamagen import LlamaGen, LlamaGenConfig
     from dpar.model import DPAR, DPARConfig
     from dpar.packing import PatchLayout
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOME = {
     "DPAR": "model",
     "DPARConfig": "model",
+    "DPARPipeline": "image_pipeline",
     "LlamaGen": "llamagen",
     "LlamaGenConfig": "llamagen",
     "ModelError": "errors",
@@ -44,6 +46,7 @@ __all__ = [
     "DPAR",
     "PRESETS",
     "DPARConfig",
+    "DPARPipeline",
     "LlamaGen",
     "LlamaGenConfig",
     "ModelError",

@@ -117,7 +117,7 @@ def _measure(
             task.advance(len(codes))
     described = {
         "model": name,
-        "fingerprint": fingerprint_of(name),
+        "fingerprint": fingerprint_of(name, "entropy_model"),
         "parameters": cost.parameters,
         "gmacs_per_image": cost.linear / 1e9,
     }

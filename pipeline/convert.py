@@ -19,8 +19,9 @@ import torch
 from dpar import checkpoint_files
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
-from dpar.pretrained import CARD, CONFIG, WEIGHTS, Weights, fingerprint, read_weights, weights_path, write_weights
+from dpar.pretrained import Weights, fingerprint, read_weights, weights_path, write_weights
 from dpar.tokenizer import VQTokenizer
+from pipeline.generation.hub import push
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.settings.models import ConvertSettings
@@ -84,27 +85,6 @@ def convert(src: str, dst: Path, settings: ConvertSettings, progress: Progress |
         fingerprint=fingerprint(dst),
         pushed_to=None if settings.push_to is None else push(dst, settings.push_to),
     )
-
-
-def push(folder: Path, repo: str) -> str:
-    """Uploads a model directory to a repository on the Hugging Face Hub, made if it is not there; gives its address.
-
-    Raises:
-        StageError: the Hub cannot be reached, or does not take it: no login, no permission, a name it refuses.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        address = api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[CONFIG, WEIGHTS, CARD])
-    except Exception as error:  # its transport's exceptions have no class in common
-        first_line = next(iter(str(error).splitlines()), "")
-        raise StageError(
-            f"{folder} is written, but {repo} on the Hub did not take it ({type(error).__name__}: {first_line}). "
-            "`hf auth login` gives this machine a token; run the same command again to push"
-        ) from error
-    return str(address)
 
 
 def _holds(dst: Path, weights: Weights, values: dict[str, Any]) -> bool:

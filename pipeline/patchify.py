@@ -166,7 +166,7 @@ class EntropyMeter:
         if settings.entropy_model is not None and manifest.kind == "patches":
             if self.origin is None:
                 raise StageError(f"{artifact.folder} holds no entropies; to measure them, patchify the codes anew")
-            if fingerprint_of(settings.entropy_model) != self.origin["fingerprint"]:
+            if fingerprint_of(settings.entropy_model, "entropy_model") != self.origin["fingerprint"]:
                 raise StageError(
                     f"{artifact.folder} already holds entropies, of another entropy model; "
                     "omit --entropy-model to use them, or patchify the codes anew"
@@ -178,7 +178,10 @@ class EntropyMeter:
             device = choose_device(settings.device)
             self.model = prepared(model.to(device), settings.precision)
             self.precision, self.batch = precision_name(device, settings.precision), settings.batch
-            self.origin = {"path": settings.entropy_model, "fingerprint": fingerprint_of(settings.entropy_model)}
+            self.origin = {
+                "path": settings.entropy_model,
+                "fingerprint": fingerprint_of(settings.entropy_model, "entropy_model"),
+            }
         elif settings.strategy == "entropy" and self.origin is None:
             raise StageError(f"{artifact.folder} holds no entropies; name the entropy model with --entropy-model")
 

@@ -85,7 +85,7 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         training, held_out = split_holdout(source, settings.holdout, settings.seed, settings.group_regex)
         parts = [(training, out), (held_out, holdout_folder(out))]
     tokenizer.to(choose_device(settings.device))
-    fingerprint = fingerprint_of(settings.tokenizer)
+    fingerprint = fingerprint_of(settings.tokenizer, "tokenizer")
     with contextlib.ExitStack() as stack:
         builds = []
         for part, folder in parts:  # open all first, so that a refusal comes before any work

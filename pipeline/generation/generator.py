@@ -1,4 +1,4 @@
-"""A trained run, with everything that sampling from it needs: model, entropy model, tokenizer and patch rule.
+"""A trained run or a bundle, and everything that sampling from it needs: entropy model, tokenizer and patch rule.
 
 generator = Generator.load(Path("run"), settings)                # or weights of a LlamaGen or DPAR trained elsewhere
 drawn = generator.sample(labels, indices, cfg_scale=2.0)         # codes, starts
@@ -19,15 +19,17 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from dpar.bundle import Part
 from dpar.guidance import SamplingOptions
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from dpar.patching import PatchRule
-from dpar.pretrained import CONFIG
+from dpar.pretrained import CONFIG, bundle_folder
 from dpar.sampling import Sampler, check_same_tokens
 from dpar.tokenizer import VQTokenizer, to_uint8
 from pipeline.runs.run_folder import read_run
 from pipeline.runs.weights import (
+    bundle_inputs,
     check_grid_and_codebook,
     fingerprint_of,
     load_entropy_model,
@@ -87,8 +89,8 @@ class Generator:
         """Load a run of ``dpar train``, or weights of a LlamaGen or a DPAR that was trained elsewhere.
 
         Args:
-            run: the run's directory, or weights inside it; or a checkpoint file of LlamaGen or of the DPAR authors, or
-                a model directory that belongs to no run.
+            run: the run's directory, or weights inside it; a bundle; a checkpoint file of LlamaGen or of the DPAR
+                authors; or a model directory that belongs to no run.
             settings: how to sample, and where other weights than the recorded ones are to be found.
             reference: what weights without a run take their tokenizer and their class names from; a DPAR also its
                 entropy model and patch rule, if the artifact has them.
@@ -97,17 +99,22 @@ class Generator:
         Raises:
             StageError, ModelError: it is no such run, has no weights yet, or its parts are gone or do not fit.
         """
-        home = run_of(run)
+        bundle = bundle_folder(run)
+        home = run if bundle is not None else run_of(run)
+        if (bundle is not None or home is None) and weights is not None:
+            raise StageError(f"--checkpoint belongs to a run; {run} has no checkpoints")
         if home is None:
-            if weights is not None:
-                raise StageError(f"--checkpoint belongs to a run; {run} holds weights alone")
             return cls._of_weights(run, settings, reference)
         name = weights or str(run)
-        record = read_run(home)
-        if record["kind"] != "train":
-            raise StageError(f"{home} is a run of `dpar {record['kind']}`; one of `dpar train` is needed")
-        inputs = record["inputs"]
-        model = _load_weights(home, name)
+        if bundle is not None:
+            inputs = bundle_inputs(bundle, name)
+            model = load_model(name)
+        else:
+            record = read_run(home)
+            if record["kind"] != "train":
+                raise StageError(f"{home} is a run of `dpar {record['kind']}`; one of `dpar train` is needed")
+            inputs = record["inputs"]
+            model = _load_weights(home, name)
         tokenizer = _part(inputs["tokenizer"], settings.tokenizer, load_tokenizer, "--tokenizer")
         _same_codebook(tokenizer, model)
         if model.config.classes != len(inputs["class_names"]):
@@ -128,8 +135,10 @@ class Generator:
             tokenizer=tokenizer.to(device),
             name=name,
             weights_fingerprint=weights_fingerprint(name),
-            tokenizer_origin=_moved(inputs["tokenizer"], settings.tokenizer),
-            entropy_origin=None if entropy_origin is None else _moved(entropy_origin, settings.entropy_model),
+            tokenizer_origin=_moved(inputs["tokenizer"], settings.tokenizer, "tokenizer"),
+            entropy_origin=(
+                None if entropy_origin is None else _moved(entropy_origin, settings.entropy_model, "entropy_model")
+            ),
             class_names=tuple(inputs["class_names"]),
             trained_rule=trained,
             rule=trained,
@@ -169,7 +178,7 @@ class Generator:
                         f"{path} does not say which entropy model places its patches; name it with --entropy-model"
                     )
                 entropy_model = _part(entropy_origin, settings.entropy_model, load_entropy_model, "--entropy-model")
-                entropy_origin = _moved(entropy_origin, settings.entropy_model)
+                entropy_origin = _moved(entropy_origin, settings.entropy_model, "entropy_model")
                 check_same_tokens(model, entropy_model)
         return cls(
             model=model.to(device),
@@ -177,7 +186,7 @@ class Generator:
             tokenizer=tokenizer.to(device),
             name=str(path),
             weights_fingerprint=fingerprint_of(str(path)),
-            tokenizer_origin=_moved(origin, settings.tokenizer),
+            tokenizer_origin=_moved(origin, settings.tokenizer, "tokenizer"),
             entropy_origin=entropy_origin,
             class_names=names,
             trained_rule=trained,
@@ -368,12 +377,12 @@ def _same_codebook(tokenizer: VQTokenizer, model: DPAR | LlamaGen) -> None:
         raise StageError(f"the tokenizer has {ours} codes, the model {theirs}")
 
 
-def _moved(origin: dict[str, str] | None, given: str | None) -> dict[str, str]:
+def _moved(origin: dict[str, str] | None, given: str | None, part: Part) -> dict[str, str]:
     """The origin of a part with the path that the user gave, if any; one of the two there must be."""
     if given is None:
         assert origin is not None  # or there would have been no part
         return origin
-    return {"path": given, "fingerprint": fingerprint_of(given)}
+    return {"path": given, "fingerprint": fingerprint_of(given, part)}
 
 
 def _part(origin: dict[str, str] | None, given: str | None, load: Any, option: str) -> Any:

@@ -7,9 +7,11 @@ entropy_model = load_entropy_model("runs/entropy", fingerprint=manifest.entropy_
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dpar.bundle import BUILTIN_PREFIX, BUNDLE, Bundle, Part
 from dpar.llamagen import LlamaGen, SequenceConfig
 from dpar.model import DPAR
 from dpar.pretrained import fingerprint, local_folder, model_type, weights_path
@@ -36,7 +38,7 @@ def load_tokenizer(name: str, expected: str | None = None) -> VQTokenizer:
 
 def load_entropy_model(name: str, expected: str | None = None) -> LlamaGen:
     """The entropy model called ``name``; see :func:`load_tokenizer`."""
-    path = locate_weights(name, expected, "entropy model")
+    path = locate_weights(name, expected, "entropy_model")
     return LlamaGen.from_pretrained(path)
 
 
@@ -70,7 +72,7 @@ def check_same_tokenizer(name: str, tokenizer: Mapping[str, str], codes: str) ->
     Raises:
         StageError: the run was trained on codes of another tokenizer, with both; its entropies would mean nothing.
     """
-    path = weights_path(name)
+    path = weights_path(name, "entropy_model")
     trained = _trained_on(Path(path))
     ours, theirs = (origin.get("fingerprint") for origin in (trained, tokenizer))
     if ours is None or theirs is None or ours == theirs:
@@ -84,7 +86,9 @@ def check_same_tokenizer(name: str, tokenizer: Mapping[str, str], codes: str) ->
 
 
 def _trained_on(weights: Path) -> dict[str, str]:
-    """The tokenizer that made a run's data, by the path of its weights; empty for weights without a run."""
+    """The tokenizer that made a model's training data, as its run or its bundle says; empty where neither is there."""
+    if (weights.parent / BUNDLE).is_file():
+        return asdict(Bundle.read(weights.parent).parts["tokenizer"])
     folders = list(weights.absolute().parents)[:2] if weights.exists() else []  # the Hub has no runs
     run = next((folder for folder in folders if (folder / "run.json").is_file()), None)
     try:
@@ -94,18 +98,43 @@ def _trained_on(weights: Path) -> dict[str, str]:
         raise StageError(f"{run}/run.json is damaged: it names no tokenizer of its data") from error
 
 
-def fingerprint_of(name: str) -> str:
-    """SHA-256 of the weights called ``name``."""
-    return fingerprint(weights_path(name))
+def bundle_inputs(folder: Path, name: str) -> dict[str, Any]:
+    """What a bundle says of its training data, as the record of a run says it.
+
+    Args:
+        folder: the bundle's directory.
+        name: what the user calls it; its parts are recorded by this name where it ships with the package.
+    """
+    bundle = Bundle.read(folder)
+
+    def origin(part: Part) -> dict[str, str] | None:
+        recorded = bundle.parts.get(part)
+        if recorded is None:
+            return None
+        own = name if name.startswith(BUILTIN_PREFIX) else str(folder / part)
+        return {"path": own if recorded.path == part else recorded.path, "fingerprint": recorded.fingerprint}
+
+    return {
+        "tokenizer": origin("tokenizer"),
+        "entropy_model": origin("entropy_model"),
+        "patch_rule": None if bundle.rule is None else bundle.rule.to_dict(),
+        "class_names": list(bundle.class_names),
+    }
 
 
-def locate_weights(name: str, expected: str | None, role: str) -> Path:
+def fingerprint_of(name: str, part: Part = "generator") -> str:
+    """SHA-256 of the weights called ``name``; of a bundle, of its ``part``."""
+    path = weights_path(name, part)
+    return fingerprint(path if Path(path).is_file() else local_folder(path, part))
+
+
+def locate_weights(name: str, expected: str | None, part: Part) -> Path:
     """The local directory, or file, of the weights called ``name``, if their fingerprint is the expected one."""
-    path = weights_path(name)
-    folder = Path(path) if Path(path).is_file() else local_folder(path)
+    path = weights_path(name, part)
+    folder = Path(path) if Path(path).is_file() else local_folder(path, part)
     if expected is not None and (found := fingerprint(folder)) != expected:
         raise StageError(
-            f"the {role} at {name} has weights {found[:12]}, but {expected[:12]} made the codes; "
-            f"name the right one with --{role.replace(' ', '-')}"
+            f"the {part.replace('_', ' ')} at {name} has weights {found[:12]}, but {expected[:12]} made the codes; "
+            f"name the right one with --{part.replace('_', '-')}"
         )
     return folder

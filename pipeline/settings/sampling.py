@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pipeline.settings.fields import (
     DATA,
@@ -174,3 +174,24 @@ class EvalSettings(SamplingSettings):
                 self.save_reference.suffix == ".npz" and not self.save_reference.is_dir(),
                 f"--save-reference is '{self.save_reference}'; it must be a file that ends in .npz",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(SamplingSettings):
+    """Writing a bundle."""
+
+    cfg_scale: Annotated[float, "Guidance of the sample pictures.", SAMPLING] = 2.0
+    samples: Annotated[int, "Sample pictures on the model card; 0 draws none.", OUTPUT] = 8
+    ema: Annotated[bool, "Take the moving average of the weights, where the run has one.", MODEL] = True
+    weights_dtype: Annotated[Literal[fp32, bf16], "Of the weights written.", OUTPUT] = "fp32"
+    title: Annotated[str | None, "Of the model card. (default: the run's name)", OUTPUT] = None
+    note: Annotated[str, "A paragraph for the model card.", OUTPUT] = ""
+    share_with: Annotated[
+        str | None, "A bundle that ships, builtin:…: parts that are the same are named there, not copied.", OUTPUT
+    ] = None
+    push_to: Annotated[str | None, "Upload to this repository of the Hugging Face Hub, owner/name.", OUTPUT] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_cfg_scale(self.cfg_scale)
+        at_least(self, 0, "samples")

@@ -1,0 +1,113 @@
+"""A bundle: everything that sampling needs in one directory, as diffusers and the Hub keep pipelines.
+
+    bundle = Bundle.read(Path("bundle"))
+    bundle.class_names, bundle.rule, bundle.parts["tokenizer"]
+
+    bundle.json          class names, patch rule, and the SHA-256 of each part
+    generator/           the DPAR or LlamaGen: config.json, model.safetensors, README.md
+    entropy_model/       the LlamaGen without classes that places patches; a LlamaGen generator has none
+    tokenizer/           the VQ tokenizer
+    README.md            the model card
+
+A part may also be that of a bundle that ships with the package: its path is then the bundle's name, ``builtin:…``.
+Wherever the name of weights is asked for, a bundle's name stands for the part that is needed there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dpar.errors import ModelError
+from dpar.patching import PatchRule
+from dpar.tensors import shown
+
+BUNDLE = "bundle.json"
+FORMAT = 1
+BUILTIN_PREFIX = "builtin:"
+LARGEST = 2**24  # bytes of bundle.json
+Part = Literal["generator", "entropy_model", "tokenizer"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartOrigin:
+    """Where a part is, and which weights it must have."""
+
+    path: str  # the part's own name, for a subdirectory; or the name of a bundle that ships, builtin:…
+    fingerprint: str  # SHA-256 of its model.safetensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """What ``bundle.json`` says."""
+
+    class_names: tuple[str, ...]
+    parts: Mapping[Part, PartOrigin]  # no entropy model: patches need no entropies, or the generator is a LlamaGen
+    rule: PatchRule | None  # of the training data; None for a LlamaGen
+
+    def write(self, folder: Path) -> None:
+        """Write ``bundle.json`` into ``folder``, which holds the parts already."""
+        values = {
+            "format": FORMAT,
+            "class_names": list(self.class_names),
+            "patch_rule": None if self.rule is None else self.rule.to_dict(),
+            "parts": {name: asdict(self.parts[name]) for name in PARTS if name in self.parts},
+        }
+        part = folder / f"{BUNDLE}.part"
+        part.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(folder / BUNDLE)
+
+    @classmethod
+    def read(cls, folder: Path) -> Bundle:
+        """Return the bundle in ``folder``.
+
+        Raises:
+            ModelError: ``bundle.json`` is missing, damaged, or of a format that this version does not read.
+        """
+        path = folder / BUNDLE
+        try:
+            if path.stat().st_size > LARGEST:
+                raise ModelError(f"{path} cannot be read: it has {path.stat().st_size:,} bytes")
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ModelError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            version = values.get("format") if isinstance(values, dict) else None
+            raise ModelError(f"{path} has format version {shown(version)}; this version reads {FORMAT}")
+        try:
+            return cls(
+                class_names=_class_names(values["class_names"]),
+                parts=_parts(values["parts"]),
+                rule=None if values["patch_rule"] is None else PatchRule.from_dict(values["patch_rule"]),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise ModelError(f"{path} is damaged: {reason}") from error
+
+
+def _class_names(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError("class_names must be a list of strings")
+    return tuple(names)
+
+
+def _parts(values: Any) -> dict[Part, PartOrigin]:
+    parts = {name: PartOrigin(**values[name]) for name in PARTS if name in values}
+    if unknown := sorted(set(values) - set(PARTS)):
+        raise TypeError(f"there is no part called {shown(unknown[0])}")
+    for name, origin in parts.items():
+        # a bundle from elsewhere must not name other directories of this machine
+        if origin.path != name and not str(origin.path).startswith(BUILTIN_PREFIX):
+            raise TypeError(f"the part {name} is at {shown(origin.path)}, expected {name!r} or a {BUILTIN_PREFIX} name")
+        if not isinstance(origin.fingerprint, str):
+            raise TypeError(f"the part {name} has no fingerprint")
+    for needed in ("generator", "tokenizer"):
+        if needed not in parts:
+            raise KeyError(needed)
+    return parts

@@ -1,0 +1,49 @@
+"""Classes by name: ``golden retriever`` finds ``n02099601 golden retriever``, and a misspelt name its nearest.
+
+label = find_class("golden retriever", class_names)
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from dpar.errors import ModelError
+
+_SYNSET = re.compile(r"(n\d{8}) (.+)")
+
+
+def find_class(name: str, known: Sequence[str]) -> int | None:
+    """The label of the class that ``name`` means: the name itself, or either half of ``n02099601 golden retriever``.
+
+    Returns:
+        Its place in ``known``; None if there is none.
+
+    Raises:
+        ModelError: several classes have that name.
+    """
+    asked = unicodedata.normalize("NFC", name)
+    if asked in known:
+        return list(known).index(asked)
+    meant = [label for label, match in enumerate(map(_SYNSET.fullmatch, known)) if match and asked in match.groups()]
+    if len(meant) > 1:
+        names = ", ".join(known[label] for label in meant)
+        raise ModelError(f"class {name!r} is the name of {len(meant)} classes; choose from: {names}")
+    return meant[0] if meant else None
+
+
+def nearest_class(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown class: the nearest names, of synsets also without their number."""
+    words = [match.group(2) for match in map(_SYNSET.fullmatch, known) if match]
+    return nearest(name, [*known, *words])
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the closest known ones, or the first few of them."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    first = ", ".join(known[:20]) + (f", … ({len(known)} in all)" if len(known) > 20 else "")
+    return f"there is: {first}" if known else "there is none"

@@ -1,0 +1,292 @@
+"""Class names to pictures, and pictures to patches, in a few lines (paper sections 3 and 4).
+
+    pipe = DPARPipeline.from_pretrained("builtin:emoji")     # or a bundle's directory, or "owner/name" on the Hub
+    pictures = pipe(["animal mammal", 7], cfg_scale=2.0, seed=0).images
+    patched = pipe.patchify(Image.open("cat.png"))           # entropies (nats), patch starts, reconstruction
+
+The pipeline is the library's own: it loads a bundle (:mod:`dpar.bundle`) and calls :func:`dpar.sampling.sample`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from dpar.bundle import Bundle
+from dpar.class_names import find_class, nearest_class
+from dpar.errors import ModelError
+from dpar.guidance import GuidanceSchedule, SamplingOptions
+from dpar.llamagen import LlamaGen
+from dpar.model import DPAR
+from dpar.patching import PatchRule
+from dpar.pretrained import bundle_folder, fingerprint, model_type, weights_path
+from dpar.sampling import check_same_tokens, sample
+from dpar.tokenizer import VQTokenizer, from_uint8, to_uint8
+
+Label = str | int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineImages:
+    """Sampled images."""
+
+    images: list[Image.Image]
+    labels: NDArray[np.int64]  # (n,)
+    codes: NDArray[np.int64]  # (n, N)
+    starts: NDArray[np.bool_]  # (n, N), True where a token starts a patch; everywhere for a LlamaGen
+    entropies: NDArray[np.float16] | None  # (n, N) nats, +inf for token 0; where they were asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchedImage:
+    """A picture as DPAR sees it."""
+
+    codes: NDArray[np.int64]  # (H_g, W_g)
+    entropies: NDArray[np.float16]  # (H_g, W_g) nats, +inf for token 0
+    starts: NDArray[np.bool_]  # (H_g, W_g), True where a token starts a patch
+    reconstruction: Image.Image  # what the tokenizer keeps of the picture
+
+    @property
+    def patches(self) -> int:
+        """How many patches there are, M."""
+        return int(self.starts.sum())
+
+
+class DPARPipeline:
+    """A generator with its tokenizer, its entropy model and its patch rule."""
+
+    def __init__(
+        self,
+        generator: DPAR | LlamaGen,
+        tokenizer: VQTokenizer,
+        entropy_model: LlamaGen | None,
+        rule: PatchRule | None,
+        class_names: Sequence[str],
+    ) -> None:
+        """Keep the parts, which are in evaluation mode and on one device.
+
+        Raises:
+            ModelError: the parts do not fit each other.
+        """
+        if generator.config.codebook_size != tokenizer.config.codebook_size:
+            raise ModelError(
+                f"the tokenizer has {tokenizer.config.codebook_size} codes, the generator "
+                f"{generator.config.codebook_size}; both must come from the same training data"
+            )
+        if generator.config.classes != len(class_names):
+            raise ModelError(f"the generator has {generator.config.classes} classes; {len(class_names)} have names")
+        if entropy_model is not None:
+            check_same_tokens(generator, entropy_model)
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.entropy_model = entropy_model
+        self.rule = rule
+        self.class_names = tuple(class_names)
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> Self:
+        """Return the pipeline of a bundle, in float32 on the CPU; :meth:`to` moves it.
+
+        Args:
+            name: a directory that ``dpar export`` wrote, ``owner/name`` on the Hugging Face Hub, or ``builtin:emoji``.
+
+        Raises:
+            ModelError: there is no bundle, or a part is missing, damaged, or not the one that the bundle names.
+        """
+        folder = bundle_folder(name)
+        if folder is None:
+            raise ModelError(f"{name} is not a bundle: it has no bundle.json. `dpar export RUN DIR` writes one")
+        bundle = Bundle.read(folder)
+        paths = {}
+        for part, origin in bundle.parts.items():
+            paths[part] = weights_path(folder if origin.path == part else origin.path, part)
+            if fingerprint(paths[part]) != origin.fingerprint:
+                raise ModelError(f"{paths[part]} is not the {part} that {folder} was exported with; export it again")
+        of_dpar = model_type(paths["generator"]) == DPAR.model_type
+        entropy_path = paths.get("entropy_model")
+        return cls(
+            (DPAR if of_dpar else LlamaGen).from_pretrained(paths["generator"]),
+            VQTokenizer.from_pretrained(paths["tokenizer"]),
+            None if entropy_path is None else LlamaGen.from_pretrained(entropy_path),
+            bundle.rule,
+            bundle.class_names,
+        )
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move all parts to a device, in place."""
+        for part in (self.generator, self.tokenizer, self.entropy_model):
+            if part is not None:
+                part.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self.generator.output.weight.device
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens, (H_g, W_g)."""
+        return self.generator.config.grid_height, self.generator.config.grid_width
+
+    def __call__(
+        self,
+        classes: Label | Sequence[Label],
+        *,
+        images_per_class: int = 1,
+        cfg_scale: float = 2.0,
+        cfg_schedule: GuidanceSchedule = "constant",
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        threshold: float | None = None,
+        seed: int = 0,
+        batch: int = 32,
+        entropies: bool = False,
+    ) -> PipelineImages:
+        """Sample pictures; image i is a function of the seed, i and its class, whatever the batch.
+
+        Args:
+            classes: names or numbers.
+            images_per_class: how many of each; those of a class follow one another.
+            cfg_scale: s of classifier-free guidance; 1 is none.
+            cfg_schedule: of the guidance over the tokens (:class:`~dpar.guidance.SamplingOptions`).
+            temperature: of the logits; 0 takes the likeliest token.
+            top_k: only the k likeliest tokens; 0 is all.
+            top_p: only the likeliest tokens that together have this probability.
+            threshold: τ in nats, above which a token starts a patch; None is the training data's.
+            seed: all randomness comes from it.
+            batch: images sampled at once.
+            entropies: also give the entropies of the sampled tokens.
+
+        Raises:
+            ModelError: an unknown class, or a setting that means nothing.
+        """
+        labels = np.repeat([self.label(item) for item in _as_list(classes)], images_per_class)
+        options = SamplingOptions(
+            cfg_scale=cfg_scale,
+            cfg_schedule=cfg_schedule,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        codes, starts = sample(
+            self.generator,
+            torch.from_numpy(labels),
+            self.entropy_model,
+            self.rule_at(threshold),
+            options,
+            batch=batch,
+        )
+        return PipelineImages(
+            images=self.decode(codes, batch),
+            labels=labels,
+            codes=codes.cpu().numpy(),
+            starts=starts.cpu().numpy(),
+            entropies=self._entropy(codes, batch).cpu().numpy() if entropies else None,
+        )
+
+    @torch.no_grad()
+    def patchify(
+        self,
+        image: Image.Image,
+        *,
+        threshold: float | None = None,
+        max_length: int | None = None,
+        row_reset: bool | None = None,
+    ) -> PatchedImage:
+        """Give the patches of a picture, cut to its central square.
+
+        Args:
+            image: any size and mode; transparency becomes white.
+            threshold: τ in nats; None is the training data's, as for the other two.
+            max_length: P, most tokens in a patch; 0 is no limit.
+            row_reset: whether each row of the grid starts a patch.
+
+        Raises:
+            ModelError: the pipeline has no entropy model, or the rule means nothing.
+        """
+        height, width = (side * self.tokenizer.config.downsampling for side in self.grid)
+        pixels = torch.from_numpy(_central_square(image, height, width)).to(self.device)
+        codes = self.tokenizer.encode(from_uint8(pixels).unsqueeze(0))
+        entropy = self._entropy(codes, 1)[0].cpu().numpy()
+        rule = self.rule_at(threshold, max_length, row_reset) or PatchRule()
+        return PatchedImage(
+            codes=codes[0].cpu().numpy().reshape(self.grid),
+            entropies=entropy.reshape(self.grid),
+            starts=rule.starts(entropy, self.grid[1]).reshape(self.grid),
+            reconstruction=self.decode(codes, 1)[0],
+        )
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor, batch: int = 32) -> list[Image.Image]:
+        """Pictures of codes (n, N) int64."""
+        parts = [to_uint8(self.tokenizer.decode(chunk, self.grid)) for chunk in codes.to(self.device).split(batch)]
+        return [Image.fromarray(pixels) for pixels in torch.cat(parts).cpu().numpy()]
+
+    def label(self, item: Label) -> int:
+        """The label of a class, given by its name or its number.
+
+        Raises:
+            ModelError: there is no such class, with the nearest name.
+        """
+        if isinstance(item, str):
+            label = find_class(item, self.class_names)
+            if label is None:
+                raise ModelError(f"no class {item!r}; {nearest_class(item, self.class_names)}")
+            return label
+        if not 0 <= item < len(self.class_names):
+            raise ModelError(f"no class {item}; they are 0 to {len(self.class_names) - 1}")
+        return int(item)
+
+    def rule_at(
+        self, threshold: float | None = None, max_length: int | None = None, row_reset: bool | None = None
+    ) -> PatchRule | None:
+        """The patch rule with other values where they are given; a ``max_length`` of 0 is no limit.
+
+        Raises:
+            ModelError: the rule has no such values: it is static, or the generator is a LlamaGen.
+        """
+        if threshold is None and max_length is None and row_reset is None:
+            return self.rule
+        if self.rule is None or self.rule.strategy == "static":
+            raise ModelError("this pipeline places no patches by entropy; it has no threshold, max_length or row_reset")
+        return dataclasses.replace(
+            self.rule,
+            threshold=self.rule.threshold if threshold is None else threshold,
+            max_length=self.rule.max_length if max_length is None else max_length or None,
+            row_reset=self.rule.row_reset if row_reset is None else row_reset,
+        )
+
+    @torch.no_grad()
+    def _entropy(self, codes: torch.Tensor, batch: int) -> torch.Tensor:
+        """Entropies (n, N) float16 in nats of codes (n, N)."""
+        if self.entropy_model is None:
+            raise ModelError("this pipeline has no entropy model, so there are no entropies")
+        return torch.cat([self.entropy_model.entropy(chunk) for chunk in codes.split(batch)])
+
+
+def _as_list(classes: Label | Sequence[Label]) -> list[Label]:
+    return [classes] if isinstance(classes, (str, int, np.integer)) else list(classes)
+
+
+def _central_square(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+    """The middle of a picture, (height, width, 3) uint8, on white where it is transparent."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    image = image.convert("RGB")
+    scale = max(height / image.height, width / image.width)
+    resized = image.resize(
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BICUBIC
+    )
+    left, top = (resized.width - width) // 2, (resized.height - height) // 2
+    return np.array(resized.crop((left, top, left + width, top + height)))

@@ -1,0 +1,219 @@
+"""Bundles: written by `dpar export`, taken wherever weights are named, and used as `DPARPipeline`."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpar import DPARPipeline, LlamaGen, VQTokenizer
+from dpar.bundle import BUNDLE, Bundle
+from dpar.errors import ModelError
+from pipeline.evaluate import evaluate
+from pipeline.export import export
+from pipeline.patchify import patchify
+from pipeline.runs.weights import fingerprint_of
+from pipeline.runtime.errors import StageError
+from pipeline.sample import sample_pictures
+from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
+from pipeline.settings.sampling import EvalSettings, ExportSettings, SampleSettings
+from pipeline.tokenize import tokenize
+from shards.manifest import Manifest
+from shards.reader import open_artifact
+from tests.pipeline.sampled import CPU, QUIET, RULE, SIDE, SIZE, N, everything, save_home, save_run
+
+CLASSES = ("bird", "n01440764 tench", "n02099601 golden retriever")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, a tokenizer, an entropy model, patches, runs of DPAR and of LlamaGen, and a bundle of each."""
+    home = tmp_path_factory.mktemp("made")
+    save_home(home, CLASSES, a_class=2)
+    save_run(home / "dpar", home / "patches", "dpar-tiny")
+    save_run(home / "llama", home / "codes", "llamagen-tiny", std=0.05)
+    for name in ("dpar", "llama"):
+        export(home / name, home / f"{name}-bundle", ExportSettings(samples=2, **CPU), QUIET)
+    return home
+
+
+def sampled(run: Path, out: Path, **values: Any) -> dict[str, Any]:
+    sample_pictures(run, out, SampleSettings(**{**CPU, "per_class": 2, **values}), QUIET)
+    artifact = open_artifact(out / "codes")
+    rows = np.arange(len(artifact))
+    batch = artifact.gather(rows, np.zeros_like(rows))
+    return {"codes": batch.codes.tolist(), "starts": None if batch.starts is None else batch.starts.tolist()}
+
+
+@pytest.mark.parametrize("name", ["dpar", "llama"])
+def test_a_bundle_samples_what_its_run_samples(home: Path, tmp_path: Path, name: str) -> None:
+    assert sampled(home / f"{name}-bundle", tmp_path / "a") == sampled(home / name, tmp_path / "b")
+
+
+def test_a_bundle_alone_is_enough(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "dpar-bundle", tmp_path / "elsewhere")
+    expected = sampled(home / "dpar", tmp_path / "b")
+    hidden = [home / name for name in ("vq", "entropy")]
+    for path in hidden:
+        path.rename(path.with_suffix(".hidden"))
+    try:
+        assert sampled(tmp_path / "elsewhere", tmp_path / "a") == expected
+    finally:
+        for path in hidden:
+            path.with_suffix(".hidden").rename(path)
+
+
+def test_stages_take_the_parts_of_a_bundle_where_weights_are_named(home: Path, tmp_path: Path) -> None:
+    bundle = str(home / "dpar-bundle")
+    settings = TokenizeSettings(tokenizer=bundle, image_size=SIZE, shard_size=4, **CPU)
+    tokenize(str(home / "photos"), tmp_path / "codes", settings, QUIET)
+    patchify(tmp_path / "codes", tmp_path / "patches", PatchifySettings(entropy_model=bundle, **RULE, **CPU), QUIET)
+    made = Manifest.read(tmp_path / "patches")
+    assert made.tokenizer["fingerprint"] == fingerprint_of(str(home / "vq"))
+    assert made.entropy_model is not None
+    assert made.entropy_model["fingerprint"] == fingerprint_of(str(home / "entropy"))
+    scores = EvalSettings(reference=tmp_path / "patches", samples=2, cfg_scale=(1.0,), **CPU)
+    result = evaluate(Path(bundle), tmp_path / "scores", scores, QUIET)
+    direct = evaluate(home / "dpar", tmp_path / "direct", scores, QUIET)
+    assert result.newest.bits_per_token == direct.newest.bits_per_token
+
+
+def test_an_entropy_model_of_a_bundle_refuses_codes_of_another_tokenizer(home: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    VQTokenizer(VQTokenizer.from_pretrained(home / "vq").config).save_pretrained(tmp_path / "vq")
+    settings = TokenizeSettings(tokenizer=str(tmp_path / "vq"), image_size=SIZE, **CPU)
+    tokenize(str(home / "photos"), tmp_path / "codes", settings, QUIET)
+    patches = PatchifySettings(entropy_model=str(home / "dpar-bundle"), **RULE, **CPU)
+    with pytest.raises(StageError, match="its entropies of them would mean nothing"):
+        patchify(tmp_path / "codes", tmp_path / "patches", patches, QUIET)
+
+
+def test_the_pipeline_gives_the_images_of_the_command(home: Path, tmp_path: Path) -> None:
+    expected = sampled(home / "dpar", tmp_path / "out", cfg_scale=2.0, seed=5)
+    pipe = DPARPipeline.from_pretrained(str(home / "dpar-bundle"))
+    made = pipe(["bird", "tench", 2], images_per_class=2, cfg_scale=2.0, seed=5, entropies=True)
+    assert made.codes.tolist() == expected["codes"]
+    assert made.starts.tolist() == expected["starts"]
+    files = sorted((tmp_path / "out" / "images").glob("*/*.png"))
+    assert [np.asarray(image).tolist() for image in made.images] == [np.asarray(Image.open(p)).tolist() for p in files]
+    entropy_model = LlamaGen.from_pretrained(home / "entropy")
+    assert made.entropies is not None
+    expected_entropy = entropy_model.entropy(torch.from_numpy(made.codes)).numpy()
+    assert np.array_equal(made.entropies, expected_entropy)
+
+
+def test_the_pipeline_patchifies_a_picture_as_the_stages_do(home: Path) -> None:
+    pipe = DPARPipeline.from_pretrained(str(home / "dpar-bundle"))
+    artifact = open_artifact(home / "patches")
+    rows = np.arange(1)
+    stored = artifact.gather(rows, np.zeros_like(rows))
+    patched = pipe.patchify(Image.open(home / "photos" / "bird" / "0.png"))
+    assert artifact.keys(rows) == ["bird/0.png"]
+    assert patched.codes.reshape(-1).tolist() == stored.codes[0].tolist()
+    assert stored.starts is not None
+    assert patched.starts.reshape(-1).tolist() == stored.starts[0].tolist()
+    assert patched.reconstruction.size == (SIZE, SIZE)
+    assert patched.patches == int(stored.starts[0].sum())
+
+
+def test_a_higher_threshold_makes_fewer_patches_of_a_picture(home: Path) -> None:
+    pipe = DPARPipeline.from_pretrained(str(home / "dpar-bundle"))
+    image = Image.open(home / "photos" / "bird" / "0.png")
+    assert pipe.patchify(image, threshold=0.0).patches == N
+    longest = pipe.patchify(image, threshold=9.0, max_length=0, row_reset=False)
+    assert longest.patches < pipe.patchify(image, threshold=9.0).patches
+    assert pipe.patchify(image, threshold=9.0).patches == 2 + SIDE - 1  # the first two tokens, and each later row
+
+
+def test_transparent_pictures_are_on_white(home: Path) -> None:
+    pipe = DPARPipeline.from_pretrained(str(home / "dpar-bundle"))
+    clear = pipe.patchify(Image.new("RGBA", (20, 12), (0, 0, 0, 0)))
+    white = pipe.patchify(Image.new("RGB", (20, 12), "white"))
+    assert clear.codes.tolist() == white.codes.tolist()
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("golden retreiver", "no class 'golden retreiver'; did you mean 'golden retriever'"),
+        (3, "no class 3; they are 0 to 2"),
+    ],
+)
+def test_an_unknown_class_of_the_pipeline_is_one_message(home: Path, asked: Any, says: str) -> None:
+    pipe = DPARPipeline.from_pretrained(str(home / "dpar-bundle"))
+    with pytest.raises(ModelError, match=says):
+        pipe([asked])
+
+
+def test_writing_a_bundle_again_gives_the_same_bytes(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "dpar-bundle", tmp_path / "bundle")
+    export(home / "dpar", tmp_path / "bundle", ExportSettings(samples=2, **CPU), QUIET)
+    assert everything(tmp_path / "bundle") == everything(home / "dpar-bundle")
+
+
+def test_bfloat16_bundles_take_half_the_space_and_load(home: Path, tmp_path: Path) -> None:
+    done = export(home / "dpar", tmp_path / "bundle", ExportSettings(samples=0, weights_dtype="bf16", **CPU), QUIET)
+    full = sum(p.stat().st_size for p in (home / "dpar-bundle").rglob("*.safetensors"))
+    half = sum(p.stat().st_size for p in done.folder.rglob("*.safetensors"))
+    assert half < 0.52 * full
+    assert len(DPARPipeline.from_pretrained(str(done.folder))("bird").images) == 1
+
+
+def test_the_moving_average_is_what_is_exported(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "dpar", tmp_path / "run")
+    save_run(tmp_path / "other", home / "patches", "dpar-tiny", seed=9)
+    shutil.copytree(tmp_path / "other" / "model", tmp_path / "run" / "model-ema")
+    export(tmp_path / "run", tmp_path / "averaged", ExportSettings(samples=0, **CPU), QUIET)
+    export(tmp_path / "run", tmp_path / "last", ExportSettings(samples=0, ema=False, **CPU), QUIET)
+    assert fingerprint_of(str(tmp_path / "averaged")) == fingerprint_of(str(tmp_path / "other"))
+    assert fingerprint_of(str(tmp_path / "last")) == fingerprint_of(str(home / "dpar"))
+
+
+def test_an_exchanged_part_is_refused(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "dpar-bundle", tmp_path / "bundle")
+    shutil.copytree(home / "llama" / "model", tmp_path / "bundle" / "generator", dirs_exist_ok=True)
+    with pytest.raises(ModelError, match=r"is not the generator that .* was exported with"):
+        DPARPipeline.from_pretrained(str(tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": 9}, "has format version 9; this version reads 1"),
+        ({"parts": {}}, "it has no 'generator'"),
+        ({"class_names": "abc"}, "class_names must be a list of strings"),
+        ({"parts": {"generator": {"path": "../elsewhere", "fingerprint": "0"}}}, "is at '../elsewhere', expected"),
+        ({"parts": {"generator": {"path": "/etc", "fingerprint": "0"}}}, "is at '/etc', expected"),
+        ({"patch_rule": {"strategy": "other"}}, "strategy is 'other'"),
+    ],
+)
+def test_a_damaged_bundle_is_one_message(home: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    values = json.loads((home / "dpar-bundle" / BUNDLE).read_text(encoding="utf-8"))
+    (tmp_path / BUNDLE).write_text(json.dumps(values | change), encoding="utf-8")
+    with pytest.raises(ModelError, match=says):
+        Bundle.read(tmp_path)
+
+
+def test_a_directory_of_something_else_is_kept(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(StageError, match="holds something else"):
+        export(home / "dpar", tmp_path, ExportSettings(**CPU), QUIET)
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+def test_a_run_is_not_taken_for_a_bundle(home: Path) -> None:
+    with pytest.raises(ModelError, match="is not a bundle"):
+        DPARPipeline.from_pretrained(str(home / "dpar"))
