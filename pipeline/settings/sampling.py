@@ -183,7 +183,7 @@ class ExportSettings(SamplingSettings):
     cfg_scale: Annotated[float, "Guidance of the sample pictures.", SAMPLING] = 2.0
     samples: Annotated[int, "Sample pictures on the model card; 0 draws none.", OUTPUT] = 8
     ema: Annotated[bool, "Take the moving average of the weights, where the run has one.", MODEL] = True
-    weights_dtype: Annotated[Literal[fp32, bf16], "Of the weights written.", OUTPUT] = "fp32"
+    weights_dtype: Annotated[Literal["fp32", "bf16"], "Of the weights written.", OUTPUT] = "fp32"
     title: Annotated[str | None, "Of the model card. (default: the run's name)", OUTPUT] = None
     note: Annotated[str, "A paragraph for the model card.", OUTPUT] = ""
     share_with: Annotated[
