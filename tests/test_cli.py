@@ -143,10 +143,10 @@ def test_help_lists_options_under_headings_those_that_must_be_given_first() -> N
 
 
 def test_help_ends_in_two_examples_that_are_commands() -> None:
-    import cli
+    from pipeline.settings.examples import EXAMPLES
 
-    assert set(cli.EXAMPLES) == {"dpar", *commands()}
-    for name, examples in cli.EXAMPLES.items():
+    assert set(EXAMPLES) == {"dpar", *commands()}
+    for name, examples in EXAMPLES.items():
         assert help_of(name if name in commands() else "").rstrip().splitlines()[-2:] == [f"  {e}" for e in examples]
         for example in examples:
             check_command(example)
