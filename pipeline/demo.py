@@ -175,8 +175,8 @@ def _comparison(out: Path, scores: dict[str, Results], training: Manifest) -> Se
         title="DPAR beside LlamaGen",
         text=(
             "Both have six layers of the same width and saw the same crops in the same order. DPAR's patch transformer "
-            f"worked on {statistics['patches_per_image']:.1f} patches an image in place of 256 tokens: mean length "
-            f"{statistics['mean_length']:.2f}, found by --target-length 1.81. Models this small, trained for a minute, "
+            f"worked on {statistics['patches_per_image']:.1f} patches per image in place of 256 tokens: mean length "
+            f"{statistics['mean_length']:.2f}, set by --target-length 1.81. Models this small, trained for a minute, "
             "show that the chain works, not how good the method is."
         ),
         tables=[
@@ -237,8 +237,8 @@ def _patches(held_out: Artifact, rows: NDArray[np.int64], training: Manifest, pi
     return Section(
         title="Where the patches are",
         text=(
-            "The entropy model's surprise at each token, in nats, and the patches that follow from it. A token starts "
-            f"a patch if its entropy is at least the threshold of {threshold:.2f} nats, if {longest} tokens are in "
+            "The entropy model's entropy at each token, in nats, and the patches that follow from it. A token starts "
+            f"a patch if its entropy is above the threshold of {threshold:.2f} nats, if {longest} tokens are in "
             "the open patch already, or if a new row begins."
         ),
         pictures=[_keep(picture, pictures / "patches.png", "Held-out crops, their entropy maps and their patches")],
@@ -253,7 +253,7 @@ def _samples(out: Path, name: str, size: Size, pictures: Path) -> Section:
         shown.append(_keep(picture, path, f"Samples of every class at guidance {scale:g}"))
     return Section(
         title=f"Samples of {name}-tiny",
-        text="One row a class. At guidance 1 the model is sampled as it is; above, away from the unconditional one.",
+        text="One row per class. At guidance 1 the model is sampled as it is; above, away from the unconditional one.",
         pictures=shown,
     )
 

@@ -195,7 +195,7 @@ def _tokenizer(manifest: Manifest, settings: InspectSettings, where: str) -> VQT
     try:
         tokenizer = load_tokenizer(name, recorded.fingerprint)
     except ModelError as error:
-        hint = "" if settings.tokenizer else "; say with --tokenizer where it is now, or draw nothing with --images 0"
+        hint = "" if settings.tokenizer else "; name it with --tokenizer, or draw nothing with --images 0"
         raise StageError(f"the tokenizer cannot be loaded: {error}{hint}") from error
     if tokenizer.config.codebook_size != manifest.codebook_size:
         raise StageError(
@@ -225,7 +225,7 @@ class Gallery:
 def _draw(
     artifact: Artifact, survey: Survey, settings: InspectSettings, rule: PatchRule, gallery: Gallery, notes: list[str]
 ) -> list[Section]:
-    """One section an image drawn, and one sheet of all of them as a file."""
+    """One section per image drawn, and one sheet of all of them as a file."""
     manifest = artifact.manifest
     rows = choose_rows(artifact, survey.labels, settings)
     if len(rows) == 0:

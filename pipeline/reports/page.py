@@ -52,7 +52,7 @@ class Section:
 
 
 def render(template: str, out: Path, **values: Any) -> None:
-    """Fills a template and writes the page to ``out``, whole or not at all.
+    """Fill a template and write the page to ``out``, atomically.
 
     Args:
         template: a file of ``pipeline/reports/templates``. ``report.html`` takes ``title``, ``subtitle``, ``sections``

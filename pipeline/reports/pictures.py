@@ -121,12 +121,12 @@ def _mark_vertical(mask: NDArray[np.bool_], borders: NDArray[np.bool_], width: i
 def beside(pictures: Sequence[Image.Image], gap: int = 6) -> Image.Image:
     """Pictures side by side, their tops level."""
     width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    whole = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER)
+    canvas = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER)
     x = 0
     for picture in pictures:
-        whole.paste(picture, (x, 0))
+        canvas.paste(picture, (x, 0))
         x += picture.width + gap
-    return whole
+    return canvas
 
 
 def sheet(
@@ -164,8 +164,8 @@ def sheet(
     left = gap + max((_text_px(line) + gap for lines in sides for line in lines), default=0)
     top = gap + max((LINE_PX * len(lines) + gap // 2 for lines in heads), default=0)
     size = (left + sum(widths) + gap * columns, top + sum(heights) + gap * len(rows))
-    whole = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(whole)
+    canvas = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(canvas)
     x = left
     for lines, width in zip(heads, widths, strict=False):
         _write(draw, (x, top - gap // 2 - LINE_PX * len(lines)), lines)
@@ -176,10 +176,10 @@ def sheet(
             _write(draw, (gap, y), sides[i])
         x = left
         for picture, width in zip(row, widths, strict=False):
-            whole.paste(picture, (x, y))
+            canvas.paste(picture, (x, y))
             x += width + gap
         y += heights[i] + gap
-    return whole
+    return canvas
 
 
 def captioned(picture: Image.Image, text: str) -> Image.Image:

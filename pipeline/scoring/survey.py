@@ -63,7 +63,7 @@ class Survey:
 
     @classmethod
     def of(cls, artifact: Artifact, thresholds: Sequence[float], rule: PatchRule, progress: Progress) -> Survey:
-        """Reads every shard once, one at a time."""
+        """Read every shard once, one at a time."""
         manifest = artifact.manifest
         survey = cls(
             labels=np.zeros(manifest.rows, np.int32),
@@ -80,7 +80,7 @@ class Survey:
                 first += len(rows)
                 task.advance(len(rows))
         if thresholds and not survey.finite_entropies:
-            raise StageError(f"{artifact.folder} holds no entropies, so --threshold has nothing to go by")
+            raise StageError(f"{artifact.folder} holds no entropies, which --threshold needs")
         return survey
 
     def _add(self, rows: Rows, first: int, thresholds: Sequence[float], rule: PatchRule, grid_width: int) -> None:

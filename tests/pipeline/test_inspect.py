@@ -270,7 +270,7 @@ def test_static_patches_without_entropies_are_drawn_without_entropy_maps(made: P
     assert found.entropy is None
     assert found.pictures[:-1] == ["000-original.png", "000-decoded.png", "000-patches-0.png"]
     assert any("static, length 1.81 (stored)" in row for table in tables(found) for row in table.rows)
-    with pytest.raises(StageError, match="holds no entropies, so --threshold has nothing to go by"):
+    with pytest.raises(StageError, match="holds no entropies, which --threshold needs"):
         look(artifact, threshold=(1.0,))
 
 
