@@ -90,8 +90,15 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         builds = []
         for part, folder in parts:  # open all first, so that a refusal comes before any work
             values = artifact_identity(data, part, fingerprint, settings)
-            builds.append(open_build(folder, part, values, settings))
-            stack.callback(builds[-1].close)
+            build = ArtifactBuild(
+                folder,
+                settings=values,
+                n_shards=part.n_parts(settings.shard_size),
+                container=settings.container,
+                overwrite=settings.overwrite,
+            )
+            builds.append(build)
+            stack.callback(build.close)
         manifests = [
             encode_source(data, part, build, tokenizer, settings, progress)
             for (part, _), build in zip(parts, builds, strict=True)
@@ -115,17 +122,6 @@ def artifact_identity(data: str, source: Source, fingerprint: str, settings: Tok
         "precision": precision_name(choose_device(settings.device), settings.precision),
     }
     return values | ({"holdout": described["holdout"]} if "holdout" in described else {})
-
-
-def open_build(folder: Path, source: Source, values: dict[str, Any], settings: TokenizeSettings) -> ArtifactBuild:
-    """Open the artifact of ``source`` in ``folder``, with ``values`` as its identity, for writing."""
-    return ArtifactBuild(
-        folder,
-        settings=values,
-        n_shards=source.n_parts(settings.shard_size),
-        container=settings.container,
-        overwrite=settings.overwrite,
-    )
 
 
 def encode_source(

@@ -12,7 +12,6 @@ of processes add up to the same global batch.
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 
 from shards.order import StreamingOrder, TrainingOrder
 from shards.reader import Artifact, Batch, Drawn, concatenated
@@ -87,9 +86,7 @@ class TrainingData:
     def __enter__(self) -> TrainingData:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -1,5 +1,27 @@
-"""The error this package raises for a bad artifact, as opposed to a bug."""
+"""The error this package raises for a bad artifact or a disk that refuses, as opposed to a bug."""
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MAKE_WRITABLE = "make it writable and run the same command again, or name another output"
+ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again")
+ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), MAKE_WRITABLE)
 
 
 class ArtifactError(ValueError):
     """An artifact cannot be used or written: the message says what, where, and what to do."""
+
+
+@contextmanager
+def disk_errors(path: Path, count_finished: Callable[[], int]) -> Iterator[None]:
+    """Turn an OSError while ``path`` is written into an ArtifactError that says how to resume."""
+    try:
+        yield
+    except OSError as error:
+        advice = ADVICE.get(error.errno or 0, "run the same command again")
+        raise ArtifactError(
+            f"cannot write {error.filename or path}: {error.strerror or error}; {advice}. "
+            f"{count_finished()} finished shards are kept"
+        ) from error

@@ -54,7 +54,7 @@ def file_sha256(path: Path) -> str:
 def atomic_path(path: Path, *, unlocked: bool = False, sync: bool = True) -> Iterator[Path]:
     """Give a temporary path beside ``path``; at the end flush the file and rename it to ``path``.
 
-    The temporary file is removed if the block fails. A kill leaves it behind; the next writer overwrites it.
+    The temporary file is removed if the block fails. A kill leaves it for the next writer to overwrite or to remove.
 
     Args:
         path: the file to write; its directory exists.

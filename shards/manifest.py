@@ -92,7 +92,7 @@ class Manifest:
             raise ArtifactError(
                 f"{folder} is not finished: run the command that makes it again"
                 if unfinished
-                else f"{folder} is no artifact: it has no {MANIFEST}"
+                else f"{folder} is not an artifact: it has no {MANIFEST}"
             )
         values = read_json(path)
         if isinstance(values, dict):

@@ -198,7 +198,7 @@ def _members(tar: mmap.mmap) -> dict[str, list[tuple[int, int]]]:
         if header[0] == 0:  # the end mark
             return members
         if header[156:157] != b"0" or header[257:262] != b"ustar":
-            raise ValueError(f"byte {at} is no header of a plain file")
+            raise ValueError(f"byte {at} is not the header of a plain file")
         if not header[124:135].isdigit():  # int() also accepts signs
             raise ValueError(f"the size at byte {at + 124} is not a number in octal")
         size = int(header[124:135], 8)

@@ -18,27 +18,19 @@ same command again resumes and ends with the same bytes.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from shards.build_records import BuildRecords, remove_parts
-from shards.errors import ArtifactError
+from shards.errors import ArtifactError, disk_errors
 from shards.left_out import write_left_out
 from shards.locks import FOLDER, Claims
 from shards.manifest import BUILD, MANIFEST, Container, LeftOut, Manifest, ShardInfo
 from shards.records import differences
 from shards.rows import EXTENSION, Rows, write_shard
-
-MAKE_WRITABLE = "make it writable and run the same command again, or name another output"
-FREE_SPACE = "free some space and run the same command again"
-ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), FREE_SPACE),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), MAKE_WRITABLE),
-}
 
 
 class ArtifactBuild:
@@ -81,21 +73,12 @@ class ArtifactBuild:
         if self.finished is not None:
             self.close()
 
-    def _exclusive(self) -> contextlib.AbstractContextManager[bool]:
+    def _exclusive(self) -> AbstractContextManager[bool]:
         """Keep the build's other processes waiting for the block."""
         return Claims(self.folder).claimed(FOLDER, wait=True)
 
-    @contextlib.contextmanager
-    def _disk_errors(self, path: Path) -> Iterator[None]:
-        """Turn an OSError into an ArtifactError that says how to resume."""
-        try:
-            yield
-        except OSError as error:
-            advice = ADVICE.get(error.errno or 0, "run the same command again")
-            raise ArtifactError(
-                f"cannot write {error.filename or path}: {error.strerror or error}; {advice}. "
-                f"{self.n_shards - self.remaining()} finished shards are kept"
-            ) from error
+    def _disk_errors(self, path: Path) -> AbstractContextManager[None]:
+        return disk_errors(path, lambda: self.n_shards - self.remaining())
 
     def _join(self, overwrite: bool) -> None:
         """Join the processes at work, and start a session if this is the only one. Runs exclusively."""

@@ -1,18 +1,18 @@
-"""Checkpoints of a training run, saved while training goes on: complete, or absent.
+"""Checkpoints of a training run, saved atomically while training continues.
 
     with Checkpoints(run.folder / "checkpoints", keep=2) as checkpoints:
-        begin, notes = checkpoints.restore(state, progress)          # (0, {}) where there is none
+        begin, notes = checkpoints.restore(state, progress)          # (0, {}) if there is none
         ...
-        checkpoints.save(step, state, publish=publish_weights)       # returns as soon as the tensors are copied
-        checkpoints.finish()                                         # everything is on disk
+        checkpoints.save(step, state, publish=publish_weights)       # returns when the tensors are copied
+        checkpoints.finish()                                         # waits until all is on disk
 
     CHECKPOINTS/step-00001234/*.safetensors       each process's share of the tensors (torch.distributed.checkpoint)
     CHECKPOINTS/step-00001234/checkpoint.json     sizes and SHA-256 of these files, and notes; written last
 
-All processes write into ``step-00001234.part``, which the first one renames when all are done: several machines need a
-shared file system. Tensors are stored whole or in shares, whichever way the run holds them, and are read the way that
-the next run does: on another number of processes, with FSDP or without. Nothing in a checkpoint is pickled. Each
-process hashes the files that it wrote, on the thread that saves, and checks its share of the hashes when a run resumes.
+All processes write into ``step-00001234.part``, which the first one renames when all are done, so several machines
+need a shared file system. A run can resume with another number of processes, with FSDP or without. Nothing in a
+checkpoint is pickled. Each process hashes the files that it wrote, on the saving thread, and verifies its share of the
+hashes when a run resumes.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 @dataclass(frozen=True, kw_only=True)
 class FileSeal:
-    """What a checkpoint's file must be."""
+    """The expected size and hash of a checkpoint's file."""
 
     bytes: int
     sha256: str
@@ -68,10 +68,10 @@ class FileSeal:
 
 @dataclass(frozen=True, kw_only=True)
 class Seal:
-    """``checkpoint.json``: it makes a checkpoint complete."""
+    """``checkpoint.json``, written last: a checkpoint with it is complete."""
 
-    notes: dict[str, int]  # step, and what the run keeps beside its tensors
-    files: dict[str, FileSeal | int]  # by name; an earlier version recorded sizes alone
+    notes: dict[str, int]  # step, and further numbers of the run
+    files: dict[str, FileSeal | int]  # by name; earlier versions recorded only sizes
 
     @classmethod
     def read(cls, checkpoint: Path) -> Seal:
@@ -94,7 +94,7 @@ class HashingWriter(HuggingFaceStorageWriter):
     def __init__(self, folder: Path) -> None:
         super().__init__(os.fspath(folder), save_distributed=True)
         self._folder = folder
-        self.files: dict[str, FileSeal] = {}  # of all processes, in the first one, when the save is done
+        self.files: dict[str, FileSeal] = {}  # of all processes; set in the first one when the save is done
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         """Write the files; the results carry their seals to the first process."""
@@ -111,7 +111,7 @@ class HashingWriter(HuggingFaceStorageWriter):
         return sealed
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Take in the seals; called in the first process. Each file says itself which tensors it holds."""
+        """Collect the seals; called in the first process. The files themselves list their tensors."""
         sealed = dict(result.storage_data for share in results for result in share)
         self.files = {name: sealed[name] for name in sorted(sealed)}
 
@@ -121,7 +121,7 @@ def _seal_file(path: Path) -> FileSeal:
 
 
 class TrainState:
-    """What a checkpoint holds: a model, its optimizers, and the average of its weights where there is one."""
+    """The content of a checkpoint: a model, its optimizers, and the average of its weights, if any."""
 
     def __init__(
         self, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], average: EMA | None = None
@@ -129,16 +129,16 @@ class TrainState:
         self.model, self.optimizers, self.average = model, tuple(optimizers), average
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors themselves, not copies, as ``model.NAME``, ``optimizer.NAME`` and ``ema.NAME``."""
+        """Return the tensors, not copies, as ``model.NAME``, ``optimizer.NAME`` and ``ema.NAME``."""
         model = get_model_state_dict(self.model)
-        found = {f"model.{name}": value for name, value in model.items() if isinstance(value, Tensor)}
-        found |= {f"optimizer.{name}": v for name, v in self._optimizer().items() if isinstance(v, Tensor)}
+        tensors = {f"model.{name}": value for name, value in model.items() if isinstance(value, Tensor)}
+        tensors |= {f"optimizer.{name}": v for name, v in self._optimizer().items() if isinstance(v, Tensor)}
         if self.average is not None:
-            found |= {f"ema.{name}": t for name, t in self.average.tensors.items()}
-        return found
+            tensors |= {f"ema.{name}": t for name, t in self.average.tensors.items()}
+        return tensors
 
     def adopt(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over ``tensors``; the optimizers' settings stay those of this run."""
+        """Load ``tensors``; the optimizers keep the settings of this run."""
         set_model_state_dict(self.model, dict(strip_prefix("model.", tensors)))
         optimizer = self._optimizer() | strip_prefix("optimizer.", tensors)
         set_optimizer_state_dict(self.model, self.optimizers, optimizer, options=FLAT)
@@ -151,12 +151,12 @@ class Checkpoints:
     """The checkpoints in one folder. All processes of a run call the same methods in the same order."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
-        """Keeps the newest ``keep`` checkpoints in ``folder``, which is there."""
+        """Keep the newest ``keep`` checkpoints in ``folder``, which exists."""
         self.folder, self.keep = folder, keep
         self._saving: Future[Any] | None = None
         self._step = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        # Saving goes on beside the steps, so it must not share their order of messages.
+        # Saving overlaps with the steps, so it needs a process group of its own.
         self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
         for message in ("torch.distributed is disabled", "TypedStorage is deprecated"):  # one process; torch's own
             warnings.filterwarnings("ignore", message)
@@ -174,17 +174,16 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, publish: Callable[[Path], None], notes: dict[str, int] | None = None
     ) -> None:
-        """Begins to save the state after ``step`` steps; waits only for the save before and for a copy of the tensors.
+        """Start to save the state after ``step`` steps; waits only for the previous save and a copy of the tensors.
 
         Args:
             step: finished steps.
-            state: may be trained on as soon as this returns.
-            publish: called in the first process, on a thread of its own, with the folder, which
-                :func:`load_full_tensors` reads.
-            notes: numbers that :meth:`restore` gives back.
+            state: training may change it when this returns.
+            publish: called in the first process, on another thread, with the folder, for :func:`load_full_tensors`.
+            notes: numbers that :meth:`restore` returns.
 
         Raises:
-            StageError: the save before failed.
+            StageError: the previous save failed.
         """
         self.finish()
         part = self.folder / f"{step_name(step)}.part"
@@ -194,7 +193,7 @@ class Checkpoints:
             state.tensors(), storage_writer=storage, process_group=self._group, no_dist=self._group is None
         )
         assert isinstance(writing, Future)
-        if rank() == 0:  # its part of the writing ends when everybody's has
+        if rank() == 0:  # its write ends when those of all processes have
             self._saving = self._pool.submit(
                 self._complete, writing, storage, part, publish, {"step": step, **(notes or {})}
             )
@@ -210,10 +209,10 @@ class Checkpoints:
         notes: dict[str, int],
     ) -> None:
         writing.result()
-        publish(part)  # first: a run that finds its last checkpoint does not come here again
+        publish(part)  # first: a run that resumes at its last step does not save again
         write_json(part / SEAL, dataclasses.asdict(Seal(notes=notes, files={**storage.files})))
         final = part.with_suffix("")
-        if final.exists():  # damaged, so that the run went on from an earlier one
+        if final.exists():  # damaged: the run resumed from an earlier one
             shutil.rmtree(final)
         os.rename(part, final)
         names = [path.name for path in self.all()]
@@ -222,14 +221,14 @@ class Checkpoints:
             shutil.rmtree(self.folder / name)
 
     def failed(self) -> bool:
-        """Whether the save under way has failed in this process, as far as is known without waiting."""
+        """Return whether the current save is known to have failed in this process; does not wait."""
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def finish(self) -> None:
-        """Waits until nothing is being saved.
+        """Wait until the current save is complete.
 
         Raises:
-            StageError: it could not be saved, here or in another process.
+            StageError: it failed, here or in another process.
         """
         if self._saving is None:
             return
@@ -243,34 +242,34 @@ class Checkpoints:
         kept = f"the newest checkpoint is {newest[-1]}" if newest else "there is no checkpoint yet"
         raise StageError(
             f"the checkpoint of step {self._step} could not be saved in {self.folder}: {_reason(error)}; {kept}. "
-            "Put that right (free some space?) and run the same command again to go on"
+            "Correct that (free some space?) and run the same command again to resume"
         ) from error
 
     def all(self) -> list[Path]:
-        """Folders of checkpoints that were completed, oldest first."""
+        """Return the folders of the complete checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if path.suffix == "")
 
     def restore(self, state: TrainState, progress: Progress) -> tuple[int, dict[str, int]]:
-        """Loads the newest whole checkpoint; gives its step and notes, ``(0, {})`` where there are no checkpoints.
+        """Load the newest undamaged checkpoint; return its step and notes, ``(0, {})`` if there are no checkpoints.
 
         Raises:
-            StageError: there are checkpoints, and all of them are damaged.
+            StageError: all checkpoints are damaged.
         """
-        found = self.all()
-        for path in reversed(found):
+        checkpoints = self.all()
+        for path in reversed(checkpoints):
             if (fault := gather_first(damage(path, share=(rank(), world_size())))) is None:
                 break
-            progress.say(f"the checkpoint {path} is damaged: {fault}; the one before it serves")
+            progress.say(f"the checkpoint {path} is damaged: {fault}; the one before it is used")
         else:
-            if found:
+            if checkpoints:
                 raise StageError(
                     f"all checkpoints in {self.folder} are damaged; name another output, or remove that folder to "
-                    "begin anew"
+                    "start again"
                 )
             return 0, {}
         tensors = state.tensors()
         stored = _sizes(path)
-        if not any(name.startswith("ema.") for name in stored):  # it was switched on since
+        if not any(name.startswith("ema.") for name in stored):  # averaging is new in this run
             tensors = {name: t for name, t in tensors.items() if not name.startswith("ema.")}
         self._load(path, tensors)
         state.adopt(tensors)
@@ -290,11 +289,11 @@ class Checkpoints:
 
 
 def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Return what is wrong with a checkpoint's files: one is missing, cut short or changed; None if nothing is.
+    """Return what is wrong with a checkpoint's files: one is missing, truncated or changed; None if nothing is.
 
     Args:
         checkpoint: its folder.
-        share: check the content of every ``share[1]``-th file from number ``share[0]`` on; sizes of all.
+        share: check the content of every ``share[1]``-th file, starting at ``share[0]``; the sizes of all.
     """
     first, every = share
     try:
@@ -307,7 +306,7 @@ def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
             with safe_open(path, framework="pt"):  # its header
                 pass
             if number % every == first and isinstance(sealed, FileSeal) and file_sha256(path) != sealed.sha256:
-                return f"{name} has changed since it was written: its SHA-256 is another"
+                return f"{name} has changed since it was written: its SHA-256 differs"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name if error.filename else SEAL} is missing"
     except (OSError, ValueError, SafetensorError) as error:
@@ -316,10 +315,10 @@ def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
 
 
 def load_full_tensors(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose names begin with ``prefix``, put together from all shares, without it.
+    """Return the full tensors of a checkpoint whose names start with ``prefix``, by the rest of the name.
 
     Raises:
-        StageError: it is complete, and has been damaged since.
+        StageError: the checkpoint is damaged.
     """
     if (checkpoint / SEAL).exists() and (fault := damage(checkpoint)) is not None:
         raise StageError(f"the checkpoint {checkpoint} is damaged: {fault}. Name another one")
@@ -331,7 +330,7 @@ def load_full_tensors(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def strip_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin with ``prefix``, without it."""
+    """Return the tensors whose names start with ``prefix``, by the rest of the name."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
@@ -340,9 +339,9 @@ def _sizes(checkpoint: Path) -> dict[str, Any]:
 
 
 def _reason(error: BaseException | None) -> str:
-    """What befell a save, in a line; torch wraps the errors of all processes."""
+    """Return in one line why a save failed; torch wraps the errors of all processes."""
     if error is None:
-        return "another process says why"
+        return "another process reports the reason"
     if isinstance(error, CheckpointException):
         inner = [wrapped[0] for wrapped in error.failures.values()]
         return "; ".join(dict.fromkeys(map(_reason, inner)))

@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's weights, which often samples better than the weights themselves.
+"""An exponential moving average of a model's weights, which often gives better samples than the weights themselves.
 
 average = EMA(model, decay=0.9999)
 average.update(model)                                    # after each optimizer step: a ← decay·a + (1 - decay)·w
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 
 class EMA:
-    """The average; it begins at the weights that the model has. Under FSDP each process averages its share."""
+    """The average, initialised with the model's weights. Under FSDP each process averages its share."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -25,18 +25,18 @@ class EMA:
 
     @torch.no_grad()
     def begin_at(self, model: nn.Module) -> None:
-        """Forgets the past: the average is the model's weights."""
-        for mine, theirs in zip(self._mine(), _local(model), strict=True):
-            mine.copy_(theirs)
+        """Reset the average to the model's weights."""
+        for average, weight in zip(self._local(), _local(model), strict=True):
+            average.copy_(weight)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Takes in the weights after one more step."""
-        torch._foreach_lerp_(self._mine(), _local(model), 1 - self.decay)
+        """Update the average with the weights after a step."""
+        torch._foreach_lerp_(self._local(), _local(model), 1 - self.decay)
 
     @contextlib.contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
-        """Inside the block the model has the averaged weights."""
+        """Give the model the averaged weights for the block."""
         self._swap(model)
         try:
             yield
@@ -45,12 +45,12 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
-        for mine, theirs in zip(self._mine(), _local(model), strict=True):
-            kept = theirs.clone()
-            theirs.copy_(mine)
-            mine.copy_(kept)
+        for average, weight in zip(self._local(), _local(model), strict=True):
+            copy = weight.clone()
+            weight.copy_(average)
+            average.copy_(copy)
 
-    def _mine(self) -> list[Tensor]:
+    def _local(self) -> list[Tensor]:
         return [_part(t) for t in self.tensors.values()]
 
 

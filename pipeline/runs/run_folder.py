@@ -1,12 +1,12 @@
-"""A training run on disk: what made it, its metrics, its checkpoints, and its newest weights.
+"""The directory of a training run: its record, metrics, checkpoints and newest weights.
 
 RUN/run.json          settings, inputs, steps, versions, command; and a history of its starts
-RUN/metrics.jsonl     one line a report
+RUN/metrics.jsonl     one line per report
 RUN/checkpoints/      the newest complete checkpoints (:mod:`pipeline.runs.checkpoints`)
 RUN/model/            the newest weights, as ``from_pretrained`` takes them
-RUN/model-ema/        likewise their moving average, where there is one
-RUN/sheets/           samples drawn while it trained
-RUN/.lock             held by the command that trains here (:mod:`pipeline.runs.run_lock`)
+RUN/model-ema/        their moving average, if the run keeps one
+RUN/sheets/           samples drawn during training
+RUN/.lock             the lock of the command that trains here (:mod:`pipeline.runs.run_lock`)
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from typing import Any, Literal, Self
 from dpar.errors import ModelError
 from dpar.patching import PatchRule
 from dpar.pretrained import CARD, CONFIG, WEIGHTS
-from pipeline.runs.run_lock import LOCK, RunLock
+from pipeline.runs.run_lock import LOCK, lock_run
 from pipeline.runtime.device import rank
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.provenance import command_line, made_by
 from shards.errors import ArtifactError
 from shards.files import write_json, write_text
+from shards.locks import Claims
 from shards.records import differences, parse, parse_json, read_json
 
 FORMAT_VERSIONS = {"tokenizer": 1, "entropy": 2, "train": 2}  # of run.json, by kind of run
 RUN = "run.json"
 METRICS = "metrics.jsonl"
-# What writing weights leaves behind when it is killed: safetensors' temporary file, and our own.
+# Temporary files of a killed save of weights: safetensors' own, and ours.
 LEFTOVER = re.compile(rf"\.tmp[A-Za-z0-9]{{6}}|({'|'.join(map(re.escape, (WEIGHTS, CONFIG, CARD)))})\.part")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Weights that a run's data was made with."""
+    """The weights that made a run's data."""
 
     path: str
     fingerprint: str
@@ -48,7 +49,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """What sampling from a run of ``dpar train`` reads of its inputs."""
+    """The inputs of a run of ``dpar train`` that sampling reads."""
 
     tokenizer: Origin
     patch_rule: PatchRule | None
@@ -71,7 +72,7 @@ class RunRecord:
     format_version: int = 1
     settings: dict[str, Any]
     inputs: dict[str, Any]
-    steps: int | None = None  # to train in all; None in runs that train nothing
+    steps: int | None = None  # in total; None in runs without training
     resolved: dict[str, Any] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
 
@@ -84,7 +85,7 @@ class RunRecord:
         """
         path = folder / RUN
         if not path.is_file():
-            raise StageError(f"{folder} is no run: it has no {RUN}. `dpar train` makes one")
+            raise StageError(f"{folder} is not a run: it has no {RUN}. `dpar train` makes one")
         try:
             values = read_json(path)
             if isinstance(values, dict):
@@ -100,13 +101,13 @@ class RunRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsLine:
-    """What every line of ``metrics.jsonl`` holds; the rest are numbers by name."""
+    """The fields of every line of ``metrics.jsonl``; the others are numbers by name."""
 
     step: int
 
 
 class RunFolder:
-    """One run's directory, which this process has to itself until :meth:`close`."""
+    """The directory of one run, locked by this process until :meth:`close`."""
 
     def __init__(
         self,
@@ -121,20 +122,20 @@ class RunFolder:
         override: bool = False,
         resolved: dict[str, Any] | None = None,
     ) -> None:
-        """Opens ``folder`` for a new run, or to go on with the run that these settings began there.
+        """Open ``folder`` for a new run, or to resume the run of these settings.
 
-        Under ``torchrun`` the first process writes; the others come here when it has.
+        Under ``torchrun`` the first process writes; the others must wait for it.
 
         Args:
-            folder: made if it is not there.
-            kind: what is trained: ``tokenizer``, ``entropy``, ``train``.
+            folder: created if missing.
+            kind: ``tokenizer``, ``entropy`` or ``train``.
             settings: all of them.
-            inputs: what it reads: paths and fingerprints.
-            steps: to train in all; more than before continue the run, whatever ``settings`` say of steps and epochs.
-            free: names of settings that do not decide the result, so that they may change.
-            fixed: names of settings that ``override`` does not change either.
-            override: go on under other settings and inputs, and record what changed.
-            resolved: what settings came to here, for the record: device, precision, processes.
+            inputs: paths and fingerprints of what the run reads.
+            steps: total steps; more than before extend the run, whatever ``settings`` say about steps and epochs.
+            free: names of settings that do not decide the result and may change.
+            fixed: names of settings that even ``override`` cannot change.
+            override: resume with other settings and inputs, and record the changes.
+            resolved: resolved settings, for the record: device, precision, processes.
 
         Raises:
             StageError: the folder holds something else, or a run with other settings or inputs; or another process
@@ -145,13 +146,13 @@ class RunFolder:
         self.model = folder / "model"
         self.model_ema = folder / "model-ema"
         self.sheets = folder / "sheets"
-        self._lock: RunLock | None = None
+        self._lock: Claims | None = None
         is_run = (folder / RUN).is_file()
-        if not is_run and folder.exists() and (not folder.is_dir() or any(not _first(p) for p in folder.iterdir())):
+        if not is_run and folder.exists() and (not folder.is_dir() or any(not _early(p) for p in folder.iterdir())):
             raise StageError(f"{folder} holds something else; name a new or empty directory for the run")
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = RunLock(folder)
+            self._lock = lock_run(folder)
         try:
             self._open(kind, settings, inputs, steps, free, fixed, override, resolved or {})
         except BaseException:
@@ -181,11 +182,11 @@ class RunFolder:
             then, now = (_decisive(run, ignored) for run in (dataclasses.asdict(before), record))
             changed = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
             if changed:
-                held = [name for name in changed if name in ("kind", *fixed)]
-                if held or not override:
+                unchangeable = [name for name in changed if name in ("kind", *fixed)]
+                if unchangeable or not override:
                     raise StageError(
                         f"{folder} holds a run with other settings: {differences(then, now)}. Name another output"
-                        + ("" if held or not free else ", or go on under the new ones with --override")
+                        + ("" if unchangeable or not free else ", or resume with the new ones with --override")
                     )
             values = {name: [then.get(name), now.get(name)] for name in changed}
             if longer and steps != before.steps:
@@ -194,7 +195,7 @@ class RunFolder:
                 start["changed"] = values
             history = list(before.history)
         if self._lock is not None:
-            if self._lock.held:
+            if self._lock.has_locks:
                 self._remove_leftovers()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             history.append({"step": self._newest_step()} | start)
@@ -207,29 +208,29 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Let other commands train here."""
+        """Release the lock."""
         if self._lock is not None:
-            self._lock.release()
+            self._lock.release_all()
 
     def _remove_leftovers(self) -> None:
-        """Remove temporary files of killed processes, each as large as the weights."""
+        """Remove the temporary files of killed processes, which can be as large as the weights."""
         for folder in (self.model, self.model_ema, self.checkpoints):
             for path in folder.glob("*"):
                 if LEFTOVER.fullmatch(path.name) and path.is_file():
                     path.unlink()
 
     def log(self, **values: Any) -> None:
-        """Add a line to ``metrics.jsonl``; a number that is not finite, which JSON lacks, is null."""
+        """Append a line to ``metrics.jsonl``; JSON lacks numbers that are not finite, so they become null."""
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
         with open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of ``metrics.jsonl``; one that a kill cut short is left out."""
+        """Return all complete lines of ``metrics.jsonl``."""
         return read_metrics(self.folder)
 
     def forget_metrics_after(self, step: int) -> None:
-        """Takes back what was said of steps that will be done again."""
+        """Remove the metrics of steps that will be repeated."""
         if rank() != 0:
             return
         kept = [line for line in self.metrics() if line["step"] <= step]
@@ -240,26 +241,26 @@ class RunFolder:
         return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
-def _first(path: Path) -> bool:
-    """Whether it is what a run makes ahead of run.json, in another process or before a kill."""
+def _early(path: Path) -> bool:
+    """Return whether a run creates ``path`` before run.json: another process, or one that was killed."""
     if path.name == "checkpoints":
         return path.is_dir() and not any(path.iterdir())
     return path.name == LOCK or (path.name.startswith(f"{RUN}.") and path.suffix == ".part")
 
 
 def _check_version(kind: object, version: object, path: Path) -> None:
-    """Raises StageError unless a run of this ``kind`` has the format version that is read here."""
-    reads = FORMAT_VERSIONS.get(kind) if isinstance(kind, str) else None
-    if reads is None or version == reads:  # an unknown kind is found when the record is parsed
+    """Raise StageError unless this version reads the format version of the run."""
+    supported = FORMAT_VERSIONS.get(kind) if isinstance(kind, str) else None
+    if supported is None or version == supported:  # parsing reports an unknown kind
         return
-    what = f"{path} has format version {version!r}; this version reads {reads}"
+    message = f"{path} has format version {version!r}; this version reads {supported}"
     if version == 1:
-        what += f". Version 1 trained another architecture: train again with `dpar {kind}`, in a new directory"
-    raise StageError(what)
+        message += f". Version 1 trained another architecture: train again with `dpar {kind}`, in a new directory"
+    raise StageError(message)
 
 
 def _decisive(record: dict[str, Any], free: Collection[str]) -> dict[str, Any]:
-    """What must be as it was for a run to be gone on with."""
+    """Return the settings and inputs that must be unchanged for a run to resume."""
     settings = {name: value for name, value in record["settings"].items() if name not in free}
     return {"kind": record["kind"], **settings, **record["inputs"]}
 
@@ -270,10 +271,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's ``metrics.jsonl``, without a last one that a kill cut short.
+    """Return the lines of a run's ``metrics.jsonl``, without an incomplete last one.
 
     Returns:
-        A dict per line: ``step``, a whole number, and by name numbers, or None where a number was not finite.
+        A dict per line: ``step``, an integer, and numbers by name; None if a number was not finite.
 
     Raises:
         StageError: a line is not of this form.
@@ -286,10 +287,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             if line:
                 lines.append(_parse_metrics(line, f"line {number} of {path}"))
         except ArtifactError as error:
-            if number > data.count(b"\n"):  # without its end
+            if number > data.count(b"\n"):  # incomplete
                 continue
             raise StageError(
-                f"{error}. Remove the line, on which nothing depends, or restore the file from a copy"
+                f"{error}. Remove the line, which nothing else needs, or restore the file from a copy"
             ) from error
     return lines
 

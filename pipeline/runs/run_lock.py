@@ -1,10 +1,10 @@
 """The lock of a run directory: one command trains in it at a time.
 
-    lock = RunLock(folder)                                   # StageError: the run is in use by process 4711 on …
-    lock.release()
+    lock = lock_run(folder)                                  # StageError: the run is in use by process 4711 on …
+    lock.release_all()
 
-The system takes the lock back from a process that ends in any way, so a kill never blocks the next start. The file
-``.lock`` stays where it is; what it says of its holder means nothing while nobody holds it.
+The system releases the lock of a process that ends in any way, so a kill never blocks the next start. The file
+``.lock`` remains; it names the holder only while the lock is held.
 """
 
 from __future__ import annotations
@@ -32,40 +32,28 @@ class Holder:
     since: str  # local time, ISO 8601
 
 
-class RunLock:
-    """The lock of one run, held from construction to :meth:`release`."""
+def lock_run(folder: Path) -> Claims:
+    """Lock an existing run directory and return the lock, which holds until it is released.
 
-    def __init__(self, folder: Path) -> None:
-        """Lock ``folder``, which exists.
-
-        Raises:
-            StageError: another process holds the lock.
-        """
-        path = folder / LOCK
-        self._claims = Claims(folder)
-        if not self._claims.claim(LOCK):
-            raise StageError(
-                f"{folder} is in use by {_describe_holder(path)}. Wait until that command ends, stop it, or name "
-                "another output"
-            )
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
-        holder = Holder(host=socket.gethostname(), pid=os.getpid(), since=now)
-        if self._claims.has_locks:
-            path.write_text(json.dumps(asdict(holder)) + "\n", encoding="utf-8")  # the same file: it is locked
-
-    @property
-    def held(self) -> bool:
-        """Whether this process has the run to itself; False on a file system without locks."""
-        return self._claims.has_locks
-
-    def release(self) -> None:
-        """Release the lock."""
-        self._claims.release_all()
+    Raises:
+        StageError: another process holds the lock.
+    """
+    path, lock = folder / LOCK, Claims(folder)
+    if not lock.claim(LOCK):
+        raise StageError(
+            f"{folder} is in use by {_describe_holder(path)}. Wait until that command ends, stop it, or name another "
+            "output"
+        )
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    holder = Holder(host=socket.gethostname(), pid=os.getpid(), since=now)
+    if lock.has_locks:
+        path.write_text(json.dumps(asdict(holder)) + "\n", encoding="utf-8")  # in place: this file is locked
+    return lock
 
 
 def _describe_holder(path: Path) -> str:
     try:
         holder = parse(Holder, read_json(path), str(path))
-    except (OSError, ValueError):  # it has locked the file and not written to it yet
+    except (OSError, ValueError):  # locked, but not yet written
         return "another process"
     return f"process {holder.pid} on {holder.host}, since {holder.since}"

@@ -1,4 +1,4 @@
-"""Finding and loading the models that stages pass on to each other, by path, run, Hub name or built-in name.
+"""Loading the models that stages use, by path, run, Hub name or built-in name.
 
 tokenizer = load_tokenizer("builtin:photos")                             # or LlamaGen's vq_ds16_c2i.pt
 entropy_model = load_entropy_model("runs/entropy", fingerprint=manifest.entropy_model["fingerprint"])
@@ -22,14 +22,14 @@ from shards.manifest import Manifest
 
 
 def load_tokenizer(name: str, expected: str | None = None) -> VQTokenizer:
-    """The VQ tokenizer called ``name``, in evaluation mode on the CPU.
+    """Return the VQ tokenizer called ``name``, in evaluation mode on the CPU.
 
     Args:
         name: a directory, run, Hub repository, built-in name, or LlamaGen's own file.
-        expected: the fingerprint its weights must have; None takes any.
+        expected: the required fingerprint of its weights; None accepts any.
 
     Raises:
-        StageError: its weights are not those that were expected.
+        StageError: its weights have another fingerprint.
         ModelError: it cannot be loaded.
     """
     path = locate_weights(name, expected, "tokenizer")
@@ -37,56 +37,56 @@ def load_tokenizer(name: str, expected: str | None = None) -> VQTokenizer:
 
 
 def load_entropy_model(name: str, expected: str | None = None) -> LlamaGen:
-    """The entropy model called ``name``; see :func:`load_tokenizer`."""
+    """Return the entropy model called ``name``; see :func:`load_tokenizer`."""
     path = locate_weights(name, expected, "entropy_model")
     return LlamaGen.from_pretrained(path)
 
 
 def load_model(name: str) -> DPAR | LlamaGen:
-    """The generator called ``name``, a DPAR or a LlamaGen; see :func:`load_tokenizer`."""
+    """Return the generator called ``name``, a DPAR or a LlamaGen; see :func:`load_tokenizer`."""
     path = weights_path(name)
     return DPAR.from_pretrained(path) if model_type(path) == DPAR.model_type else LlamaGen.from_pretrained(path)
 
 
 def check_grid_and_codebook(config: SequenceConfig, manifest: Manifest, name: str, codes: str) -> None:
-    """Raises StageError where the model called ``name`` is for another grid or codebook than the artifact ``codes``.
+    """Check that the model called ``name`` has the grid and the codebook of the artifact ``codes``.
 
-    A grid has to be the same one: rotary positions count the rows and columns of the grid that was trained on.
+    The grids must be equal: rotary positions count the rows and columns of the grid of training.
+
+    Raises:
+        StageError: they differ.
     """
-    ours = ((config.grid_height, config.grid_width), config.codebook_size)
-    theirs = (manifest.grid, manifest.codebook_size)
-    if ours != theirs:
-        (height, width), size = ours
+    height, width, size = config.grid_height, config.grid_width, config.codebook_size
+    if ((height, width), size) != (manifest.grid, manifest.codebook_size):
         raise StageError(
             f"{name} is a model of {height}×{width} tokens of {size} codes, and {codes} holds "
-            f"{manifest.grid[0]}×{manifest.grid[1]} tokens of {manifest.codebook_size} codes; weights serve the grid "
-            "and the codebook that they were trained on alone (positions count rows and columns of that grid)"
+            f"{manifest.grid[0]}×{manifest.grid[1]} tokens of {manifest.codebook_size} codes; weights only work with "
+            "the grid and the codebook of their training (positions count rows and columns of that grid)"
         )
 
 
 def check_same_tokenizer(name: str, tokenizer: Mapping[str, str], codes: str) -> None:
     """Check that the entropy model called ``name`` was trained on codes of ``tokenizer``, the one of ``codes``.
 
-    A run records the tokenizer of its data. Weights without a run have no such record, so nothing is checked for them.
+    A run records the tokenizer of its data. Weights without a run have no such record and are not checked.
 
     Raises:
-        StageError: the run was trained on codes of another tokenizer, with both; its entropies would mean nothing.
+        StageError: the run was trained on codes of another tokenizer, so its entropies would be meaningless.
     """
-    path = weights_path(name, "entropy_model")
-    trained = _trained_on(Path(path))
-    ours, theirs = (origin.get("fingerprint") for origin in (trained, tokenizer))
-    if ours is None or theirs is None or ours == theirs:
+    recorded = _recorded_tokenizer(Path(weights_path(name, "entropy_model")))
+    trained_on, expected = (origin.get("fingerprint") for origin in (recorded, tokenizer))
+    if trained_on is None or expected is None or trained_on == expected:
         return
     raise StageError(
-        f"{name} was trained on codes of the tokenizer {trained.get('path')} ({ours[:12]}), and {codes} holds codes of "
-        f"{tokenizer.get('path')} ({theirs[:12]}); its entropies of them would mean nothing. `dpar entropy` trains a "
-        f"model on {codes}. If both are one tokenizer in two files, `dpar convert {name} NEW` writes weights without "
-        "this record"
+        f"{name} was trained on codes of the tokenizer {recorded.get('path')} ({trained_on[:12]}), and {codes} holds "
+        f"codes of {tokenizer.get('path')} ({expected[:12]}); its entropies would be meaningless. `dpar entropy` "
+        f"trains a model on {codes}. If both are one tokenizer in two files, `dpar convert {name} NEW` writes weights "
+        "without this record"
     )
 
 
-def _trained_on(weights: Path) -> dict[str, str]:
-    """The tokenizer that made a model's training data, as its run or its bundle says; empty where neither is there."""
+def _recorded_tokenizer(weights: Path) -> dict[str, str]:
+    """Return the tokenizer of a model's training data, as its run or its bundle records it; empty without either."""
     if (weights.parent / BUNDLE).is_file():
         return asdict(Bundle.read(weights.parent).parts["tokenizer"])
     folders = list(weights.absolute().parents)[:2] if weights.exists() else []  # the Hub has no runs
@@ -99,7 +99,7 @@ def _trained_on(weights: Path) -> dict[str, str]:
 
 
 def bundle_inputs(folder: Path, name: str) -> dict[str, Any]:
-    """What a bundle says of its training data, as the record of a run says it.
+    """Return what a bundle says of its training data, in the form of a run's record.
 
     Args:
         folder: the bundle's directory.
@@ -123,18 +123,18 @@ def bundle_inputs(folder: Path, name: str) -> dict[str, Any]:
 
 
 def fingerprint_of(name: str, part: Part = "generator") -> str:
-    """SHA-256 of the weights called ``name``; of a bundle, of its ``part``."""
+    """Return the SHA-256 of the weights called ``name``; of a bundle, of its ``part``."""
     path = weights_path(name, part)
     return fingerprint(path if Path(path).is_file() else local_folder(path, part))
 
 
 def locate_weights(name: str, expected: str | None, part: Part) -> Path:
-    """The local directory, or file, of the weights called ``name``, if their fingerprint is the expected one."""
+    """Return the local directory or file of the weights called ``name``; StageError if their fingerprint differs."""
     path = weights_path(name, part)
     folder = Path(path) if Path(path).is_file() else local_folder(path, part)
-    if expected is not None and (found := fingerprint(folder)) != expected:
+    if expected is not None and (actual := fingerprint(folder)) != expected:
         raise StageError(
-            f"the {part.replace('_', ' ')} at {name} has weights {found[:12]}, but {expected[:12]} made the codes; "
+            f"the {part.replace('_', ' ')} at {name} has weights {actual[:12]}, but {expected[:12]} made the codes; "
             f"name the right one with --{part.replace('_', '-')}"
         )
     return folder

@@ -1,1 +1,1 @@
-"""What every stage runs on: devices, processes, progress, signals and exit statuses, errors, shared work."""
+"""The runtime of every stage: devices, processes, progress, signals and exit statuses, errors, shared work."""

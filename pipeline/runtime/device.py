@@ -1,6 +1,6 @@
-"""The device a stage runs on, the precision it computes in, and its place among several processes.
+"""The device of a stage, its precision, and its rank.
 
-Under ``torchrun`` every stage finds its rank in the environment; alone it is rank 0 of 1.
+``torchrun`` sets the rank in the environment; a single process is rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 
 def rank() -> int:
-    """This process's number among those of the run."""
+    """Return the rank of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Processes in the run."""
+    """Return the number of processes of the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called ``name``; ``auto`` is CUDA (this process's own GPU), else the CPU.
+    """Return the device called ``name``; ``auto`` is this process's GPU, without CUDA the CPU.
 
     Raises:
         StageError: the name is unknown, or this machine has no such device.
@@ -45,11 +45,11 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products run faster than float32 ones here."""
+    """Return whether the device multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # Not public in torch; where a version lacks it, float32 is the safe answer.
+        # Private in torch; if a version lacks it, assume no support.
         check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
         return bool((check and check()) or (amx and amx()))
@@ -57,11 +57,11 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The autocast context of a precision; ``auto`` is bfloat16 where the device is faster with it."""
+    """Return the autocast context of a precision; ``auto`` is bfloat16 if the device is faster with it."""
     bf16 = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
 def precision_name(device: torch.device, precision: Precision) -> str:
-    """What ``autocast`` does, in a word: ``bf16`` or ``fp32``."""
+    """Return the precision that ``autocast`` selects: ``bf16`` or ``fp32``."""
     return "bf16" if precision == "bf16" or (precision == "auto" and fast_bf16(device)) else "fp32"

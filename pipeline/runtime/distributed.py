@@ -1,11 +1,11 @@
-"""The processes of one training run: joining them, spreading a model over them, agreeing on what to do.
+"""The processes of one training run: process group, data parallelism, collectives.
 
     with process_group(device):
-        wrapped = data_parallel(model)                       # a copy of the model in each process (DDP)
-        shard_model(model, device, precision)                # or a share of every tensor in each (FSDP2), in place
-        worst = agree(torch.tensor([0.0, 75.0]))             # the largest of all processes' numbers
+        wrapped = data_parallel(model)                       # DDP: a copy of the model per process
+        shard_model(model, device, precision)                # FSDP2: a share of every tensor per process, in place
+        worst = all_reduce_max(torch.tensor([0.0, 75.0]))    # elementwise, over all processes
 
-With one process all of it does nothing.
+With one process nothing has an effect.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.runtime.errors import PeerEnded
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes that ``torchrun`` started; nothing to do where there is one.
+    """Join the processes that ``torchrun`` started; no effect on a single process.
 
     Raises:
         PeerEnded: another process has died.
@@ -34,7 +34,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Checkpoints and barriers talk over the CPU, so that they need no GPU memory.
+    # Checkpoints and barriers communicate over the CPU and need no GPU memory.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
@@ -47,27 +47,27 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Holds this process until all others are here."""
+    """Wait until all processes are here."""
     if world_size() > 1:
         dist.barrier()
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """The model with its gradients averaged over the processes."""
+    """Return the model wrapped so that its gradients are averaged over the processes."""
     if world_size() == 1:
         return model
-    # Its buffers are tables that no step changes. Newer versions of torch call the argument forward_sync_buffers.
+    # Its buffers are constant tables. Newer versions of torch call the argument forward_sync_buffers.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def shard_model(model: nn.Module, device: torch.device, precision: Precision) -> None:
-    """Leaves each process a share of every parameter, gradient and optimizer state; whole layers exist while they run.
+    """Shard every parameter, gradient and optimizer state over the processes (FSDP2).
 
     Args:
-        model: changed in place; its parameters become DTensors.
-        device: where it is.
-        precision: with bf16 on CUDA, parameters travel in bf16 and gradients are added up in float32.
+        model: changed in place; its parameters become DTensors. A layer is complete only while it runs.
+        device: the model's device.
+        precision: with bf16 on CUDA, parameters are gathered in bf16 and gradients are reduced in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -77,7 +77,7 @@ def shard_model(model: nn.Module, device: torch.device, precision: Precision) ->
     mesh = init_device_mesh(device.type, (world_size(),))
     policy = MixedPrecisionPolicy()
     if device.type == "cuda" and precision_name(device, precision) == "bf16":
-        # Rotary tables are inputs of layers, and lose positions in bf16.
+        # Rotary tables are inputs of layers; bf16 cannot represent their positions.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in [layer for part in model.children() if isinstance(part, nn.ModuleList) for layer in part]:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -85,14 +85,14 @@ def shard_model(model: nn.Module, device: torch.device, precision: Precision) ->
 
 
 def all_reduce_max(numbers: Tensor) -> Tensor:
-    """The largest of each of ``numbers`` over all processes, in place."""
+    """Return the elementwise maximum of ``numbers`` over all processes; in place."""
     if world_size() > 1:
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return numbers
 
 
 def gather_first(text: str | None) -> str | None:
-    """The text of the first process that has one; None where none has."""
+    """Return the text of the first process that has one; None if none has."""
     if world_size() == 1:
         return text
     texts: list[str | None] = [None] * world_size()
@@ -101,12 +101,12 @@ def gather_first(text: str | None) -> str | None:
 
 
 def all_reduce_sum(numbers: Tensor) -> Tensor:
-    """The sum of each of ``numbers`` over all processes, in place."""
+    """Return the elementwise sum of ``numbers`` over all processes; in place."""
     if world_size() > 1:
         dist.all_reduce(numbers)
     return numbers
 
 
 def all_reduce_mean(value: float) -> float:
-    """The mean of one number over all processes."""
+    """Return the mean of a number over all processes."""
     return float(all_reduce_sum(torch.tensor(value, dtype=torch.float64))) / world_size()

@@ -1,9 +1,9 @@
-"""The one error a stage raises for what a user can put right.
+"""The error a stage raises for what a user can correct.
 
-    raise StageError("photos/: no images found in it; expected photos/CLASS/picture.jpg")
+    raise StageError("photos/: no images found. Expected photos/CLASS/picture.jpg")
 
-The command line prints the message and exits with status 1; anything else that reaches it is a fault of ours. Of the
-processes that ``torchrun`` starts on a machine, the first that fails prints its message, and no other does.
+The command line prints the message and exits with status 1; any other error that reaches it is a bug. Of the
+processes that ``torchrun`` starts on a machine, only the first that fails prints its message.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from pathlib import Path
 
 
 class StageError(ValueError):
-    """A user's input to a stage cannot be used: one message with what, where, what to do."""
+    """A user's input cannot be used: the message says what, where, and what to do."""
 
 
 class PeerEnded(StageError):
-    """A process of this run lost another one, which has said why it ended."""
+    """Another process of this run has ended; its own message has the reason."""
 
 
 def claim_error_report(error: BaseException) -> bool:
-    """Return whether this process is to report ``error``: of those that ``torchrun`` started, one on each machine does.
+    """Return whether this process reports ``error``: under ``torchrun``, one process per machine does.
 
-    A process that only lost its peers leaves it to them, and to torchrun where they were killed. True for a process
-    of its own.
+    A process that only lost its peers does not: they report, or torchrun does if they were killed. True without
+    ``torchrun``.
     """
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # ATTEMPT/RANK/error.json, removed by torchrun at its end
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # ATTEMPT/RANK/error.json; torchrun removes it
     if not error_file:
         return True
     if isinstance(error, PeerEnded):

@@ -1,6 +1,6 @@
-"""Runs an iterator in a thread of its own, so that whoever consumes its items does not wait for the next one.
+"""Runs an iterator in a thread, so that its items are ready when the consumer asks for them.
 
-with closing(ahead(pages(), limit=8)) as stream:         # at most 8 pages are waiting at any time
+with closing(prefetch(pages(), limit=8)) as stream:      # at most 8 pages wait at any time
     for page in stream: ...
 """
 
@@ -13,14 +13,14 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-LAST_WAIT = 5.0  # seconds an iterator that was stopped may take to end what it is in; it is a daemon's after that
+GRACE = 5.0  # seconds that a stopped iterator gets to finish its item; its daemon thread is abandoned then
 
 
 def prefetch(items: Generator[Item, None, None], limit: int) -> Generator[Item, None, None]:
-    """The items of ``items``, in order, at most ``limit`` of them ahead of the consumer.
+    """Yield ``items`` in order, computed at most ``limit`` items ahead of the consumer.
 
-    What ``items`` raises is raised here, after the items before it. Closing this generator, also by an error or
-    Ctrl-C in the consumer, closes ``items`` in its thread.
+    An error in ``items`` is raised here, after the items before it. Closing this generator, which an error or Ctrl-C
+    in the consumer also does, closes ``items`` in its thread.
     """
     waiting: Queue[tuple[Item] | BaseException | None] = Queue(limit)
     stopped = threading.Event()
@@ -40,14 +40,14 @@ def prefetch(items: Generator[Item, None, None], limit: int) -> Generator[Item, 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        while (got := waiting.get()) is not None:
-            if isinstance(got, BaseException):
-                raise got
-            yield got[0]
+        while (item := waiting.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item[0]
     finally:
         stopped.set()
-        for _ in range(int(LAST_WAIT / 0.05)):
-            while True:  # it may be waiting for room
+        for _ in range(int(GRACE / 0.05)):
+            while True:  # the thread may be waiting for a free place
                 try:
                     waiting.get_nowait()
                 except Empty:

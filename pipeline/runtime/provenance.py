@@ -1,4 +1,4 @@
-"""What made a run's output: package versions, git revision, machine."""
+"""The provenance of a run's output: package versions, git revision, machine."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ PACKAGES = ("dpar", "torch", "numpy", "pyarrow", "webdataset", "pillow", "scikit
 
 
 def made_by() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results, and this checkout's git revision, if it is one."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    """Return the versions of Python and of the packages that decide results, and the git revision of a checkout."""
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
     revision = git_revision()
-    return found | ({"git": revision} if revision else {})
+    return versions | ({"git": revision} if revision else {})
 
 
 def git_revision() -> str | None:
-    """The commit of the checkout that this code runs from, with ``-dirty`` where it is changed; None elsewhere."""
+    """Return the commit of this code's checkout, with ``-dirty`` if it has changes; None without a checkout."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return None
@@ -36,5 +36,5 @@ def git_revision() -> str | None:
 
 
 def command_line() -> list[str]:
-    """The command as it was typed."""
+    """Return the command as typed."""
     return list(sys.argv)

@@ -1,4 +1,4 @@
-"""The terminal that everything is printed on: names come from users' data, and what they hold is shown, not obeyed.
+"""The terminal that everything is printed on: control characters in users' data are shown, not interpreted.
 
 console = Terminal()
 console.print("class \\x1b[31mred", markup=False)          # class \\u001b[31mred
@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-# All but the end of a line, in JSON's spelling, so that printed JSON stays JSON.
+# All but the newline, in JSON's notation, so that printed JSON stays valid.
 ESCAPES = {code: f"\\u{code:04x}" for code in (*range(32), *range(127, 160)) if chr(code) != "\n"}
 
 
 class Terminal(Console):
-    """A console that spells out the control characters in all text, where they would move the cursor or worse."""
+    """A console that escapes the control characters in all text."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """See `Console.render`."""

@@ -1,4 +1,4 @@
-"""Whether a threshold can be reached by the entropies of a codebook.
+"""A warning about thresholds above the highest possible entropy of a codebook.
 
 warn_if_out_of_reach(7.8, codebook_size=1024, progress=progress)
 """
@@ -11,7 +11,7 @@ from pipeline.runtime.progress import Progress
 
 
 def warn_if_out_of_reach(threshold: float | None, codebook_size: int, progress: Progress) -> None:
-    """Warn where ``threshold``, in nats, is above ln V, the entropy of ``codebook_size`` equally likely codes."""
+    """Warn if ``threshold``, in nats, is above ln V, the entropy of ``codebook_size`` equally likely codes."""
     highest = math.log(codebook_size)
     if threshold is not None and threshold > highest:
         progress.say(

@@ -1,9 +1,9 @@
-"""``dpar-torchrun``: torchrun, which ends with the exit status of ``dpar`` and without a traceback of its own.
+"""``dpar-torchrun``: torchrun with the exit status of ``dpar`` and without a traceback of its own.
 
     dpar-torchrun --nproc-per-node 8 -m dpar train patches run
 
-It takes torchrun's arguments and hands SIGTERM, Ctrl-C and SIGUSR1 on to all processes, which save the step. Plain
-torchrun does the same with ``--signals-to-handle``, but prints a traceback and ends with status 1 in every case.
+It takes torchrun's arguments and forwards SIGTERM, Ctrl-C and SIGUSR1 to all processes, which save the step. Plain
+torchrun also forwards them with ``--signals-to-handle``, but prints a traceback and always exits with status 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
         sys.exit(STATUSES[stopped.sigval])
     except ChildFailedError as failed:
         status = failed.get_first_failure()[1].exitcode
-        sys.exit(status if status > 0 else 128 - status)  # as a shell counts a process that a signal killed
+        sys.exit(status if status > 0 else 128 - status)  # like a shell, for a process that a signal killed
 
 
 if __name__ == "__main__":

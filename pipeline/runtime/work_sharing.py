@@ -1,13 +1,12 @@
-"""Work in numbered pieces that any number of processes share, and that a kill at any moment does not lose.
+"""Work in numbered pieces that any number of processes share; a kill at any moment loses no finished piece.
 
     parts = Parts(out / "features", n=40)
-    for index in parts.missing():                            # several processes at once get different pieces
+    for index in parts.missing():                            # concurrent processes get different pieces
         parts.save(index, features=extract(...))
-    everything = [parts.load(i) for i in range(40)]          # whoever is here has all of them
+    everything = [parts.load(i) for i in range(40)]          # all pieces exist now, in every process
 
-A piece is made under a lock that the system takes back from a process that dies. Processes need not know of each
-other: those of ``torchrun`` and those started by hand share alike. Where the file system has no locks, or the
-system none of this kind, pieces may be made twice, which changes nothing: a piece is a function of its number.
+Pieces are claimed with :class:`shards.locks.Claims`, by processes of one ``torchrun`` or started by hand. On a file
+system without locks pieces may be computed twice, with the same result: a piece is a function of its number.
 """
 
 from __future__ import annotations
@@ -29,52 +28,52 @@ from shards.records import differences
 LOCKS = ".locks"
 
 
-def claim_parts(made: Path, n: int, there: Callable[[int], bool]) -> Iterator[int]:
-    """Pieces that this process has to make; when the iterator ends, all ``n`` are there.
+def claim_parts(output: Path, n: int, is_done: Callable[[int], bool]) -> Iterator[int]:
+    """Yield the pieces that this process has to compute; when the iterator ends, all ``n`` are done.
 
     Args:
-        made: what the pieces make, a file or a folder; their locks lie beside it, in ``.locks``.
-        n: pieces, numbered from 0.
-        there: whether a piece is finished, whoever made it. It must say so before the loop's body ends.
+        output: the file or folder of the pieces; their locks are in ``.locks`` beside it.
+        n: number of pieces.
+        is_done: returns whether a piece is done, by any process; true at the end of the loop's body at the latest.
     """
-    claims = Claims(made.parent / LOCKS / made.name)
+    claims = Claims(output.parent / LOCKS / output.name)
     first = rank() * n // world_size()
     busy = []
     for index in (*range(first, n), *range(first)):
-        if not there(index):
+        if not is_done(index):
             claims.folder.mkdir(parents=True, exist_ok=True)
             with claims.claimed(index) as claimed:
                 if not claimed:
                     busy.append(index)
-                elif not there(index):
+                elif not is_done(index):
                     yield index
     for index in busy:  # another process works on it, or died with it
         with claims.claimed(index, wait=True):
-            if not there(index):
+            if not is_done(index):
                 yield index
 
 
 def write_once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The JSON file at ``path``, made by one process where it is not there yet."""
+    """Return the JSON file at ``path``; if it is missing, one process writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for _ in claim_parts(path, 1, lambda _: path.is_file()):
         with atomic_path(path) as part, open(part, "w", encoding="utf-8") as file:
             json.dump(make(), file, indent=1, ensure_ascii=False, allow_nan=False)
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
 
 
 def claim_folder(out: Path, record: str, identity: dict[str, Any], holds: str) -> None:
-    """Takes ``out`` for work that ``identity`` decides, which the file ``record`` in it says from now on.
+    """Reserve ``out`` for the work that ``identity`` decides, and record it in the file ``record``.
 
     Raises:
-        StageError: it holds something else, or what another identity made; ``holds`` is its name in the message.
+        StageError: it holds something else, or the work of another identity, which the message calls ``holds``.
     """
     if out.exists() and not out.is_dir():
         raise StageError(f"{out} is a file; name a directory")
-    ours = (LOCKS, f"{record}.part")  # what another process makes first, or a kill has left
-    others = [path for path in out.iterdir() if path.name not in ours] if out.exists() else []
-    if others and not (out / record).is_file():
+    expected = (LOCKS, f"{record}.part")  # of another process, or left by a kill
+    foreign = [path for path in out.iterdir() if path.name not in expected] if out.exists() else []
+    if foreign and not (out / record).is_file():
         raise StageError(f"{out} holds something else; name a new or empty directory")
     now = json.loads(json.dumps(identity, default=str))
     before = write_once(out / record, lambda: now)
@@ -83,10 +82,10 @@ def claim_folder(out: Path, record: str, identity: dict[str, Any], holds: str) -
 
 
 class Parts:
-    """Arrays in ``.npz`` files, one a piece."""
+    """Arrays in ``.npz`` files, one per piece."""
 
     def __init__(self, folder: Path, n: int, done: Callable[[], bool] = lambda: False) -> None:
-        """Pieces 0 to ``n - 1`` in ``folder``; once ``done`` says so they are not needed any more, and may be gone."""
+        """Pieces 0 to ``n - 1`` in ``folder``; when ``done`` returns True they are obsolete and may be missing."""
         self.folder, self.n, self._done = folder, n, done
 
     def missing(self) -> Iterator[int]:
@@ -97,23 +96,23 @@ class Parts:
         return self._path(index).is_file()
 
     def save(self, index: int, **arrays: NDArray[Any]) -> None:
-        """Writes a piece, whole or not at all."""
+        """Write a piece atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self._path(index)) as part, open(part, "wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy names its own arguments too
 
     def load(self, index: int) -> dict[str, NDArray[Any]]:
-        """The arrays of a piece."""
+        """Return the arrays of a piece."""
         with np.load(self._path(index), allow_pickle=False) as file:
             return dict(file)
 
     def joined(self, name: str) -> NDArray[Any]:
-        """One array of all pieces, one after the other along the first axis."""
-        found = []
+        """Return one array of all pieces, concatenated along the first axis."""
+        arrays = []
         for index in range(self.n):
             with np.load(self._path(index), allow_pickle=False) as file:
-                found.append(file[name])
-        return np.concatenate(found)
+                arrays.append(file[name])
+        return np.concatenate(arrays)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:05d}.npz"

@@ -27,15 +27,9 @@ from pipeline.runtime.errors import StageError
 
 SIDE = 128
 QUALITY = 75
-HELD_OUT = 0.1
-"""Part of each class that is held out, as near as whole base emoji allow."""
-
-LEAST_TRAINING = 20
-"""Fewest training images of a class."""
-
-NEAR = 0.04
-"""Distance below which two images are variants of one: root mean square of RGB in [0, 1], both at 32 px."""
-
+HELD_OUT = 0.1  # approximate share of each class that is held out; base emoji are not divided
+LEAST_TRAINING = 20  # fewest training images of a class
+NEAR = 0.04  # two images below this distance are variants: root mean square of RGB in [0, 1], both at 32 px
 CLASSES = {
     "animal bird": ["animal-bird"],
     "animal fish reptile bug": ["animal-amphibian", "animal-reptile", "animal-marine", "animal-bug"],
@@ -89,9 +83,9 @@ CLASSES = {
     "transport ground": ["transport-ground"],
     "zodiac religion": ["religion", "zodiac"],
 }
-"""The Unicode subgroups in each class: small ones are merged with the nearest in looks."""
+"""The Unicode subgroups of each class; small ones are merged with the most similar."""
 
-_ENGLAND = "1f3f4-e0067_e0062"  # and Scotland and Wales: spelled so in the image package alone
+_ENGLAND = "1f3f4-e0067_e0062"  # and Scotland and Wales: the image package's own spelling
 # Variants that no code point marks: gender, age by gender, mirror images, and the hours of a clock.
 _VARIANTS = (
     ("1f9d1", "1f468 1f469 1f471 1f9d4"),
@@ -120,10 +114,10 @@ def base_emoji(name: str) -> str:
     """Return the code points of an image without skin tone, gender, hair and direction."""
     name = re.sub(r"-(1f3f[b-f]|fe0f)", "", name)
     name = re.sub(r"-200d-(2640|2642|27a1|1f9b[0-3])", "", name)
-    name = re.sub(r"^[0-9a-f]{2}(?![0-9a-f])", r"00\g<0>", name)  # some keycaps are there with and without zeros
+    name = re.sub(r"^[0-9a-f]{2}(?![0-9a-f])", r"00\g<0>", name)  # some keycaps occur with and without zeros
     if name in _BASES:
         return _BASES[name]
-    # Men, women and children inside a sequence; the sequence may then be a variant itself.
+    # Replace men, women and children in a sequence; the result may itself be a variant.
     people = ("1f9d1", "1f9d2", "1f9d3")
     parts = [_BASES[part] if _BASES.get(part) in people else part for part in name.split("-")]
     return _BASES.get("-".join(parts), "-".join(parts))
@@ -143,7 +137,7 @@ def read_classes(datasource: Path) -> dict[str, str]:
 
 
 def class_of_image(name: str, classes: Mapping[str, str]) -> str:
-    """Return the class of an image by its file name: some lack zeros in front, some flags have underscores.
+    """Return the class of an image by its file name; some lack leading zeros, some flags have underscores.
 
     Raises:
         StageError: the emoji is not in a class.
@@ -162,14 +156,14 @@ def read_image(path: Path) -> Image.Image:
         image = file.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
-    side = min(image.size)  # four images are 8 px taller than wide, all of it empty
+    side = min(image.size)  # four images are 8 px taller than wide, with empty margins
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = white.convert("RGB").crop((left, top, left + side, top + side))
     return square.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
 def group(images: Mapping[str, Image.Image]) -> dict[str, str]:
-    """Return for each image the base emoji it is split with: its own, joined with those that look the same."""
+    """Return the base emoji of each image; base emoji that look the same are joined."""
     names = list(images)
     parent = {base: base for base in map(base_emoji, names)}
 
@@ -189,26 +183,26 @@ def group(images: Mapping[str, Image.Image]) -> dict[str, str]:
 
 
 def held_out(classes: Mapping[str, str], groups: Mapping[str, str]) -> set[str]:
-    """Return the groups of the validation split: of each class about a tenth, in an order drawn by hash.
+    """Return the groups of the validation split: about a tenth of each class, in an order drawn by hash.
 
     Args:
-        classes: of each image.
-        groups: of each image.
+        classes: class of each image.
+        groups: group of each image.
     """
     sizes = Counter(groups.values())
     in_classes: defaultdict[str, set[str]] = defaultdict(set)
-    for name, of in groups.items():
-        in_classes[of].add(classes[name])
+    for name, base in groups.items():
+        in_classes[base].add(classes[name])
     chosen: set[str] = set()
     for class_name, total in Counter(classes.values()).items():
-        # A group with images of several classes is trained on.
-        candidates = [of for of, found in in_classes.items() if found == {class_name}]
-        candidates.sort(key=lambda of: hashlib.sha256(of.encode()).digest())
+        # A group with images of several classes stays in the training split.
+        candidates = [base for base, names in in_classes.items() if names == {class_name}]
+        candidates.sort(key=lambda base: hashlib.sha256(base.encode()).digest())
         quota = min(round(HELD_OUT * total), total - LEAST_TRAINING)
-        for of in candidates:
-            if sizes[of] <= 2 * quota:  # held out, it brings the class nearer to a tenth
-                chosen.add(of)
-                quota -= sizes[of]
+        for base in candidates:
+            if sizes[base] <= 2 * quota:  # brings the class nearer to its share
+                chosen.add(base)
+                quota -= sizes[base]
     return chosen
 
 
@@ -216,7 +210,7 @@ def build(package: Path, datasource: Path, out: Path) -> None:
     """Write the tar.
 
     Raises:
-        StageError: no images in the package, or one of no class.
+        StageError: the package has no images, or one without a class.
     """
     images = {path.stem: read_image(path) for path in sorted((package / "assets").glob("*.webp"))}
     if not images:

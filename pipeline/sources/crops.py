@@ -1,10 +1,10 @@
-"""The square crops of an image that are tokenized: LlamaGen's views, on ADM's resize.
+"""The square crops of an image that are tokenized: LlamaGen's views on ADM's resize.
 
     views(image, 256, "ten-crop", (1.1, 1.05))               # (20, 256, 256, 3), the paper's views
     views(image, 256, "center", (1.0,))                      # (1, 256, 256, 3), ADM's centre crop
 
-Bit for bit what LlamaGen's ``extract_codes_c2i.py`` feeds its tokenizer, without torchvision: ranges in the order
-given, and for each its crops in the order of torchvision's ``ten_crop``.
+Bit-identical to the input of LlamaGen's ``extract_codes_c2i.py``, without torchvision: crop ranges in the given order,
+and within each the crops in the order of torchvision's ``ten_crop``.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ if TYPE_CHECKING:
 
 ViewKind = Literal["center", "flip", "ten-crop"]
 
-_VIEWS_A_RANGE: dict[str, int] = {"center": 1, "flip": 2, "ten-crop": 10}
+_VIEWS_PER_RANGE: dict[str, int] = {"center": 1, "flip": 2, "ten-crop": 10}
 
 
 def n_views(kind: ViewKind, crop_ranges: Sequence[float]) -> int:
-    """The number of views of an image.
+    """Return the number of views per image.
 
     Raises:
         StageError: an unknown kind, no crop range, or one below 1.
     """
-    if kind not in _VIEWS_A_RANGE:
+    if kind not in _VIEWS_PER_RANGE:
         raise StageError(f"no views of kind {kind!r}; there is: {', '.join(get_args(ViewKind))}")
     if len(crop_ranges) == 0:
         raise StageError("no crop range; give at least one, 1.0 for the plain crop")
     for crop_range in crop_ranges:
         if not (math.isfinite(crop_range) and crop_range >= 1):
             raise StageError(f"crop range {crop_range} is not a number from 1 up: a crop cannot exceed its image")
-    return _VIEWS_A_RANGE[kind] * len(crop_ranges)
+    return _VIEWS_PER_RANGE[kind] * len(crop_ranges)
 
 
 def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """ADM's ``center_crop_arr``: halve with BOX while large, BICUBIC to the short side, cut out the centre.
+    """Return ADM's ``center_crop_arr``: halve with BOX while large, resize with BICUBIC, crop the centre.
 
     Args:
-        image: any mode; what is not RGB is converted as sources convert it.
+        image: any mode; converted to RGB like a source does.
         size: side of the crop in pixels.
 
     Returns:
@@ -56,7 +56,7 @@ def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
     Raises:
         StageError: ``size`` below 1.
-        UnusableImage: so long and thin that it would have more than `MAX_PIXELS` at this size.
+        UnusableImage: it is so elongated that it exceeds `MAX_PIXELS` at this size.
     """
     _check_size(size)
     return _center_crop([image if image.mode == "RGB" else to_rgb(image)], size)
@@ -65,32 +65,32 @@ def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
 def views(
     image: Image.Image, size: int, kind: ViewKind = "ten-crop", crop_ranges: Sequence[float] = (1.1, 1.05)
 ) -> NDArray[np.uint8]:
-    """The views of an image, for each crop range R cut from its ``center_crop`` to ``int(size * R)``.
+    """Return the views of an image: for each crop range R, crops of its ``center_crop`` to ``int(size * R)``.
 
     Args:
-        image: any mode; what is not RGB is converted as sources convert it.
+        image: any mode; converted to RGB like a source does.
         size: side of a view in pixels.
-        kind: ``center``: the centre. ``flip``: that and its mirror image. ``ten-crop``: top left, top right,
-            bottom left, bottom right and centre, then the same five places of the mirrored image.
+        kind: ``center``: the centre. ``flip``: the centre and its mirror image. ``ten-crop``: top left, top right,
+            bottom left, bottom right and centre, then the same places of the mirrored image.
         crop_ranges: each at least 1.
 
     Returns:
-        (V, size, size, 3) uint8, V as in `n_views`; the views of a range follow one another.
+        (V, size, size, 3) uint8, V as in `n_views`, ordered by range.
 
     Raises:
         StageError: ``size`` below 1, an unknown kind, no crop range, or one below 1.
-        UnusableImage: so long and thin that it would have more than `MAX_PIXELS` at this size.
+        UnusableImage: it is so elongated that it exceeds `MAX_PIXELS` at this size.
     """
     _check_size(size)
     out = np.empty((n_views(kind, crop_ranges), size, size, 3), dtype=np.uint8)
     halvings = [image if image.mode == "RGB" else to_rgb(image)]
     crops: list[NDArray[np.uint8]] = []
     for crop_range in crop_ranges:
-        whole = _center_crop(halvings, int(size * crop_range))
+        square = _center_crop(halvings, int(size * crop_range))
         if kind == "ten-crop":
-            crops += _five_crops(whole, size) + _five_crops(whole[:, ::-1], size)
+            crops += _five_crops(square, size) + _five_crops(square[:, ::-1], size)
         else:
-            center = _five_crops(whole, size)[-1]
+            center = _five_crops(square, size)[-1]
             crops += [center, center[:, ::-1]] if kind == "flip" else [center]
     return np.stack(crops, out=out)
 
@@ -101,7 +101,7 @@ def _check_size(size: int) -> None:
 
 
 def _center_crop(halvings: list[Image.Image], size: int) -> NDArray[np.uint8]:
-    """``halvings`` holds the image and its halvings so far, and is added to: crop ranges share them."""
+    """Return the centre crop; ``halvings`` caches the image and its halvings for further crop ranges."""
     step = 0
     while min(halvings[step].size) >= 2 * size:
         if step + 1 == len(halvings):
@@ -118,8 +118,8 @@ def _center_crop(halvings: list[Image.Image], size: int) -> NDArray[np.uint8]:
     return pixels[top : top + size, left : left + size]
 
 
-def _five_crops(whole: NDArray[Any], size: int) -> list[NDArray[np.uint8]]:
-    far = whole.shape[0] - size
+def _five_crops(square: NDArray[Any], size: int) -> list[NDArray[np.uint8]]:
+    far = square.shape[0] - size
     middle = round(far / 2.0)
     places = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
-    return [whole[top : top + size, left : left + size] for top, left in places]
+    return [square[top : top + size, left : left + size] for top, left in places]

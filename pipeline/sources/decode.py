@@ -1,10 +1,10 @@
-"""Turns the bytes of one image file into RGB pixels, or says in plain words why that cannot be done.
+"""Decodes an image file to RGB pixels, or raises an error with the reason in plain words.
 
     image = read_image("photos/cat/1.jpg")                   # PIL, mode RGB, upright
     image = decode_image(io.BytesIO(member_of_a_tar))
 
-Every kind of source decodes through here, so that the same file gives the same pixels wherever it is kept. No
-global setting of Pillow is touched, and any number of threads may decode at once: together they hold `budget`.
+All sources decode here, so that the same file gives the same pixels wherever it is stored. No global setting of Pillow
+changes. Any number of threads may decode at once; `budget` limits their memory.
 """
 
 from __future__ import annotations
@@ -23,27 +23,23 @@ from pipeline.sources.pixel_budget import PixelBudget
 from pipeline.sources.source import UnusableImage, source_lost
 from shards.files import open_regular
 
-MAX_PIXELS = 178_000_000
-"""Most pixels an image may have by its header; above, nothing is decoded."""
-
-MAX_BYTES = 512 * 2**20
-"""Most bytes that an image file may have; above, nothing is read."""
-
+MAX_PIXELS = 178_000_000  # maximum pixels of an image by its header; larger images are not decoded
+MAX_BYTES = 512 * 2**20  # maximum bytes of an image file; larger files are not read
 TOO_MANY_BYTES = f"too large: more than {MAX_BYTES // 2**20} MiB"
-"""The reason for leaving out what has more than `MAX_BYTES`."""
+"""The reason for leaving out a file of more than `MAX_BYTES`."""
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 )
-"""Endings of file names, in lower case, that are taken for images."""
+"""Suffixes of image files, in lower case."""
 
-# Only these, whatever a file is called: Pillow's EPS reader would start Ghostscript.
+# Only these, whatever the suffix: Pillow's EPS reader starts Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 _TOO_LARGE = f"too large: more than {MAX_PIXELS // 1_000_000} million pixels"
 
 budget = PixelBudget(MAX_PIXELS)
-"""Pixels that all threads of this process decode at once: one image of the largest size, or as many as add up to it."""
+"""Pixels that all threads of this process decode at once: as many as one image of the largest size."""
 
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 0x0102
@@ -59,17 +55,17 @@ _UPRIGHT = {
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The image in a file; see `decode_image`.
+    """Return the image in a file; see `decode_image`.
 
     Raises:
-        UnusableImage: also where the file may not be read, or has more than `MAX_BYTES`.
+        UnusableImage: also if the file is not readable or has more than `MAX_BYTES`.
         StageError: the file is gone or its disk fails.
     """
     try:
         with open_regular(path) as stream:
             if os.fstat(stream.fileno()).st_size > MAX_BYTES:
                 raise UnusableImage(TOO_MANY_BYTES)
-            # Read before it is decoded: to Pillow a failing disk looks like a damaged picture.
+            # Read first: to Pillow a failing disk looks like a damaged image.
             data = stream.read()
     except PermissionError:
         raise UnusableImage("no permission to read") from None
@@ -79,9 +75,9 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def decode_image(stream: BinaryIO) -> Image.Image:
-    """The image in a seekable stream: mode RGB, turned upright by its EXIF, the first frame of an animation.
+    """Return the image in a seekable stream: mode RGB, upright by its EXIF, the first frame of an animation.
 
-    Transparency is laid on white; 16-bit grey is scaled to 8 bit; colour profiles are ignored, as ADM ignores them.
+    Transparency is composed on white; 16-bit grey is scaled to 8 bit; colour profiles are ignored, as in ADM.
 
     Raises:
         UnusableImage: empty, truncated, damaged, not an image, or more than `MAX_PIXELS` by its header.
@@ -100,12 +96,12 @@ def decode_image(stream: BinaryIO) -> Image.Image:
                 return rgb if turn is None else rgb.transpose(turn)
     except UnusableImage:
         raise
-    except Exception as error:  # on damaged bytes Pillow's readers raise nearly anything
+    except Exception as error:  # Pillow's readers raise all kinds of errors on damaged bytes
         raise UnusableImage(_reason(error, head)) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A copy in mode RGB with no transparency left: on white, and 16-bit grey scaled to 8 bit, not clipped.
+    """Return a copy in mode RGB: transparency composed on white, 16-bit grey scaled to 8 bit, not clipped.
 
     Raises:
         UnusableImage: a colour mode without a defined range or conversion (floats, LAB, 32-bit integers).
@@ -126,7 +122,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _grey16_to_rgb(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
-    # 12-bit TIFF comes unscaled in a 16-bit mode.
+    # Pillow loads 12-bit TIFF unscaled in a 16-bit mode.
     bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
     peak = 4095 if bits == 12 else 65535
     if values.min() < 0 or values.max() > peak:
@@ -148,10 +144,10 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    # Good pixels under damaged EXIF are good pixels.
+    # Damaged EXIF does not affect the pixels.
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF, too, raises nearly anything
+    except Exception:  # damaged EXIF raises all kinds of errors
         return 1
 
 
@@ -171,15 +167,15 @@ def _reason(error: Exception, head: bytes) -> str:
 
 
 class _Quiet:
-    """Keeps Pillow's warnings and log lines off the terminal while at least one thread is inside.
+    """Suppresses Pillow's warnings and log lines while at least one thread is inside.
 
-    Plain ``catch_warnings`` in several threads restores filters out of order and leaves some behind for good.
+    Plain ``catch_warnings`` in several threads restores filters out of order and leaves some behind.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        # A handler of its own keeps "PIL" from falling back to stderr; an application's handlers still get the lines.
+        # This handler prevents the fallback to stderr; an application's handlers still get the lines.
         self._handler = logging.NullHandler()
         self._saved: warnings.catch_warnings[None] | None = None
 

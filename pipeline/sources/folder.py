@@ -1,18 +1,17 @@
 """A folder of class folders: ``root/CLASS/**/picture.jpg``.
 
     source = Folder("photos/")                               # keys such as "cat/indoors/1.jpg"
-    source.left_out                                          # what is there but could not be listed, and why
+    source.left_out                                          # entries that are not among the images, and why
 
-Names are compared and sorted in Unicode's normal form C, so that a listing made on one system is the listing made
-on another, whatever form its file system keeps names in.
+Names are compared and sorted in Unicode's normal form C, so that all systems give the same listing, in whichever form
+the file system stores names.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,6 @@ from pipeline.sources.source import (
     choose,
     file_version,
     listing_order,
-    listing_sha256,
     nearest,
     normal,
     valid_text,
@@ -38,18 +36,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SPLITS = ("train", "val", "validation", "test")
-"""Subfolders that are taken for splits, not classes, where they hold class folders."""
+"""Subfolders that are splits, not classes, if they contain class folders."""
 
 
 class Folder(IndexedSource):
-    """The images under a folder: each direct subfolder is a class, whatever folders are nested in it.
+    """The images below a folder: each direct subfolder is a class, with everything nested in it.
 
-    A root without images in its subfolders is one class, named after it; classes that go by ImageNet's ids get their
-    readable names. Hidden files and folders are not seen. A link is followed where it is the root or a class folder,
-    once; a deeper link to a folder is not.
+    A root without images in subfolders is one class, named after it; ImageNet's class ids get readable names. Hidden
+    files and folders are ignored. Links are followed at the root and the class folders only, each target once.
 
     Attributes:
-        ignored: number of files seen that are not images by their names.
+        ignored: number of files whose names are not those of images.
     """
 
     def __init__(
@@ -57,6 +54,7 @@ class Folder(IndexedSource):
     ) -> None:
         self.split = split
         self.root = os.path.abspath(root if split is None else _split_folder(root, split))
+        self.kind, self.location = "folder", valid_text(self.root)
         listing = _Listing(self.root)
         if split is None:
             listing.check_no_splits()
@@ -72,35 +70,23 @@ class Folder(IndexedSource):
         return len(self._files)
 
     def key(self, i: int) -> str:
-        """The path of image ``i`` under the root, with slashes."""
+        """Return the path of image ``i`` below the root, with slashes."""
         return valid_text(self._files[i])
 
     def label(self, i: int) -> int:
-        """The class of image ``i``."""
+        """Return the class of image ``i``."""
         return int(self._labels[i])
 
     def load(self, i: int) -> Image.Image:
-        """Image ``i``, mode RGB; see `IndexedSource.load`."""
+        """Return image ``i``, mode RGB; see `IndexedSource.load`."""
         return read_image(os.path.join(self.root, self._files[i]))
 
-    def describe(self) -> dict[str, object]:
-        """What a manifest says of this source."""
-        return {
-            "kind": "folder",
-            "location": valid_text(self.root),
-            "split": self.split,
-            "images": len(self),
-            "listing_sha256": self._listing_sha256,
-        }
-
-    @functools.cached_property
-    def _listing_sha256(self) -> str:
-        """Looked up once, and only if asked for: it takes a call of the system per image."""
-        return listing_sha256(self, (file_version(os.path.join(self.root, file)) for file in self._files))
+    def _versions(self) -> Iterator[tuple[int, int]]:
+        return (file_version(os.path.join(self.root, file)) for file in self._files)
 
 
 class _Listing:
-    """Everything under a root, walked once. Paths are relative to it, as the system gives them, with slashes."""
+    """Everything below a root. Paths are relative to it, undecoded, with slashes."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -118,11 +104,11 @@ class _Listing:
         self.files.sort(key=listing_order)
 
     def check_no_splits(self) -> None:
-        """Raises StageError where the subfolders are splits: their class folders would be lost in one class each."""
+        """Raise StageError if the subfolders are splits: their class folders would merge into one class each."""
         check_no_splits(self.files, valid_text(self.root), f"{valid_text(self.root)}/")
 
     def by_class(self) -> tuple[list[str], NDArray[np.int32]]:
-        """The class names, sorted, and the label of each file; drops images in the root beside class folders."""
+        """Return the sorted class names and the label of each file; drop images beside the class folders."""
         inside = [path for path in self.files if "/" in path]
         names = sorted({class_name(path) for path in inside})
         self.empty = sorted({normal(folder) for folder in self._folders} - set(names))
@@ -150,7 +136,7 @@ class _Listing:
         return message
 
     def _scan(self, folder: str) -> list[str]:
-        """Lists one folder: adds its files, returns its subfolders."""
+        """Add the files of one folder; return its subfolders."""
         subfolders = []
         try:
             with os.scandir(os.path.join(self.root, folder)) as entries:
@@ -164,7 +150,7 @@ class _Listing:
                         self._add(path, entry)
         except OSError as error:
             reason = f"cannot be listed: {error.strerror or error}"
-            # Anything but a lack of permission may pass, and the listing must not depend on when it was made.
+            # Other errors may be temporary, and the listing must not depend on the time.
             if not folder or not isinstance(error, PermissionError):
                 raise StageError(f"{valid_text(os.path.join(self.root, folder))}: {reason}") from error
             self._unlisted.append(folder)
@@ -172,7 +158,7 @@ class _Listing:
         return subfolders
 
     def _links_to_follow(self) -> list[str]:
-        """The links among the class folders that lead to something not listed yet."""
+        """Return the links among the class folders whose targets are not listed yet."""
         root = os.path.realpath(self.root)
         seen = {os.path.join(root, folder) for folder in self._folders}
         follow = []
@@ -202,14 +188,14 @@ class _Listing:
                 reason = (
                     "broken link" if entry.is_symlink() and not os.path.exists(entry.path) else "not a regular file"
                 )
-        except OSError as error:  # a link to itself, or into a folder that may not be entered
+        except OSError as error:  # a link to itself, or into a folder without permission
             reason = f"cannot be followed: {error.strerror or error}"
         if reason is not None:
             self.left_out.append(LeftOut(valid_text(path), reason))
 
 
 def _split_folder(root: str, split: str) -> str:
-    # Compared with the names there, never joined blindly: a split is a subfolder, not a path.
+    # Compared with existing names, never joined: a split is a subfolder, not a path.
     try:
         names = sorted(x.name for x in os.scandir(root) if x.is_dir() and not x.name.startswith("."))
     except OSError as error:
@@ -222,16 +208,16 @@ def _split_folder(root: str, split: str) -> str:
 
 
 def class_name(path: str) -> str:
-    """The class of an image by its path under the root: the first folder."""
+    """Return the class of an image by its path below the root: the first folder."""
     return normal(path.partition("/")[0])
 
 
 def check_no_splits(paths: Iterable[str], where: str, inside: str) -> None:
-    """Raises StageError where the first folders of the paths are splits, each with class folders in it."""
-    deep = {path.partition("/")[0] for path in paths if path.count("/") >= 2}
-    found = [name for name in SPLITS if name in deep]
-    if found:
+    """Raise StageError if the first folders of the paths are splits with class folders in them."""
+    parents = {path.partition("/")[0] for path in paths if path.count("/") >= 2}
+    splits = [name for name in SPLITS if name in parents]
+    if splits:
         raise StageError(
-            f"{where}: holds splits, not classes ({', '.join(found)}); choose one with --split {found[0]}"
-            + (f", or give the folder itself: {inside}{found[0]}" if inside else "")
+            f"{where}: holds splits, not classes ({', '.join(splits)}); choose one with --split {splits[0]}"
+            + (f", or give the folder itself: {inside}{splits[0]}" if inside else "")
         )

@@ -1,9 +1,9 @@
-"""The images of a source in two parts: those to train on, and those held out.
+"""Splits a source into a training part and a held-out part.
 
     training, held_out = split_holdout(source, fraction=0.05, seed=0, group_regex=r"[^/]+/(\\w+)-\\d+")
 
-An image's part follows from its key and the seed alone, neither from the order of the listing nor from what else is
-in it: images that are added later leave the others where they are.
+An image's part depends only on its key and the seed, not on the rest of the listing: images added later do not move
+others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Part(IndexedSource):
-    """Some of the images of another source, in its order and with all of its classes."""
+    """Some images of another source, in its order and with all of its classes."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Part(IndexedSource):
         left_out: tuple[LeftOut, ...],
         holdout: dict[str, object],
     ) -> None:
-        """Images ``indices`` (n,) of ``source``; ``holdout`` is how they were chosen, for the record."""
+        """Images ``indices`` (n,) of ``source``; ``holdout`` records how they were selected."""
         self.source, self.indices, self.holdout = source, indices, holdout
         self.class_names, self.left_out = source.class_names, left_out
 
@@ -57,7 +57,7 @@ class Part(IndexedSource):
         return self.source.name_classes(n_labels)
 
     def describe(self) -> dict[str, object]:
-        """What a manifest says of the source, and of this part of it."""
+        """See `Source.describe`; with the record of this part."""
         own = {"images": len(self), "listing_sha256": listing_sha256(self), "holdout": self.holdout}
         return {**self.source.describe(), **own}
 
@@ -66,20 +66,19 @@ def split_holdout(source: Source, fraction: float, seed: int = 0, group_regex: s
     """Return the part to train on and the held-out part.
 
     Args:
-        source: any that can be read in any order.
-        fraction: of the groups to hold out, above 0 and below 1; of a larger one every image of a smaller one is held
-            out too.
-        seed: of the choice.
-        group_regex: searched for in each key; its first group, or the whole match, names the image's group. Groups are
-            held out as a whole. None makes each image its own group.
+        source: must have random access.
+        fraction: share of the groups to hold out, above 0 and below 1; a larger share includes a smaller one.
+        seed: of the selection.
+        group_regex: searched for in each key; its first group, or the complete match, names the image's group. Groups
+            are not divided. None makes each image its own group.
 
     Raises:
         StageError: the source is a stream, the regex does not match a key, or one of the parts is empty.
     """
     if not isinstance(source, IndexedSource):
         raise StageError(
-            "--holdout needs to know all images beforehand, and tars read over the network are read in order; hold "
-            "out some of the tars instead, and tokenize them with a command of their own"
+            "--holdout needs a listing of all images, and tars over the network are read sequentially; hold "
+            "out some of the tars instead, and tokenize them with a separate command"
         )
     keys = [source.key(i) for i in range(len(source))]
     groups = keys if group_regex is None else _groups(keys, group_regex)
@@ -101,21 +100,21 @@ def split_holdout(source: Source, fraction: float, seed: int = 0, group_regex: s
 
 
 def _groups(keys: list[str], group_regex: str) -> list[str]:
-    """The group of each key."""
+    """Return the group of each key."""
     pattern = re.compile(group_regex)
     group = 1 if pattern.groups else 0
     matches = [match[group] if (match := pattern.search(key)) else None for key in keys]
-    found = [match for match in matches if match is not None]
-    if len(found) < len(keys):
+    groups = [match for match in matches if match is not None]
+    if len(groups) < len(keys):
         first = keys[matches.index(None)]
         raise StageError(
-            f"--group-regex {group_regex!r} does not match {len(keys) - len(found)} of {len(keys)} keys, such as "
+            f"--group-regex {group_regex!r} does not match {len(keys) - len(groups)} of {len(keys)} keys, such as "
             f"{first!r}; every image needs a group"
         )
-    return found
+    return groups
 
 
 def _hash(seed: int, group: str) -> int:
-    """64 bits that depend on nothing else."""
+    """Return a hash of 64 bits, the same on every machine."""
     digest = hashlib.sha256(f"{seed}\0{group}".encode()).digest()
     return int.from_bytes(digest[:8], "big")

@@ -1,9 +1,9 @@
-"""The readable names of ImageNet-1k's classes, which its own files call by their WordNet ids.
+"""Readable names of ImageNet-1k's classes, whose files are named by WordNet ids.
 
     readable(["n01440764", "n02099601"])                     # ["n01440764 tench", "n02099601 golden retriever"]
 
-``imagenet_synsets.tsv`` holds the 1000 ids of ILSVRC2012 with the first word of each WordNet 3.0 synset, in the order
-of the ids. The id stays in front: two classes are called "crane".
+``imagenet_synsets.tsv`` lists the 1000 ids of ILSVRC2012 with the first word of each WordNet 3.0 synset, sorted by id.
+Names keep the id as a prefix: two classes are called "crane".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 
 def readable(names: Sequence[str]) -> list[str]:
-    """The names with their words, in the same order, where every one is the id of a class; unchanged otherwise."""
+    """Return the names with their words if all of them are class ids; otherwise unchanged."""
     words = synsets() if names and names[0].startswith("n") else {}
     if not all(name in words for name in names):
         return list(names)
@@ -23,6 +23,6 @@ def readable(names: Sequence[str]) -> list[str]:
 
 @functools.cache
 def synsets() -> dict[str, str]:
-    """The words of each of the 1000 classes by its id."""
+    """Return the words of each of the 1000 classes by its id."""
     lines = importlib.resources.files("pipeline.sources").joinpath("imagenet_synsets.tsv").read_text(encoding="utf-8")
     return dict(line.split("\t") for line in lines.splitlines())

@@ -1,9 +1,9 @@
-"""Labels as sources have them, numbers or text, turned into class names and indices into them.
+"""Converts the labels of sources, numbers or text, to class names and indices into them.
 
     names, labels = number_labels(["dog", None, "cat"])      # ("cat", "dog"), [1, -1, 0]
     names, labels = number_labels([2, 0])                    # ("0", "1", "2"), [2, 0]
 
-Labels are the same on every machine: numbers stay as they are, text is numbered in sorted order.
+The result is the same on every machine: numbers stay unchanged, text is numbered in sorted order.
 """
 
 from __future__ import annotations
@@ -22,36 +22,33 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Label = int | str
-MOST_CLASSES = 1_000_000
-"""Most classes that numbers may stand for; above, they are taken for something else than classes."""
-
-NO_LABEL = "no label"
-"""The reason for leaving an image out that has none where others have."""
+MAX_CLASSES = 1_000_000  # maximum number of classes; larger numbers are not class labels
+NO_LABEL = "no label"  # the reason for leaving out an image without a label if other images have labels
 
 
 def parse_label(text: str) -> Label | None:
-    """A label written as text: a number where it is one; None where it is empty."""
+    """Parse a label: a number if possible, otherwise text; None if it is empty."""
     text = text.strip()
     return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text or None
 
 
 def decimal_names(n: int) -> tuple[str, ...]:
-    """The names of classes that have none: their numbers."""
+    """Return names for classes without names: their numbers."""
     return tuple(map(str, range(n)))
 
 
 def number_labels(raw: Sequence[Label | None], where: str) -> tuple[tuple[str, ...], NDArray[np.int32]]:
-    """Class names, and an index into them for each label.
+    """Return class names, and an index into them for each label.
 
     Args:
-        raw: one label an image; None or a negative number where it has none.
-        where: what they are labels of, for messages.
+        raw: one label per image; None or a negative number if it has none.
+        where: the name of the source, for messages.
 
     Returns:
         The names (ImageNet's ids with their words), and (n,) int32 with -1 for no label.
 
     Raises:
-        StageError: numbers and text mixed, or a number that can be no class.
+        StageError: numbers and text are mixed, or a number is too large.
     """
     numbers = [label for label in raw if isinstance(label, int)]
     texts = {label for label in raw if isinstance(label, str)}
@@ -64,8 +61,8 @@ def number_labels(raw: Sequence[Label | None], where: str) -> tuple[tuple[str, .
         position = {name: i for i, name in enumerate(names)}
         index = {text: position[normal(text)] for text in texts}
         return tuple(readable(names)), np.array([-1 if x is None else index[str(x)] for x in raw], np.int32)
-    greatest = max(numbers, default=-1)
-    if greatest >= MOST_CLASSES:
-        raise StageError(f"{where}: a label is {greatest}; class numbers are below {MOST_CLASSES}")
+    largest = max(numbers, default=-1)
+    if largest >= MAX_CLASSES:
+        raise StageError(f"{where}: a label is {largest}; class numbers are below {MAX_CLASSES}")
     labels = np.array([-1 if x is None else max(int(x), -1) for x in raw], np.int32)
-    return decimal_names(greatest + 1), labels
+    return decimal_names(largest + 1), labels

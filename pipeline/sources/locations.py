@@ -1,7 +1,7 @@
-"""What a user's DATA names: the files of a path, a glob or braces, and the difference between a path and a URL.
+"""Resolves a user's DATA: the files of a path, a glob or braces; and tells paths from URLs.
 
 expand("imagenet-{000..146}.tar")                        # 147 names
-local_files("tars/*.tar")                                # those there, sorted
+local_files("tars/*.tar")                                # existing files, sorted
 """
 
 from __future__ import annotations
@@ -15,35 +15,34 @@ from collections.abc import Sequence
 
 from pipeline.runtime.errors import StageError
 
-MOST_NAMES = 1_000_000
-"""Most names that braces may stand for."""
+MAX_NAMES = 1_000_000  # maximum number of names that braces may expand to
 
 
 def is_url(data: str) -> bool:
-    """Whether ``data`` is for fsspec (``https://…``, ``s3://…``) rather than a path."""
+    """Return whether ``data`` is a URL for fsspec (``https://…``, ``s3://…``) rather than a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", data) is not None
 
 
 def expand(data: str) -> list[str]:
-    """The names that braces such as ``{000..146}`` and ``{a,b}`` stand for, in order; one name where there are none.
+    """Expand braces such as ``{000..146}`` and ``{a,b}``, in order; without braces return one name.
 
     Raises:
-        StageError: braces that do not close, or that stand for more than `MOST_NAMES`.
+        StageError: the braces do not close, or expand to more than `MAX_NAMES`.
     """
     import braceexpand
 
     try:
-        n_names = _count_names(data)  # first: the expansion holds much of it in memory at once
-        if n_names <= MOST_NAMES:
+        n_names = _count_names(data)  # first: the expansion needs much memory
+        if n_names <= MAX_NAMES:
             return list(braceexpand.braceexpand(data))
     except (ValueError, RecursionError) as error:
         raise StageError(f"{data}: its braces cannot be read: {error}") from error
-    raise StageError(f"{data}: its braces stand for more than {MOST_NAMES:,} names; give fewer at a time")
+    raise StageError(f"{data}: its braces stand for more than {MAX_NAMES:,} names; give fewer at a time")
 
 
 def _count_names(pattern: str) -> int:
-    """Return how many names braces stand for, without making them; letter ranges count as one."""
-    product, added, opened = 1, 0, 0  # of the alternative being read, of those before it, and where its brace is
+    """Return how many names braces expand to, without expanding them; letter ranges count as one."""
+    product, added, opened = 1, 0, 0  # names of this alternative, of those before it, and its brace's position
     outer: list[tuple[int, int, int]] = []
     for mark in re.finditer(r"\\.|[{},]", pattern, re.DOTALL):
         if mark[0] == "{":
@@ -57,35 +56,35 @@ def _count_names(pattern: str) -> int:
             if inside is not None:
                 names = abs(int(inside[2]) - int(inside[1])) // (int(inside[3] or 1) or 1) + 1
             product, added, opened = outer.pop()
-            product = min(product * names, MOST_NAMES + 1)
+            product = min(product * names, MAX_NAMES + 1)
     return product
 
 
 def local_files(data: str) -> list[str]:
-    """Absolute paths of the files that a path, a glob or braces name: in the order of the braces, sorted within a glob.
+    """Return the absolute paths that a path, a glob or braces name: in the order of the braces, sorted within a glob.
 
     Raises:
-        StageError: a name that stands for no file, or a file named twice.
+        StageError: a name matches no file, or a file is named twice.
     """
     files: list[str] = []
     for name in [data] if os.path.exists(data) else expand(data):
-        found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        if not found:
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if not matches:
             raise StageError(f"{name}: no such file" + ("" if name == data else f" (of {data})"))
-        files += [os.path.abspath(file) for file in found]
+        files += [os.path.abspath(file) for file in matches]
     check_named_once(files, data)
     return files
 
 
 def check_named_once(files: Sequence[str], data: str) -> None:
-    """Raises StageError where two of the files are the same."""
+    """Raise StageError if two of the files are the same."""
     if len(set(files)) < len(files):
         twice = next(file for file, count in Counter(files).items() if count > 1)
         raise StageError(f"{data}: names {twice} twice")
 
 
 def stems(files: Sequence[str]) -> list[str]:
-    """A short name for each file, different for each: its name without ``.tar``, after its folders if need be."""
+    """Return a short unique name for each file: its name without ``.tar``, prefixed with its folders if necessary."""
     short = [os.path.basename(file).removesuffix(".tar") for file in files]
     if len(set(short)) == len(short):
         return short

@@ -1,8 +1,8 @@
-"""The images that an artifact was made from, found again in their source by the artifact's own record.
+"""The original images of an artifact, loaded from the source that its manifest records.
 
     pixels = load_originals(artifact.manifest, artifact.keys(rows), views=np.zeros(len(rows), np.int64))
 
-Pixel for pixel what the tokenizer saw, as long as the source has not changed.
+They are the exact pixels that the tokenizer received, unless the source has changed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_DOWNSAMPLING = 64  # pixels along a side of a token
-FETCHED = ("http", "https", "s3", "gs")
-"""Kinds of URLs that are fetched because a manifest names them, where the user has asked for it."""
+FETCHED = ("http", "https", "s3", "gs")  # kinds of URLs in a manifest that are fetched if the user allows it
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeRecord:
-    """What a manifest has to say of how its images were made into codes."""
+    """The settings of tokenization that a manifest must record."""
 
     data: str
     split: str | None
@@ -50,7 +49,7 @@ class TokenizeRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRecord:
-    """What a manifest may say of the source of its images."""
+    """The source of the images as a manifest may record it."""
 
     kind: str | None = None
     location: str | None = None
@@ -62,20 +61,20 @@ class SourceRecord:
 def load_originals(
     manifest: Manifest, keys: Sequence[str], views: Sequence[int] | NDArray[np.integer[Any]], *, fetch: bool = False
 ) -> NDArray[np.uint8]:
-    """The crops whose codes the artifact holds.
+    """Return the crops whose codes the artifact holds.
 
     Args:
         manifest: of a codes or a patches artifact.
-        keys: of the images, n of them.
-        views: which view of each, n of them.
-        fetch: whether to fetch images over the network: where from, the manifest says, whoever wrote it.
+        keys: n keys of images.
+        views: n views, one of each image.
+        fetch: allow fetching images over the network, from the address in the manifest, whoever wrote it.
 
     Returns:
         (n, size, size, 3) uint8.
 
     Raises:
-        StageError: the source is gone, not on this machine, has no image of one of the keys, or the image is now
-            unusable; or the manifest does not say where the images are.
+        StageError: the source is gone or not on this machine, lacks one of the keys, or an image is now unusable; or
+            the manifest does not record the source.
     """
     settings = tokenize_settings(manifest)
     source = _open(_recorded(SourceRecord, manifest.source, "source"), settings, fetch)
@@ -101,7 +100,7 @@ def load_originals(
 
 
 def tokenize_settings(manifest: Manifest) -> TokenizeRecord:
-    """The settings with which the codes of an artifact of either kind were made."""
+    """Return the settings that made the codes of an artifact of either kind."""
     if manifest.kind == "codes":
         return _recorded(TokenizeRecord, manifest.settings, "settings")
     return _recorded(TokenizeRecord, manifest.settings.get("codes_settings"), "settings.codes_settings")
@@ -114,16 +113,16 @@ def _recorded(kind: type[T], values: Any, at: str) -> T:
         raise StageError(f"the images that the codes were made from are not recorded: {error}") from error
 
 
-def _open(made_from: SourceRecord, settings: TokenizeRecord, fetch: bool) -> Source:
-    # Without the limit: what has been added to the source since would otherwise push images out of its listing.
-    columns = {"image_column": made_from.image_column, "label_column": made_from.label_column}
+def _open(recorded: SourceRecord, settings: TokenizeRecord, fetch: bool) -> Source:
+    # Without the limit: images added to the source later would otherwise displace others.
+    columns = {"image_column": recorded.image_column, "label_column": recorded.label_column}
     options: dict[str, Any] = {"classes": settings.classes, "local_only": not fetch, **columns}
-    location = made_from.location
-    is_folder = made_from.kind == "folder"  # its location is within the split already
+    location = recorded.location
+    is_folder = recorded.kind == "folder"  # its location already includes the split
     if location and (not is_folder or os.path.isdir(location)):
-        split = None if is_folder else made_from.split
+        split = None if is_folder else recorded.split
         _check_scheme(location)
-        try:  # holds wherever the command is run from
+        try:  # works from any working directory
             return open_source(location, split=split, **options)
         except StageError:
             pass
@@ -135,7 +134,7 @@ def _open(made_from: SourceRecord, settings: TokenizeRecord, fetch: bool) -> Sou
 
 
 def _check_scheme(location: str) -> None:
-    """Raises StageError for a URL that could make fsspec do anything else than fetch a file."""
+    """Raise StageError for a URL that could make fsspec do more than fetch a file."""
     scheme = location.partition(":")[0].lower()
     if is_url(location) and not location.startswith(HUB) and ("::" in location or scheme not in (*FETCHED, "file")):
         raise StageError(f"{location}: a manifest may name files here and {', '.join(FETCHED)} URLs, no other kind")

@@ -1,11 +1,10 @@
-"""``builtin:photos``: real images without a download, for demos, tests and trials.
+"""``builtin:photos``: real images without a download, for demos, tests and experiments.
 
     source = open_source("builtin:photos", split="train")    # 15 classes × 128 images
     source = open_source("builtin:photos", split="validation", classes=["cat", "coffee"], limit=8)
 
-Each class is one photograph that ships inside the scikit-image wheel, each image a square crop of it. A photograph
-is cut in two across its longer side: the first two thirds give the training crops, the last third the validation
-crops, so that the two splits share no pixel.
+Each class is one photograph of the scikit-image wheel, each image a square crop of it. The first two thirds of the
+longer side give the training crops, the last third the validation crops, so the splits share no pixel.
 """
 
 from __future__ import annotations
@@ -19,19 +18,15 @@ from PIL import Image
 
 from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import read_image
-from pipeline.sources.source import IndexedSource, UnusableImage, choose, listing_sha256
+from pipeline.sources.source import IndexedSource, UnusableImage, choose
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-CROPS = {"train": 128, "validation": 16}
-"""Crops of each photograph, by split."""
-
-SIDES = (128, 256)
-"""Shortest and longest side of a crop, in the photograph's pixels, where the photograph allows."""
-
+CROPS = {"train": 128, "validation": 16}  # crops per photograph, by split
+SIDES = (128, 256)  # smallest and largest side of a crop in pixels of the photograph, if it is large enough
 _SEED = 0
-# In sorted order of the class names: the order keys the random boxes.
+# Sorted by class name: the position is the seed of the random boxes.
 _FILES = {
     "astronaut": "astronaut.png",
     "brick": "brick.png",
@@ -58,7 +53,7 @@ class Photos(IndexedSource):
     def __init__(self, split: str = "train", *, classes: Sequence[str] = (), limit: int | None = None) -> None:
         if split not in CROPS:
             raise StageError(f"builtin:photos has no split {split!r}; it has: {', '.join(CROPS)}")
-        self.split = split
+        self.kind, self.location, self.split = "photos", "builtin:photos", split
         labels = np.repeat(np.arange(len(_NAMES)), CROPS[split])
         choice = choose(_NAMES, labels, classes=classes, limit=limit)
         self.class_names = choice.class_names
@@ -71,34 +66,24 @@ class Photos(IndexedSource):
         return len(self._labels)
 
     def key(self, i: int) -> str:
-        """The name of image ``i``, such as ``cat/train-0007``."""
+        """Return the name of image ``i``, such as ``cat/train-0007``."""
         return f"{self._name(i)}/{self.split}-{int(self._numbers[i]):04d}"
 
     def label(self, i: int) -> int:
-        """The class of image ``i``: its photograph."""
+        """Return the class of image ``i``: its photograph."""
         return int(self._labels[i])
 
     def load(self, i: int) -> Image.Image:
-        """Image ``i``: a crop of its photograph, mode RGB."""
+        """Return image ``i``: a crop of its photograph, mode RGB."""
         return self._photo(self._name(i)).crop(self.box(i))
 
     def box(self, i: int) -> tuple[int, int, int, int]:
-        """Where image ``i`` lies in its photograph: left, top, right, bottom, in pixels."""
+        """Return the box of image ``i`` in its photograph: left, top, right, bottom, in pixels."""
         name = self._name(i)
         if name not in self._boxes:
-            self._boxes[name] = _boxes(_NAMES.index(name), self.split, self._photo(name).size)
+            self._boxes[name] = _boxes(_NAMES.index(name), str(self.split), self._photo(name).size)
         left, top, right, bottom = (int(x) for x in self._boxes[name][self._numbers[i]])
         return left, top, right, bottom
-
-    def describe(self) -> dict[str, object]:
-        """What a manifest says of this source."""
-        return {
-            "kind": "photos",
-            "location": "builtin:photos",
-            "split": self.split,
-            "images": len(self),
-            "listing_sha256": listing_sha256(self),
-        }
 
     def _name(self, i: int) -> str:
         return self.class_names[self._labels[i]]
@@ -110,7 +95,7 @@ class Photos(IndexedSource):
 
 
 def _open_photo(file: str) -> Image.Image:
-    # Read from the wheel by path: the functions of skimage.data may go to the network.
+    # Read by path: the functions of skimage.data may use the network.
     import skimage
 
     path = os.path.join(next(iter(skimage.__path__)), "data", file)
@@ -121,7 +106,7 @@ def _open_photo(file: str) -> Image.Image:
 
 
 def _boxes(photo: int, split: str, size: tuple[int, int]) -> NDArray[np.int64]:
-    """(crops, 4) left, top, right, bottom of a photograph's crops."""
+    """Return the boxes of a photograph's crops, (crops, 4) int64: left, top, right, bottom."""
     width, height = size
     across = width >= height
     cut = max(size) * 2 // 3
@@ -131,7 +116,7 @@ def _boxes(photo: int, split: str, size: tuple[int, int]) -> NDArray[np.int64]:
     else:
         part, offset = ((cut, height) if across else (width, cut)), (0, 0)
 
-    # Sides are drawn alike for both splits, from what the smaller one allows: same scales to learn and to test.
+    # Both splits have the same scales: sides are limited by the smaller one.
     low = min(SIDES[0], *validation)
     high = max(low, min(SIDES[1], *validation))
     generator = np.random.Generator(np.random.Philox(key=[_SEED, photo * 2 + (split == "validation")]))

@@ -1,8 +1,8 @@
-"""How many pixels all threads of a process may hold decoded at once: a bound on memory that no set of images breaks.
+"""A limit on the decoded pixels of all threads of a process, which bounds memory for any set of images.
 
 budget = PixelBudget(178_000_000)
-with budget.in_use():                                    # of this thread's image, until it has been cropped
-    pixels = views(decode_image(stream), 256)            # decode_image takes from the budget, and waits if need be
+with budget.in_use():                                    # keeps this thread's pixels until the image is cropped
+    pixels = views(decode_image(stream), 256)            # decode_image takes pixels, and waits for them
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LARGE = 16_000_000
-"""Pixels of an image whose memory goes back to the system at once."""
+LARGE = 16_000_000  # images with at least this many pixels return their memory to the system at once
 
 
 class PixelBudget:
-    """A number of pixels that threads take from and give back; an image larger than all of it is decoded alone."""
+    """A number of pixels that threads take and release; a larger image is decoded alone."""
 
     def __init__(self, pixels: int) -> None:
         self._pixels = self._free = pixels
         self._changed = threading.Condition()
-        self._thread = threading.local()  # taken: pixels this thread holds, to be given back when it is done with them
+        self._thread = threading.local()  # taken: the pixels that this thread holds
 
     @contextmanager
     def take(self, pixels: int) -> Iterator[None]:
-        """Hold ``pixels`` until the block ends, or until the `in_use` around it ends; waits until they are free.
+        """Wait for ``pixels`` and hold them until the end of the block, or of the surrounding `in_use`.
 
-        A thread holds one image at a time and none while it waits, so that threads cannot wait for each other.
+        A thread holds at most one image, and none while it waits, so there is no deadlock.
         """
         pixels = min(pixels, self._pixels)
-        self._give_back()
+        self._release()
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
@@ -40,22 +39,22 @@ class PixelBudget:
             yield
         finally:
             if not getattr(self._thread, "keeps", False):
-                self._give_back()
+                self._release()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Hold what this thread takes until the block ends."""
+        """Hold the pixels that this thread takes until the end of the block."""
         self._thread.keeps = True
         try:
             yield
         finally:
             self._thread.keeps = False
-            self._give_back()
+            self._release()
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         taken, self._thread.taken = getattr(self._thread, "taken", 0), 0
         if taken >= LARGE and _trim is not None:
-            _trim(0)  # glibc keeps what a thread frees for that thread's own use: gigabytes, with several threads
+            _trim(0)  # glibc keeps freed memory per thread: gigabytes with several threads
         if taken:
             with self._changed:
                 self._free += taken
@@ -63,7 +62,7 @@ class PixelBudget:
 
 
 def _malloc_trim() -> Callable[[int], int] | None:
-    """Return glibc's function that gives free memory back to the system; None with other C libraries."""
+    """Return glibc's function that returns free memory to the system; None with other C libraries."""
     try:
         trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):

@@ -1,10 +1,10 @@
-"""A file read over the network through fsspec, that goes on where a connection broke off.
+"""A file read over the network through fsspec, which resumes after a lost connection.
 
     file = RemoteFile(look_up("https://example.org/train-000.tar"))
     file.seek(10_000)
     file.read(512)
 
-Whatever fsspec reads: ``https://``, ``s3://`` with s3fs, ``gs://`` with gcsfs. Credentials come from where those look.
+It reads every kind of URL of fsspec: ``https://``, ``s3://`` with s3fs, ``gs://`` with gcsfs, with their credentials.
 """
 
 from __future__ import annotations
@@ -16,19 +16,16 @@ from typing import Any
 
 from pipeline.runtime.errors import StageError
 
-WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds to wait before each new try of a read that broke off."""
+WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds to wait before each retry of a failed read
+CHUNK = 8 * 2**20  # bytes per request
 
-CHUNK = 8 * 2**20
-"""Bytes asked for at a time."""
-
-# What tells one version of a file from another, by the names that HTTP servers and object stores use.
+# Fields by which HTTP servers and object stores identify the version of a file.
 _VERSION_FIELDS = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime", "last_modified")
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file at a URL as it was when it was looked up: its size in bytes, and what tells its versions apart."""
+    """A file at a URL when it was looked up: its size in bytes and its version."""
 
     url: str
     size: int
@@ -36,29 +33,30 @@ class Remote:
 
 
 def look_up(url: str, waits: Sequence[float] = WAITS) -> Remote:
-    """The size and version of the file at a URL; reads none of it.
+    """Return the size and version of the file at a URL; reads none of it.
 
     Raises:
-        StageError: not there, not allowed, no such kind of URL, or no answer after ``len(waits) + 1`` tries.
+        StageError: it does not exist, is not permitted, has an unknown kind of URL, or gives no answer after
+            ``len(waits) + 1`` attempts.
     """
-    for tried, wait in enumerate([0.0, *waits], start=1):
+    for attempt, wait in enumerate([0.0, *waits], start=1):
         time.sleep(wait)
         try:
             return _look_up(url)
         except StageError:
             raise
-        except Exception as error:  # every kind of storage has errors of its own
-            if tried > len(waits):
-                raise StageError(f"{url}: cannot be reached after {tried} tries ({_one_line(error)})") from error
+        except Exception as error:  # each kind of storage has its own errors
+            if attempt > len(waits):
+                raise StageError(f"{url}: cannot be reached after {attempt} tries ({_one_line(error)})") from error
     raise AssertionError
 
 
 class RemoteFile:
-    """The bytes of a file at a URL, in any order; holds `CHUNK` of them at a time.
+    """The bytes of a file at a URL, in any order; keeps `CHUNK` of them in memory.
 
     Args:
-        remote: the file, looked up before.
-        waits: seconds to wait before each new try of a read that broke off.
+        remote: the file.
+        waits: seconds to wait before each retry of a failed read.
     """
 
     def __init__(self, remote: Remote, waits: Sequence[float] = WAITS) -> None:
@@ -69,18 +67,18 @@ class RemoteFile:
         self._file: Any = None
 
     def seek(self, offset: int, /) -> None:
-        """Goes to a byte."""
+        """Set the position."""
         self._position = offset
 
     def tell(self) -> int:
-        """The number of the next byte."""
+        """Return the position."""
         return self._position
 
     def read(self, n: int, /) -> bytes:
-        """The next ``n`` bytes, fewer at the end.
+        """Return the next ``n`` bytes, fewer at the end.
 
         Raises:
-            StageError: it broke off too often, or the file is another one now.
+            StageError: all attempts failed, or the file has changed.
         """
         pieces = []
         n = min(n, self.size - self._position)
@@ -95,12 +93,12 @@ class RemoteFile:
         return b"".join(pieces)
 
     def check_unchanged(self) -> None:
-        """Raises StageError where the file at the URL is not the one that was looked up."""
+        """Raise StageError if the file at the URL has changed since it was looked up."""
         now = look_up(self._remote.url, self._waits)
         if now != self._remote:
             raise StageError(
                 f"{now.url}: has changed since it was listed (it had {self._remote.size} bytes and has {now.size}); "
-                "run again with --overwrite to start anew"
+                "run again with --overwrite to start over"
             )
 
     def _fetch(self, start: int) -> bytes:
@@ -123,7 +121,7 @@ class RemoteFile:
                 raise StageError(
                     f"{url}: cannot be read from the middle ({_one_line(refused)}); download it first and give its path"
                 ) from refused
-            except Exception as broken:  # each kind of storage breaks off in its own way
+            except Exception as broken:  # each kind of storage fails in its own way
                 error = broken
             self._file = None
         raise StageError(
@@ -137,7 +135,7 @@ def _look_up(url: str) -> Remote:
         filesystem, path = _filesystem(url)
         info = filesystem.info(path)
     except FileNotFoundError as error:
-        # fsspec says this of a server that cannot be reached, too.
+        # fsspec also raises this if the server cannot be reached.
         if error.__cause__ is not None and getattr(error.__cause__, "status", None) not in (403, 404, 410):
             raise ConnectionError(_one_line(error.__cause__)) from error
         raise StageError(f"{url}: no such file") from error
@@ -158,7 +156,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        # Listings are not cached: whether a file has changed is asked anew each time.
+        # Listings are not cached, so that changes of a file are noticed.
         filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         raise StageError(f"{url}: {_one_line(error)}") from error

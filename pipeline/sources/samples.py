@@ -3,8 +3,8 @@
     for sample in samples(file, "train-000.tar"):
         sample.key, sample.label                             # "0001", 7
 
-Keys and endings are split as webdataset splits them. The label is the member ``cls`` (a number or text), else a field
-of the member ``json``.
+Keys and suffixes are split like webdataset does. The label is the member ``cls`` (a number or text), else a field of
+the member ``json``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.sources.tar import Bytes, Member, members
 from shards.manifest import LeftOut
 
 LABEL_FIELDS = ("label", "cls", "class", "class_id", "class_name", "classname")
-"""Fields of a sample's ``json`` that are taken for its label; the first that is there."""
+"""Label fields of a sample's ``json``, in order of preference."""
 
 _LARGEST_LABEL = 2**20
 _SUFFIXES = frozenset(ending[1:] for ending in EXTENSIONS)
@@ -33,12 +33,12 @@ class Sample:
     """One image of a WebDataset tar.
 
     Attributes:
-        key: what its members share, as the tar has it.
-        image: the member that holds the image; None where there is none.
-        data: the image's bytes, where they were asked for.
-        label: a number or text; None where it has none.
-        problem: why it cannot be used, if that is known already.
-        suffixes: of its members.
+        key: the common part of its members' names, unchanged.
+        image: the member with the image; None if there is none.
+        data: the image's bytes, if requested.
+        label: a number or text; None if it has none.
+        problem: why it cannot be used, if known.
+        suffixes: the suffixes of its members.
     """
 
     key: str
@@ -50,12 +50,12 @@ class Sample:
 
 
 def samples(file: Bytes, tar: str, *, keep_images: bool = False) -> Iterator[Sample | LeftOut]:
-    """The samples of one tar in order, and what of it may not be read.
+    """Yield the samples of one tar in order, and LeftOut for entries that cannot be read.
 
     Args:
         file: the tar.
         tar: its name, for messages.
-        keep_images: whether to read the images as they pass, for a tar that is read once.
+        keep_images: also read the images, for a tar that is read only once.
 
     Raises:
         StageError: see `members`; or it holds codes made by ``dpar tokenize``, not images.
@@ -75,7 +75,7 @@ def samples(file: Bytes, tar: str, *, keep_images: bool = False) -> Iterator[Sam
             raise StageError(
                 f"{tar}: is a shard of codes that dpar made, not of images; give the images it was made from"
             )
-        # A suffix for the second time: a second sample of the same key.
+        # A repeated suffix starts another sample of the same key.
         if sample is None or key != sample.key or suffix in sample.suffixes:
             if sample is not None and sample.image is not None:
                 yield sample
@@ -92,7 +92,7 @@ def samples(file: Bytes, tar: str, *, keep_images: bool = False) -> Iterator[Sam
 
 
 def holds_samples(file: Bytes, tar: str) -> bool:
-    """Whether a tar is a WebDataset one: among its first thousand images, one shares its key with text about it."""
+    """Return whether a tar is in WebDataset's format: one of its first thousand images has a label or text."""
     first = (sample for sample in samples(file, tar) if isinstance(sample, Sample))
     return any(not {"cls", "json", "txt"}.isdisjoint(sample.suffixes) for sample in itertools.islice(first, 1000))
 
@@ -110,7 +110,7 @@ def _read_label(sample: Sample, suffix: str, file: Bytes, member: Member) -> Non
         text = _read(file, member).decode("utf-8")
         label = parse_label(text) if suffix == "cls" else _label_of_json(json.loads(text))
         if isinstance(label, str):
-            label.encode()  # lone surrogates, which JSON can spell
+            label.encode()  # fails on lone surrogates, which JSON can spell
     except (ValueError, RecursionError):
         sample.problem = f"its {suffix} is not {'UTF-8' if suffix == 'cls' else 'valid JSON'}"
         return
@@ -131,5 +131,5 @@ def _label_of_json(fields: object) -> Label | None:
 
 
 def key_text(stem: str, key: str) -> str:
-    """The key of a sample among all tars: the tar's name in front, since each tar may number its own from 0."""
+    """Return the unique key of a sample: prefixed with the tar's name, since each tar may count from 0."""
     return f"{stem}/{valid_text(key)}"

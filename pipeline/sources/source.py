@@ -1,4 +1,4 @@
-"""What a source of images is, whatever it is read from: numbered images with a key and a label each.
+"""The interface of a source of images: numbered images, each with a key and a label.
 
     source = open_source("photos/", limit=100)
     for i in range(len(source)):
@@ -7,12 +7,12 @@
         except UnusableImage as error:
             skipped.append((source.key(i), error.reason))
 
-Work is shared by parts: ``source.part(3, 1000)`` gives images 3000 to 3999 as `Item`s, and of a streamed source (tars
-read over the network, which cannot be read out of order) the images of tar 3.
+Work is shared by parts: ``source.part(3, 1000)`` yields images 3000 to 3999 as `Item`s. For a stream (tars read
+sequentially over the network) it yields the images of tar 3.
 
-A new kind of source subclasses `Source`, lists its keys and labels when it is opened, passes them through `choose`
+A new kind of source subclasses `IndexedSource`, lists its keys and labels when opened, passes them through `choose`
 (so that ``classes`` and ``limit`` mean the same everywhere) and decodes with `pipeline.sources.decode`. A source
-holds no open file, so that it can be sent to worker processes.
+keeps no file open, so that it can be sent to worker processes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class UnusableImage(Exception):
-    """One image cannot be used; ``reason`` says why in a few plain words. The others are not affected."""
+    """One image cannot be used, for ``reason``; the other images are not affected."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -51,10 +51,10 @@ class Item:
     """One image of a part, not decoded yet.
 
     Attributes:
-        key: its name in its source: valid Unicode.
+        key: its name in the source: valid Unicode.
         label: its class.
-        load: decodes it, in any thread: mode RGB. Raises UnusableImage where this image cannot be used, StageError
-            where the source is lost and the stage must stop.
+        load: decodes it, in any thread: mode RGB. Raises UnusableImage if this image cannot be used, StageError if the
+            source is lost and the stage must stop.
     """
 
     key: str
@@ -67,7 +67,7 @@ class Source(ABC):
 
     Attributes:
         class_names: the name of each label; may be empty before a stream is read.
-        left_out: what was found but is not among the images.
+        left_out: listed entries that are not among the images.
     """
 
     class_names: tuple[str, ...]
@@ -76,59 +76,82 @@ class Source(ABC):
     @property
     @abstractmethod
     def n_items(self) -> int | None:
-        """The number of images, usable or not; None if it is not known before all is read."""
+        """The number of images, usable or not; None if unknown before everything is read."""
 
     @abstractmethod
     def n_parts(self, part_size: int) -> int:
-        """The number of parts of ``part_size`` images; of a stream, the number of its files."""
+        """Return the number of parts of ``part_size`` images; for a stream, the number of its files."""
 
     @abstractmethod
     def part(self, index: int, part_size: int) -> Iterator[Item | LeftOut]:
-        """The images of one part, in order; a function of the listing alone.
+        """Yield the images of one part in order; a function of the listing alone.
 
         Raises:
-            StageError: the source is lost while it is read.
+            StageError: the source is lost.
         """
 
     @abstractmethod
     def find(self, keys: Collection[str]) -> dict[str, Callable[[], Image.Image]]:
-        """How to load the images of these keys; a key that is missing in the source is missing in the answer."""
+        """Return functions that load the images of these keys; keys that the source lacks are missing."""
 
     @abstractmethod
     def describe(self) -> dict[str, object]:
-        """What a manifest says of this source: JSON values, among them ``listing_sha256`` and what reopens it.
+        """Return the manifest's record of this source: JSON values, with ``listing_sha256`` and what reopens it.
 
-        The hash is another one when a file is replaced under its name, so that a run does not resume with other images.
+        The hash changes if a file is replaced under its name, so that a run does not resume with other images.
         """
 
     def name_classes(self, n_labels: int) -> tuple[str, ...]:
-        """The class names, once ``n_labels`` is known to be one more than the greatest label read."""
+        """Return the class names, given that ``n_labels`` is one more than the largest label read."""
         return self.class_names
 
 
 class IndexedSource(Source):
-    """Images ``0 .. len(source) - 1``, read in any order."""
+    """Images ``0 .. len(source) - 1`` with random access; kind, location and split are for `describe`."""
+
+    kind: str
+    location: str
+    split: str | None
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of images, usable or not."""
+        """Return the number of images, usable or not."""
 
     @abstractmethod
     def key(self, i: int) -> str:
-        """The name of image ``i`` in its source: valid Unicode."""
+        """Return the name of image ``i`` in its source: valid Unicode."""
 
     @abstractmethod
     def label(self, i: int) -> int:
-        """The class of image ``i``, an index into ``class_names``."""
+        """Return the class of image ``i``, an index into ``class_names``."""
 
     @abstractmethod
     def load(self, i: int) -> Image.Image:
-        """Image ``i``, decoded: mode RGB, upright, the first frame of an animation.
+        """Return image ``i``, decoded: mode RGB, upright, the first frame of an animation.
 
         Raises:
-            UnusableImage: it is damaged, too large, may not be read, or is not an image.
-            StageError: it was listed and is gone, or the disk or the network fails.
+            UnusableImage: it is damaged, too large, not readable, or not an image.
+            StageError: it is gone, or the disk or the network fails.
         """
+
+    def describe(self) -> dict[str, object]:
+        """See `Source.describe`."""
+        return {
+            "kind": self.kind,
+            "location": self.location,
+            "split": self.split,
+            "images": len(self),
+            "listing_sha256": self._listing_sha256,
+        }
+
+    @functools.cached_property
+    def _listing_sha256(self) -> str:
+        """Computed on demand: versions may need a system call per image."""
+        return listing_sha256(self, self._versions())
+
+    def _versions(self) -> Iterable[object]:
+        """Return what identifies the contents of the files."""
+        return ()
 
     @property
     def n_items(self) -> int:
@@ -136,7 +159,7 @@ class IndexedSource(Source):
         return len(self)
 
     def n_parts(self, part_size: int) -> int:
-        """The number of parts of ``part_size`` images."""
+        """Return the number of parts of ``part_size`` images."""
         return -(-len(self) // part_size)
 
     def part(self, index: int, part_size: int) -> Iterator[Item | LeftOut]:
@@ -146,21 +169,22 @@ class IndexedSource(Source):
 
     def find(self, keys: Collection[str]) -> dict[str, Callable[[], Image.Image]]:
         """See `Source.find`."""
-        wanted = set(keys)
-        found: dict[str, Callable[[], Image.Image]] = {}
-        for i in range(len(self)):
-            if len(found) == len(wanted):
-                break
-            if (key := self.key(i)) in wanted:
-                found[key] = functools.partial(self.load, i)
-        return found
+        missing = set(keys)
+        loaders: dict[str, Callable[[], Image.Image]] = {}
+        for i in range(len(self)) if missing else ():
+            if (key := self.key(i)) in missing:
+                loaders[key] = functools.partial(self.load, i)
+                missing.remove(key)
+                if not missing:
+                    break
+        return loaders
 
 
 def require_indexed(source: Source) -> IndexedSource:
-    """Return ``source`` if its images can be read in any order.
+    """Return ``source`` if it has random access.
 
     Raises:
-        StageError: they can only be read in order.
+        StageError: it is a stream.
     """
     if not isinstance(source, IndexedSource):
         raise StageError(
@@ -171,9 +195,9 @@ def require_indexed(source: Source) -> IndexedSource:
 
 
 def source_lost(where: str, error: OSError) -> StageError:
-    """The error to raise where something that was listed can no longer be read.
+    """Return the error for something that was listed and can no longer be read.
 
-    The stage stops then: leaving the image out would make the result depend on when the disk went away.
+    The stage stops: leaving the image out would make the result depend on when the disk failed.
     """
     return StageError(
         f"{where}: {error.strerror or error}; it was there when the images were listed. Finished shards are kept: put "
@@ -182,27 +206,27 @@ def source_lost(where: str, error: OSError) -> StageError:
 
 
 def valid_text(path: str) -> str:
-    """A path as valid Unicode: bytes that are not UTF-8 are spelled out."""
+    """Return a path as valid Unicode: bytes that are not UTF-8 are escaped."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def normal(path: str) -> str:
-    """A path as names are compared: valid Unicode in normal form C."""
+    """Return a path in the form in which names are compared: valid Unicode in normal form C."""
     return unicodedata.normalize("NFC", valid_text(path))
 
 
 def listing_order(path: str) -> tuple[str, str]:
-    """What paths are sorted by: a slash sorts before everything, so that folders stay together and labels ascend."""
+    """Return the sort key of a path: a slash sorts first, so that folders stay together and labels ascend."""
     return normal(path).replace("/", "\0"), path
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The part of a listing that was asked for.
+    """The selected part of a listing.
 
     Attributes:
-        class_names: of the chosen classes, in the order of the listing's.
-        indices: (n,) int64, ascending positions in the whole listing.
+        class_names: names of the selected classes, in the order of the listing.
+        indices: (n,) int64, ascending positions in the listing.
         labels: (n,) int32, indices into ``class_names``.
     """
 
@@ -219,25 +243,25 @@ def choose(
     limit: int | None = None,
     empty: Collection[str] = (),
 ) -> Choice:
-    """Keeps the classes asked for and at most ``limit`` images, spread evenly over them.
+    """Select some classes and at most ``limit`` images, spread evenly over them.
 
     Args:
-        class_names: of the whole listing, each once.
+        class_names: all class names of the listing.
         labels: (n,) integers, indices into ``class_names``.
-        classes: names to keep; none for all. A class called ``n02099601 golden retriever`` goes by its id or its
-            words alone, too, where only one does. Kept classes are renumbered from 0 in the order of ``class_names``.
-        limit: most images in total: the first of each class, then the second of each, and so on.
+        classes: names to keep; empty for all. The id or the words of a class called ``n02099601 golden retriever``
+            also name it, if they are unambiguous. Kept classes count from 0 in the order of ``class_names``.
+        limit: maximum number of images: the first of each class, then the second of each, and so on.
         empty: names of classes known to be empty, for a better message.
 
     Raises:
-        StageError: a class that is not there, or a limit below 1.
+        StageError: an unknown class, or a limit below 1.
     """
     if limit is not None and limit < 1:
         raise StageError(f"the limit on images is {limit}; it must be at least 1 (leave it out for all images)")
     names = list(class_names)
     if classes:
-        asked = {known_class(name, class_names, empty) for name in classes}
-        names = [name for name in class_names if name in asked]
+        selected = {known_class(name, class_names, empty) for name in classes}
+        names = [name for name in class_names if name in selected]
     new_label = np.full(len(class_names), -1, dtype=np.int32)
     position = {name: label for label, name in enumerate(class_names)}
     new_label[[position[name] for name in names]] = np.arange(len(names), dtype=np.int32)
@@ -249,11 +273,11 @@ def choose(
 
 
 def listing_sha256(source: IndexedSource, versions: Iterable[object] = ()) -> str:
-    """Return the SHA-256 of a listing: every image's label and key in order, and the versions of what they are in.
+    """Return the SHA-256 of a listing: every image's label and key in order, and the versions of the files.
 
     Args:
         source: the listing.
-        versions: what tells the files apart from others under the same names: sizes, times of change, places.
+        versions: what identifies the contents of the files: sizes, times of change, offsets.
     """
     digest = hashlib.sha256()
     for i in range(len(source)):
@@ -264,22 +288,22 @@ def listing_sha256(source: IndexedSource, versions: Iterable[object] = ()) -> st
 
 
 def file_version(path: str) -> tuple[int, int]:
-    """Return the size in bytes of a file and when it was last changed, in nanoseconds.
+    """Return a file's size in bytes and the time of its last change in nanoseconds.
 
     Raises:
         StageError: the file is gone or its disk fails.
     """
     try:
-        found = os.stat(path)
-    except PermissionError:  # such a file is left out, whatever it holds
+        status = os.stat(path)
+    except PermissionError:  # the file is left out anyway
         return -1, -1
     except OSError as error:
         raise source_lost(path, error) from error
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The end of an error message about an unknown name: the closest known ones, or the first few of them."""
+    """Return the end of an error message about an unknown name: the closest known names, or the first few."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
@@ -291,20 +315,20 @@ _SYNSET = re.compile(r"(n\d{8}) (.+)")
 
 
 def known_class(name: str, known: Sequence[str], empty: Collection[str] = ()) -> str:
-    """The one of ``known`` classes that ``name`` means: itself, or either half of ``n02099601 golden retriever``.
+    """Return the class that ``name`` means: an exact match, or the id or words of ``n02099601 golden retriever``.
 
     Raises:
-        StageError: there is none, with the nearest; there are several; or it is one of the ``empty`` ones.
+        StageError: none matches, several match, or the class is in ``empty``.
     """
     asked = unicodedata.normalize("NFC", name)
     if asked in known:
         return asked
     synsets = [match for match in map(_SYNSET.fullmatch, known) if match]
-    meant = [match.group() for match in synsets if asked in match.groups()]
-    if len(meant) == 1:
-        return meant[0]
-    if meant:
-        raise StageError(f"class {name!r} is the name of {len(meant)} classes; choose from: {', '.join(meant)}")
+    matches = [match.group() for match in synsets if asked in match.groups()]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise StageError(f"class {name!r} is the name of {len(matches)} classes; choose from: {', '.join(matches)}")
     if asked in empty:
         raise StageError(f"class {name!r} has no images")
     words = [match.group(2) for match in synsets]

@@ -3,8 +3,8 @@
     source = Table(read_files(["train-00000.parquet"], "train-*.parquet"), location="train-*.parquet")
     source.key(0)                                            # "train/000000000"
 
-`datasets` does the reading. What it has to convert or to download it keeps under ``HF_HOME``, never beside the user's
-data: Parquet needs its own size there once more.
+`datasets` reads them. Its conversions and downloads are cached under ``HF_HOME``, never beside the user's data; the
+cache of Parquet files is as large as the files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from pipeline.sources.source import (
     UnusableImage,
     choose,
     file_version,
-    listing_sha256,
     nearest,
 )
 from shards.manifest import LeftOut
@@ -37,14 +36,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_id", "class_name", "fine_label", "category", "target")
-"""Columns that are taken for the labels where none is a `datasets.ClassLabel`; the first that is there."""
+"""Names of label columns, in order of preference, if no column is a `datasets.ClassLabel`."""
 
 
 def read_files(files: Sequence[str], data: str) -> DatasetDict:
-    """The tables in Parquet or Arrow files, by split: ``test-….parquet`` is of the split ``test``, others of ``train``.
+    """Return the tables in Parquet or Arrow files by split: that of the file name (``test-….parquet``), else ``train``.
 
     Raises:
-        StageError: files of two kinds, or one that cannot be read.
+        StageError: the files are of two kinds, or one cannot be read.
     """
     import datasets
 
@@ -58,19 +57,19 @@ def read_files(files: Sequence[str], data: str) -> DatasetDict:
 
 
 def read_saved(folder: str) -> DatasetDict | Dataset:
-    """A dataset that ``save_to_disk`` wrote. Raises StageError where it cannot be read."""
+    """Return a dataset that ``save_to_disk`` wrote; raise StageError if it cannot be read."""
     import datasets
 
     return _read(folder, lambda: datasets.load_from_disk(folder))
 
 
 def read_hub(name: str) -> DatasetDict:
-    """A dataset of the Hub, downloaded unless it is in the cache. Raises StageError where it cannot be had."""
+    """Return a dataset of the Hub, from the cache or downloaded; raise StageError if it is unavailable."""
     import datasets
 
     try:
         return datasets.load_dataset(name)
-    except Exception as error:  # of the Hub, its transport or datasets itself
+    except Exception as error:  # from the Hub, the network or datasets
         raise StageError(
             f"{name}: no such file or folder here, and as a dataset of the Hugging Face Hub it cannot be had "
             f"({_one_line(error)}); check the name, and the connection: without one, only what is in the cache "
@@ -84,7 +83,7 @@ def saved_files(folder: str) -> list[str]:
 
 
 def hub_folders(name: str) -> list[str]:
-    """Return the folders of the cache that hold a Hub dataset's own files."""
+    """Return the cache folders of a Hub dataset's files."""
     import datasets
     import huggingface_hub
 
@@ -97,16 +96,16 @@ class Table(IndexedSource):
     """The images in one split of a dataset.
 
     Args:
-        data: a dataset, or one for each split.
-        location: what names it, for the manifest.
-        split: which split; None for ``train``, or for the only one.
-        image_column: the column of the images; None to look for it.
-        label_column: the column of the labels; None to look for it. Without one, all are of the class ``images``.
-        files: what the user named, for the listing; None where there is nothing on this machine to look at.
-        folders: where images kept as paths may lie, at any depth; a path that leads elsewhere is not followed.
+        data: a dataset, or one per split.
+        location: its name, for the manifest.
+        split: the split; None for ``train``, or for the only one.
+        image_column: the image column; None to detect it.
+        label_column: the label column; None to detect it. Without one, all images are of the class ``images``.
+        files: the local files, for the listing; empty if there are none.
+        folders: folders below which images stored as paths may lie; other paths are refused.
 
     Raises:
-        StageError: a split or column that is not there, or no way to tell which is meant.
+        StageError: the split or column does not exist, or is ambiguous.
     """
 
     def __init__(
@@ -129,11 +128,11 @@ class Table(IndexedSource):
         self.split, table = _choose_split(data, split, location)
         self.image_column = _image_column(table, image_column, location)
         self.label_column = _label_column(table, label_column, location)
-        # Not decoded by datasets: all kinds of sources decode alike.
+        # Not decoded by datasets: all sources share one decoder.
         self._images = table.select_columns([self.image_column]).cast_column(
             self.image_column, datasets.Image(decode=False)
         )
-        self._versions = [file_version(file) for file in files]
+        self._file_versions = [file_version(file) for file in files]
         names, labels = _labels(table, self.label_column, location)
         labelled = np.flatnonzero(labels >= 0)
         self.left_out = tuple(LeftOut(self._key(i), NO_LABEL) for i in np.flatnonzero(labels < 0).tolist())
@@ -148,18 +147,18 @@ class Table(IndexedSource):
         return len(self._rows)
 
     def key(self, i: int) -> str:
-        """The split and the row of image ``i``, such as ``train/000000123``."""
+        """Return the split and the row of image ``i``, such as ``train/000000123``."""
         return self._key(int(self._rows[i]))
 
     def label(self, i: int) -> int:
-        """The class of image ``i``."""
+        """Return the class of image ``i``."""
         return int(self._labels[i])
 
     def load(self, i: int) -> Image.Image:
-        """Image ``i``, mode RGB; see `IndexedSource.load`."""
+        """Return image ``i``, mode RGB; see `IndexedSource.load`."""
         try:
             value = self._images[int(self._rows[i])][self.image_column]
-        except Exception as error:  # of pyarrow, fsspec or the system
+        except Exception as error:  # from pyarrow, fsspec or the system
             raise StageError(
                 f"{self.location}: row {self._rows[i]} cannot be read any more ({_one_line(error)}). Finished shards "
                 "are kept: put the data back and run the same command again"
@@ -174,7 +173,7 @@ class Table(IndexedSource):
         return decode_image(io.BytesIO(data))
 
     def describe(self) -> dict[str, object]:
-        """What a manifest says of this source."""
+        """See `Source.describe`."""
         return {
             "kind": "table",
             "location": self.location,
@@ -182,14 +181,17 @@ class Table(IndexedSource):
             "image_column": self.image_column,
             "label_column": self.label_column,
             "images": len(self),
-            "listing_sha256": listing_sha256(self, self._versions),
+            "listing_sha256": self._listing_sha256,
         }
 
+    def _versions(self) -> list[tuple[int, int]]:
+        return self._file_versions
+
     def _inside(self, path: str) -> str:
-        """Return where an image kept as a path lies, all links resolved.
+        """Return the resolved path of an image stored as a path.
 
         Raises:
-            UnusableImage: it is not below the data set's own folders: a row could name any file of this machine.
+            UnusableImage: it is outside the dataset's folders: a row could name any file of this machine.
         """
         for folder in self._folders:
             resolved = os.path.realpath(os.path.join(folder, path.replace("\0", "")))
@@ -206,14 +208,14 @@ class Table(IndexedSource):
 def _read(data: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except Exception as error:  # of pyarrow, fsspec, datasets or the system
+    except Exception as error:  # from pyarrow, fsspec, datasets or the system
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise StageError(f"{data}: cannot be read as images in a table ({_one_line(cause)})") from error
 
 
 def _split_of(file: str) -> str:
-    found = re.match(r"(train|validation|valid|val|test)(?![A-Za-z])", file, re.IGNORECASE)
-    return found.group(1).lower() if found else "train"
+    match = re.match(r"(train|validation|valid|val|test)(?![A-Za-z])", file, re.IGNORECASE)
+    return match.group(1).lower() if match else "train"
 
 
 def _choose_split(data: DatasetDict | Dataset, split: str | None, location: str) -> tuple[str, Dataset]:
@@ -224,12 +226,12 @@ def _choose_split(data: DatasetDict | Dataset, split: str | None, location: str)
     elif not isinstance(data, datasets.DatasetDict):
         raise StageError(f"{location}: is a {type(data).__name__}, which cannot be read in any order")
     names = sorted(map(str, data))
-    wanted = split or (names[0] if len(names) == 1 else "train")
-    if wanted not in names:
+    chosen = split or (names[0] if len(names) == 1 else "train")
+    if chosen not in names:
         if split is None:
             raise StageError(f"{location}: has the splits {', '.join(names)}; choose one with --split")
         raise StageError(f"{location}: no split {split!r}; {nearest(split, names)}")
-    return wanted, data[wanted]
+    return chosen, data[chosen]
 
 
 def _image_column(table: Dataset, asked: str | None, location: str) -> str:
@@ -278,7 +280,7 @@ def _known_column(table: Dataset, name: str, location: str) -> str:
 
 
 def _labels(table: Dataset, column: str | None, location: str) -> tuple[Sequence[str], NDArray[np.int32]]:
-    """Class names, and the label of each row; -1 for none. Reads that column alone."""
+    """Return the class names and the label of each row, -1 for none; reads only that column."""
     import datasets
 
     if column is None:

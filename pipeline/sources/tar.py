@@ -1,11 +1,11 @@
-"""What is in a tar, by its headers: names, places and sizes of its members, without unpacking anything.
+"""The members of a tar: names, offsets and sizes from its headers, without unpacking.
 
     with open("train.tar", "rb", buffering=0) as file:
         for member in members(Extent(file.fileno(), 0, size), "train.tar"):
             ...                                              # a Member, or LeftOut with the reason
 
-Nothing a tar says is believed: a header may not make this process allocate, loop or read outside the tar, and a tar
-that does not end as a tar should is an error, since nobody knows what else it held.
+Headers are not trusted: none can make this process allocate, loop or read outside the tar. A tar without a proper end
+is an error, since members may be missing.
 """
 
 from __future__ import annotations
@@ -22,30 +22,28 @@ from pipeline.sources.source import source_lost, valid_text
 from shards.files import open_regular
 from shards.manifest import LeftOut
 
-MAX_HEADER = 2**20
-"""Most bytes that the headers of one member may take, long names and all."""
-
+MAX_HEADER = 2**20  # maximum bytes of the headers of one member, including long names
 _BLOCK = 512
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Bytes(Protocol):
-    """A file to read a tar from: seekable, of known size. A read gives all that was asked for, up to the end."""
+    """A seekable file of known size. A read returns all requested bytes, up to the end."""
 
     size: int
 
     def read(self, n: int, /) -> bytes:
-        """The next ``n`` bytes."""
+        """Return the next ``n`` bytes."""
 
     def seek(self, offset: int, /) -> object:
-        """Goes to a byte."""
+        """Set the position."""
 
     def tell(self) -> int:
-        """The number of the next byte."""
+        """Return the position."""
 
 
 class Extent:
-    """A stretch of an open local file as a file of its own, such as a tar in a tar."""
+    """A range of an open local file, used as a file, such as a tar in a tar."""
 
     def __init__(self, descriptor: int, start: int, size: int, changed: int = 0) -> None:
         self._descriptor, self._start, self.size = descriptor, start, size
@@ -53,11 +51,11 @@ class Extent:
         self._position = 0
 
     def part(self, start: int, size: int) -> Extent:
-        """A stretch of this stretch."""
+        """Return a range within this range."""
         return Extent(self._descriptor, self._start + start, size)
 
     def read(self, n: int, /) -> bytes:
-        """The next ``n`` bytes."""
+        """Return the next ``n`` bytes."""
         n = max(0, min(n, self.size - self._position))
         pieces = []
         while n:
@@ -70,17 +68,17 @@ class Extent:
         return b"".join(pieces)
 
     def seek(self, offset: int, /) -> None:
-        """Goes to a byte."""
+        """Set the position."""
         self._position = offset
 
     def tell(self) -> int:
-        """The number of the next byte."""
+        """Return the position."""
         return self._position
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file in a tar: its name with slashes and without a leading ``./``, its first byte, its size."""
+    """A regular file in a tar: its name with slashes, without a leading ``./``, its first byte, its size."""
 
     name: str
     offset: int
@@ -88,9 +86,9 @@ class Member:
 
 
 def members(file: Bytes, tar: str) -> Iterator[Member | LeftOut]:
-    """The regular files of a tar, in order; what may not be read is LeftOut. Folders and hidden files are not seen.
+    """Yield the regular files of a tar in order, and LeftOut for other entries; skip folders and hidden files.
 
-    A member's bytes may be read from ``file`` between two steps.
+    The caller may read a member's bytes from ``file`` between two steps.
 
     Args:
         file: the tar, uncompressed.
@@ -104,7 +102,7 @@ def members(file: Bytes, tar: str) -> Iterator[Member | LeftOut]:
     try:
         archive = tarfile.TarFile(fileobj=cast(IO[bytes], headers), encoding="utf-8", errors="surrogateescape")
         while (header := archive.next()) is not None:
-            # An older tarfile lets a negative size lead it in circles.
+            # With a negative size, older versions of tarfile loop forever.
             if archive.offset <= where:
                 raise StageError(f"{tar}: damaged at byte {where}: a member of negative size")
             where = archive.offset
@@ -114,8 +112,8 @@ def members(file: Bytes, tar: str) -> Iterator[Member | LeftOut]:
                     f"{tar}: ends at byte {file.size}, but {valid_text(header.name)!r} claims to end at byte "
                     f"{header.offset_data + header.size}; the tar is cut short or damaged: get it again"
                 )
-            if (found := _member(header)) is not None:
-                yield found
+            if (member := _member(header)) is not None:
+                yield member
             headers.next_member()
         where = archive.offset
         file.seek(where)
@@ -144,12 +142,12 @@ def read_member(path: str, version: tuple[int, int], offset: int, size: int) -> 
         # Opened each time, which costs little beside decoding: nothing to share between threads, to pickle or to close.
         with open_regular(path) as file:
             data = Extent(file.fileno(), offset, size).read(size)
-            found = os.fstat(file.fileno())
+            status = os.fstat(file.fileno())
     except OSError as error:
         raise source_lost(path, error) from error
-    if (found.st_size, found.st_mtime_ns) != version or len(data) != size:
-        resized = f"has {found.st_size} bytes and had {version[0]} when its images were listed"
-        now = resized if found.st_size != version[0] else "has been changed since its images were listed"
+    if (status.st_size, status.st_mtime_ns) != version or len(data) != size:
+        resized = f"has {status.st_size} bytes and had {version[0]} when its images were listed"
+        now = resized if status.st_size != version[0] else "has been changed since its images were listed"
         raise StageError(
             f"{path}: {now}. Finished shards are kept: "
             "put the tar back as it was and run the same command again, or start anew with --overwrite"
@@ -186,9 +184,7 @@ def _what_is_wrong(file: Bytes, where: int, error: Exception) -> str:
     head = file.read(_BLOCK)
     for signature, name in _COMPRESSED.items():
         if head.startswith(signature):
-            return (
-                f"compressed with {name}; images do not shrink, and inside it nothing can be found: decompress it first"
-            )
+            return f"compressed with {name}, without random access and with little gain for images: decompress it first"
     if where == 0:
         return "not a tar" if len(head) == _BLOCK else f"not a tar: {len(head)} bytes"
     if at_end:
@@ -197,7 +193,7 @@ def _what_is_wrong(file: Bytes, where: int, error: Exception) -> str:
 
 
 class _Headers:
-    """What tarfile reads headers from: a long name that claims gigabytes is refused before it is read."""
+    """The file that tarfile reads headers from: refuses a long name that claims gigabytes."""
 
     def __init__(self, file: Bytes, tar: str) -> None:
         self._file, self._tar = file, tar

@@ -1,17 +1,17 @@
-"""Images in local tars, read where they lie: nothing is unpacked, any image can be read at any time.
+"""Images in local tars, with random access and without unpacking.
 
     source = TarImages(["ILSVRC2012_img_train.tar"], location="ILSVRC2012_img_train.tar")
     source.load(1_000_000)                                   # one read of the tar
 
-Three layouts are told apart by what is in the tars:
+The contents of the tars determine the layout:
 
 - class folders: ``CLASS/picture.jpg`` in one tar or several. Keys and order are those of the unpacked folder;
-- ImageNet's: a tar of tars, one a class (``n01440764.tar``), or those tars themselves, unpacked once. Keys and order
-  are those of the folder of class folders;
-- WebDataset: images with a ``cls`` or ``json`` beside them, in the order of the tars. Keys start with the tar's name.
+- ImageNet: a tar with one tar per class (``n01440764.tar``), or the tars of the classes. Keys and order are those of
+  the folder of class folders;
+- WebDataset: images with a ``cls`` or ``json`` member, in the order of the tars. Keys start with the tar's name.
   Without labels, the first folder of the key is the class.
 
-The listing reads every header once, which takes about a minute for ImageNet, and holds about 150 bytes per image.
+The listing reads every header, which takes about a minute for ImageNet, and needs about 150 bytes per image.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from pipeline.sources.source import (
     IndexedSource,
     choose,
     listing_order,
-    listing_sha256,
     nearest,
     normal,
     valid_text,
@@ -49,8 +48,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-TWICE = "key occurs twice"
-"""The reason for leaving out the second of two images of one key."""
+TWICE = "key occurs twice"  # the reason for leaving out the second image with the same key
 
 
 class TarImages(IndexedSource):
@@ -58,11 +56,11 @@ class TarImages(IndexedSource):
 
     Args:
         tars: paths, each once.
-        location: what names them all, for the manifest.
-        split: a folder around the class folders in the tars; WebDataset tars have none.
+        location: the name of them all, for the manifest.
+        split: the folder that contains the class folders in the tars; WebDataset tars have none.
 
     Raises:
-        StageError: a tar that cannot be read whole, or no images in them.
+        StageError: a tar cannot be read completely, or there are no images.
     """
 
     def __init__(
@@ -89,7 +87,7 @@ class TarImages(IndexedSource):
         self.class_names = choice.class_names
         self.left_out = tuple(sorted(listing.left_out, key=lambda x: (x.key, x.reason)))
         self._labels = choice.labels
-        self._tars, self._versions = list(tars), listing.versions
+        self._tars, self._tar_versions = list(tars), listing.versions
         self._keys = [listing.keys[i] for i in choice.indices.tolist()]
         self._tar, self._offset, self._size = (
             np.asarray(column)[choice.indices] for column in (listing.tar, listing.offset, listing.size)
@@ -99,37 +97,27 @@ class TarImages(IndexedSource):
         return len(self._keys)
 
     def key(self, i: int) -> str:
-        """The name of image ``i``: its path in the tars, or the tar's name and the sample's key."""
+        """Return the name of image ``i``: its path in the tars, or the tar's name and the sample's key."""
         return self._keys[i]
 
     def label(self, i: int) -> int:
-        """The class of image ``i``."""
+        """Return the class of image ``i``."""
         return int(self._labels[i])
 
     def load(self, i: int) -> Image.Image:
-        """Image ``i``, mode RGB; see `IndexedSource.load`."""
+        """Return image ``i``, mode RGB; see `IndexedSource.load`."""
         tar = int(self._tar[i])
-        data = read_member(self._tars[tar], self._versions[tar], int(self._offset[i]), int(self._size[i]))
+        data = read_member(self._tars[tar], self._tar_versions[tar], int(self._offset[i]), int(self._size[i]))
         return decode_image(io.BytesIO(data))
 
-    def describe(self) -> dict[str, object]:
-        """What a manifest says of this source."""
+    def _versions(self) -> list[tuple[int, ...]]:
         # a shipped tar has another time in every installation
-        versions = [] if self.location.startswith("builtin:") else self._versions
-        return {
-            "kind": self.kind,
-            "location": self.location,
-            "split": self.split,
-            "images": len(self),
-            "listing_sha256": listing_sha256(
-                self,
-                [*versions, *zip(self._tar.tolist(), self._offset.tolist(), self._size.tolist(), strict=True)],
-            ),
-        }
+        tars = [] if self.location.startswith("builtin:") else self._tar_versions
+        return [*tars, *zip(self._tar.tolist(), self._offset.tolist(), self._size.tolist(), strict=True)]
 
 
 class _Listing:
-    """Where each image is. ``keys[i]`` is at ``offset[i]`` of tar ``tar[i]``, ``size[i]`` bytes long."""
+    """The place of each image: ``keys[i]`` is at ``offset[i]`` of tar ``tar[i]``, ``size[i]`` bytes long."""
 
     def __init__(self, tars: Sequence[str], location: str) -> None:
         self.tars, self.location = tars, location
@@ -139,13 +127,13 @@ class _Listing:
         self.left_out: list[LeftOut] = []
 
     def class_folders(self, split: str | None) -> tuple[Sequence[str], NDArray[np.int32]]:
-        """Lists paths as in a folder; the class names and the label of each image."""
+        """List paths like a folder; return the class names and the label of each image."""
         names = stems(self.tars)
-        one_class_each = all(name in synsets() for name in names)
+        is_imagenet = all(name in synsets() for name in names)  # one tar per class
         for tar, path in enumerate(self.tars):
             with _opened(path) as file:
                 self.versions.append(file.version)
-                self._walk(tar, file, path, f"{names[tar]}/" if one_class_each else "")
+                self._walk(tar, file, path, f"{names[tar]}/" if is_imagenet else "")
         self._check_any()
         if split is None:
             check_no_splits(self.keys, self.location, "")
@@ -156,16 +144,16 @@ class _Listing:
             stray = "image beside the class folders: it has no class"
             self.left_out += [LeftOut(valid_text(key), stray) for key in self.keys if "/" not in key]
             self._keep([i for i, key in enumerate(self.keys) if "/" in key])
-            found = sorted({class_name(key) for key in self.keys})
-            index = {name: i for i, name in enumerate(found)}
+            classes = sorted({class_name(key) for key in self.keys})
+            index = {name: i for i, name in enumerate(classes)}
             labels = np.array([index[class_name(key)] for key in self.keys], np.int32)
         else:
-            found, labels = [normal(names[0]) if len(names) == 1 else "images"], np.zeros(len(self.keys), np.int32)
+            classes, labels = [normal(names[0]) if len(names) == 1 else "images"], np.zeros(len(self.keys), np.int32)
         self.keys = [key if key.isascii() else valid_text(key) for key in self.keys]
-        return readable(found), labels[self._drop_repeated()]
+        return readable(classes), labels[self._drop_repeated()]
 
     def samples(self) -> tuple[Sequence[str], NDArray[np.int32]]:
-        """Lists WebDataset samples; the class names and the label of each image."""
+        """List WebDataset samples; return the class names and the label of each image."""
         raw: list[Label | None] = []
         folders: list[str | None] = []
         for tar, (path, stem) in enumerate(zip(self.tars, stems(self.tars), strict=True)):
@@ -209,7 +197,7 @@ class _Listing:
                 self._add(tar, prefix + name, Member(name, start + member.offset, member.size))
 
     def _enter(self, split: str) -> None:
-        """Keeps what is in one folder of the root, named from there on."""
+        """Keep the contents of one folder, with keys relative to it."""
         folders = {class_name(key) for key in self.keys if "/" in key}
         if normal(split) not in folders:
             raise StageError(
@@ -232,7 +220,7 @@ class _Listing:
             setattr(self, name, array(column.typecode, np.asarray(column)[indices].tobytes()))
 
     def _drop_repeated(self) -> list[int]:
-        """Keeps the first image of each key; the places of those kept."""
+        """Keep the first image of each key; return the indices of those kept."""
         seen: set[str] = set()
         kept = []
         for i, key in enumerate(self.keys):
@@ -260,5 +248,5 @@ def _opened(path: str) -> Iterator[Extent]:
     except OSError as error:
         raise StageError(f"{path}: {error.strerror or error}") from error
     with file:
-        found = os.fstat(file.fileno())
-        yield Extent(file.fileno(), 0, found.st_size, found.st_mtime_ns)
+        status = os.fstat(file.fileno())
+        yield Extent(file.fileno(), 0, status.st_size, status.st_mtime_ns)

@@ -1,9 +1,9 @@
-"""WebDataset tars read over the network, each once and in order: nothing is stored, nothing is listed beforehand.
+"""WebDataset tars read sequentially over the network: nothing is stored, nothing is listed in advance.
 
     source = TarStream(["https://example.org/train-000.tar", …], location="https://example.org/train-{000..146}.tar")
     for item in source.part(3, part_size=1): ...             # the images of the fourth tar
 
-A part is a tar, so tars of 1,000 to 10,000 images make good shards.
+A part is a tar, so tars of 1,000 to 10,000 images give good shards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import decode_image
-from pipeline.sources.labels import MOST_CLASSES, NO_LABEL, decimal_names
+from pipeline.sources.labels import MAX_CLASSES, NO_LABEL, decimal_names
 from pipeline.sources.locations import check_named_once, stems
 from pipeline.sources.remote import WAITS, RemoteFile, look_up
 from pipeline.sources.samples import Sample, key_text, samples
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 
 class TarStream(Source):
-    """The images of WebDataset tars at URLs. Labels are numbers, as the tars have them: text cannot be numbered unread.
+    """The images of WebDataset tars at URLs. Labels must be numbers: text cannot be numbered before all is read.
 
     Args:
-        urls: of the tars, each once.
-        location: what names them all, for the manifest.
-        classes: numbers of the classes to keep, renumbered from 0 in their order; none for all.
-        limit: most images in total, shared evenly by the tars: the first of each.
-        waits: seconds to wait before each new try of a read that broke off.
+        urls: URLs of the tars, each once.
+        location: the name of them all, for the manifest.
+        classes: numbers of the classes to keep, renumbered from 0 in their order; empty for all.
+        limit: maximum number of images: the first of each tar, divided evenly.
+        waits: seconds to wait before each retry of a failed read.
 
     Raises:
-        StageError: a tar that is not there, or a class or limit that can be none.
+        StageError: a tar does not exist, or a class or the limit is invalid.
     """
 
     def __init__(
@@ -70,46 +70,45 @@ class TarStream(Source):
 
     @property
     def n_items(self) -> None:
-        """Not known before all is read."""
+        """None: unknown before all is read."""
         return None
 
     def n_parts(self, part_size: int) -> int:
-        """The number of tars, whatever ``part_size`` is."""
+        """Return the number of tars, for any ``part_size``."""
         return len(self._remotes)
 
     def part(self, index: int, part_size: int) -> Iterator[Item | LeftOut]:
-        """The images of tar ``index``, in order. Raises StageError also for labels that are text."""
-        given = len(self._remotes)
-        most = None if self.limit is None else self.limit // given + (index < self.limit % given)
-        yielded = 0
-        if most == 0:
+        """Yield the images of tar ``index`` in order; also raise StageError for a label that is text."""
+        n_tars = len(self._remotes)
+        limit = None if self.limit is None else self.limit // n_tars + (index < self.limit % n_tars)
+        count = 0
+        if limit == 0:
             return
         for item in self._items(index):
             yield item
-            yielded += isinstance(item, Item)
-            if yielded == most:
+            count += isinstance(item, Item)
+            if count == limit:
                 return
 
     def name_classes(self, n_labels: int) -> tuple[str, ...]:
-        """The numbers of the classes."""
+        """Return the numbers of the classes."""
         return self.class_names or decimal_names(n_labels)
 
     def find(self, keys: Collection[str]) -> dict[str, Callable[[], Image.Image]]:
         """See `Source.find`; reads only the tars that the keys name, and keeps the images' bytes."""
-        wanted = set(keys)
-        found: dict[str, Callable[[], Image.Image]] = {}
+        loaders: dict[str, Callable[[], Image.Image]] = {}
         for index, stem in enumerate(self._stems):
-            missing = {key for key in wanted if key.startswith(f"{stem}/")}
+            missing = {key for key in keys if key.startswith(f"{stem}/")}
             for item in self._items(index) if missing else ():
                 if isinstance(item, Item) and item.key in missing:
-                    found[item.key] = item.load
+                    loaders[item.key] = item.load
                     missing.remove(item.key)
                 if not missing:
                     break
-        return found
+        return loaders
 
     def describe(self) -> dict[str, object]:
-        """What a manifest says of this source. The listing is the tars and their versions: no image was read for it."""
+        """See `Source.describe`; the listing consists of the tars and their versions."""
         listing = "".join(f"{remote.url}\0{remote.size}\0{remote.version}\0" for remote in self._remotes)
         return {
             "kind": "webdataset-stream",
@@ -137,7 +136,7 @@ class TarStream(Source):
         file.check_unchanged()
 
     def _item(self, key: str, sample: Sample, url: str) -> Item | LeftOut | None:
-        """The sample as an image with a label; None where its class is not among those chosen."""
+        """Return a sample as an image with a label; None if its class is not selected."""
         label = sample.label
         if sample.problem is not None:
             return LeftOut(key, sample.problem)
@@ -148,8 +147,8 @@ class TarStream(Source):
             )
         if label is None or label < 0:
             return LeftOut(key, NO_LABEL)
-        if label >= MOST_CLASSES:
-            raise StageError(f"{url}: the label of {sample.key!r} is {label}; class numbers are below {MOST_CLASSES}")
+        if label >= MAX_CLASSES:
+            raise StageError(f"{url}: the label of {sample.key!r} is {label}; class numbers are below {MAX_CLASSES}")
         if self._classes:
             if label not in self._classes:
                 return None

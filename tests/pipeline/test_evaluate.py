@@ -514,7 +514,7 @@ def test_without_the_originals_there_are_likelihood_and_samples_but_no_distance(
 
 @pytest.mark.parametrize("kind", ["tokenizer", "entropy"])
 def test_what_is_no_run_of_train_is_refused(home: Path, tmp_path: Path, kind: str) -> None:
-    with pytest.raises(StageError, match=r"is no run: it has no run\.json"):
+    with pytest.raises(StageError, match=r"is not a run: it has no run\.json"):
         run(home, tmp_path / "a", "codes")
     (tmp_path / "run").mkdir()
     record = {"format_version": FORMAT_VERSIONS[kind], "kind": kind, "settings": {}, "inputs": {}}

@@ -97,7 +97,7 @@ def test_an_entropy_model_of_a_bundle_refuses_codes_of_another_tokenizer(home: P
     settings = TokenizeSettings(tokenizer=str(tmp_path / "vq"), image_size=SIZE, **CPU)
     tokenize(str(home / "photos"), tmp_path / "codes", settings, QUIET)
     patches = PatchifySettings(entropy_model=str(home / "dpar-bundle"), **RULE, **CPU)
-    with pytest.raises(StageError, match="its entropies of them would mean nothing"):
+    with pytest.raises(StageError, match="its entropies would be meaningless"):
         patchify(tmp_path / "codes", tmp_path / "patches", patches, QUIET)
 
 

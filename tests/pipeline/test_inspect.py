@@ -370,7 +370,7 @@ def test_nothing_is_written_into_an_artifact_or_over_a_file(made: Path, tmp_path
 
 
 def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no artifact"):
+    with pytest.raises(ArtifactError, match="not an artifact"):
         look(tmp_path)
 
 

@@ -464,7 +464,7 @@ def test_a_run_whose_first_weights_are_being_written_is_one_message(home: Path, 
 
 
 def test_what_is_no_run_is_refused_with_the_command_that_makes_one(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"codes is no run: it has no run\.json\. `dpar train` makes one"):
+    with pytest.raises(StageError, match=r"codes is not a run: it has no run\.json\. `dpar train` makes one"):
         run(home, tmp_path / "out", "codes")
 
 

@@ -201,7 +201,7 @@ def test_a_manifest_that_cannot_be_read_is_named_with_what_is_wrong(tmp_path: Pa
 def test_a_directory_that_is_not_there_or_no_artifact_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=rf"no artifact at {tmp_path}/a: there is no such directory"):
         open_artifact(tmp_path / "a")
-    with pytest.raises(ArtifactError, match=rf"{tmp_path} is no artifact: it has no manifest\.json"):
+    with pytest.raises(ArtifactError, match=rf"{tmp_path} is not an artifact: it has no manifest\.json"):
         open_artifact(tmp_path)
 
 

@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ArtifactError
-from shards.files import write_json
 from shards.left_out import LEFT_OUT
 from shards.manifest import BUILD, MANIFEST, Container, LeftOut, Manifest, ShardInfo
 from shards.reader import open_artifact
@@ -529,14 +528,3 @@ if __name__ == "__main__":
     folder, kind, rank, world_size, pause, large = sys.argv[1:]
     os.environ.pop("PYTHONPATH", None)
     run(Path(folder), kind, int(rank), int(world_size), float(pause), bool(int(large)))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_json_files_hold_no_number_that_json_does_not_have(tmp_path: Path, value: float) -> None:
-    path = tmp_path / "a.json"
-    write_json(path, {"a": 1.0, "b": None})
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"a": [value]})
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.work_sharing import Parts, claim_folder, claim_parts, write_once
-from shards.files import atomic_path
 from tests.pipeline.sampled import start
 
 
@@ -83,15 +82,6 @@ def test_parts_give_back_what_was_saved_in_order(tmp_path: Path) -> None:
 def test_what_is_made_once_is_read_afterwards(tmp_path: Path) -> None:
     assert write_once(tmp_path / "a" / "it.json", lambda: {"x": [1.5, None]}) == {"x": [1.5, None]}
     assert write_once(tmp_path / "a" / "it.json", lambda: {"x": "other"}) == {"x": [1.5, None]}
-
-
-def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "it.txt"
-    path.write_text("before")
-    with pytest.raises(FileNotFoundError), atomic_path(path) as part:
-        (part.write_text("half"), (tmp_path / "gone").read_text())
-    assert [p.name for p in tmp_path.iterdir()] == ["it.txt"]
-    assert path.read_text() == "before"
 
 
 def test_a_folder_is_taken_while_another_process_writes_its_record_and_after_a_kill_in_between(tmp_path: Path) -> None:
