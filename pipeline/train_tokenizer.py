@@ -48,7 +48,7 @@ def train_tokenizer(data: str, out: Path, settings: TrainTokenizerSettings, prog
     """
     progress = progress or Progress()
     if world_size() > 1:
-        raise StageError("`dpar tokenizer` trains in one process; start it without torchrun")
+        raise StageError("`dpar train-tokenizer` trains in one process; start it without torchrun")
     overrides = {} if settings.codebook_size is None else {"codebook_size": settings.codebook_size}
     config = tokenizer_preset(settings.model, **overrides)
     factor = config.downsampling
@@ -72,28 +72,16 @@ def _fit(
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     model = VQTokenizer(config).to(device)  # not channels_last: its group norms are slow on CPU
-    loss = VQLoss(
-        LossWeights(
-            commitment=settings.commitment_weight,
-            entropy=settings.entropy_weight,
-            perceptual=settings.perceptual_weight,
-            adversarial=settings.adversarial_weight,
-        )
-    ).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    optimizers: dict[str, torch.optim.Optimizer] = {"optimizer": optimizer}
-    if loss.discriminator is not None:
-        discriminator_parameters = loss.discriminator.parameters()
-        optimizers["discriminator_optimizer"] = torch.optim.Adam(
-            discriminator_parameters, lr=settings.lr, betas=(0.5, 0.9)
-        )
+    loss = VQLoss(_loss_weights(settings)).to(device)
+    optimizers = _optimizers(model, loss, settings.lr)
+    optimizer = optimizers["optimizer"]
     trained = _Trained(model, loss).to(device)
     used = trained.used
     state = TrainState(trained, optimizers.values())
     crops = RandomCrops(source, settings.image_size, settings.batch, settings.seed, settings.workers)
-    keeps = f"Stopped. The newest checkpoint is in {run.checkpoints}; run the same command again to go on from it."
+    message = f"Stopped. The newest checkpoint is in {run.checkpoints}; run the same command again to resume from it."
     with (
-        stops_with(keeps),
+        stops_with(message),
         progress.task("tokenizer", settings.steps, "steps") as task,
         crops,
         Checkpoints(run.checkpoints) as checkpoints,
@@ -130,29 +118,49 @@ def _fit(
                 optimizers["discriminator_optimizer"].step()
             used += torch.bincount(quantised.codes.flatten(), minlength=config.codebook_size)
             done = step + 1
+            if done % LOG_EVERY == 0 or done == settings.steps:  # before a restart clears the counts
+                values = {name: part.item() for name, part in parts.items()}
+                run.log(step=done, loss=total.item(), lr=rate, codes_used=int((used > 0).sum()), **values)
             if settings.restart_every and done % settings.restart_every == 0:
                 if done <= settings.steps // 2:
                     generator = torch.Generator().manual_seed(settings.seed + done)
                     restart_unused(model.quantize, used, latent, generator)
                 used.zero_()
             note = f"loss {total.item():.4f}, PSNR {_psnr(parts['reconstruction'].item()):.1f} dB"
-            if done % LOG_EVERY == 0 or done == settings.steps:
-                values = {name: part.item() for name, part in parts.items()}
-                run.log(step=done, loss=total.item(), lr=rate, codes_used=int((used > 0).sum()), **values)
-            status = asked()  # once, so that what is said below is what was done
+            status = asked()  # read once: the save and the message below must agree
             if done % settings.checkpoint_every == 0 or done == settings.steps or status:
                 checkpoints.save(done, state, publish)
             task.advance(1, note)
             if status and done < settings.steps:
                 checkpoints.finish()
                 raise Stopped(
-                    f"Stopped. Step {done} is saved in {run.folder}; run the same command again to go on.", status
+                    f"Stopped. Step {done} is saved in {run.folder}; run the same command again to resume.", status
                 )
         checkpoints.finish()
     if settings.weights_dtype == "bf16":
         model.save_pretrained(run.model, dtype=torch.bfloat16)
     progress.say(f"weights: {run.model}")
     return run.model
+
+
+def _loss_weights(settings: TrainTokenizerSettings) -> LossWeights:
+    return LossWeights(
+        commitment=settings.commitment_weight,
+        entropy=settings.entropy_weight,
+        perceptual=settings.perceptual_weight,
+        adversarial=settings.adversarial_weight,
+    )
+
+
+def _optimizers(model: VQTokenizer, loss: VQLoss, lr: float) -> dict[str, torch.optim.Optimizer]:
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    }
+    if loss.discriminator is not None:
+        optimizers["discriminator_optimizer"] = torch.optim.Adam(
+            loss.discriminator.parameters(), lr=lr, betas=(0.5, 0.9)
+        )
+    return optimizers
 
 
 class _Trained(torch.nn.Module):

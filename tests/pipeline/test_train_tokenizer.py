@@ -55,7 +55,7 @@ def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130, said
-    assert "run the same command again to go on" in " ".join(said.split())
+    assert "run the same command again to resume" in " ".join(said.split())
     subprocess.run(command, check=True, capture_output=True)
     one, other = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken"))
     assert one == other
@@ -66,6 +66,14 @@ def test_more_steps_train_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     train_tokenizer("builtin:photos", tmp_path / "vq", dataclasses.replace(SMALL, steps=3), QUIET)
     assert [line["step"] for line in read_metrics(tmp_path / "vq")] == [2, 3]
     assert [path.name for path in sorted((tmp_path / "vq" / "checkpoints").iterdir())][-1] == "step-00000003"
+
+
+def test_codes_used_is_logged_before_a_restart_clears_the_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.train_tokenizer.LOG_EVERY", 2)
+    train_tokenizer("builtin:photos", tmp_path / "vq", dataclasses.replace(SMALL, steps=4, restart_every=2), QUIET)
+    assert all(line["codes_used"] > 0 for line in read_metrics(tmp_path / "vq"))
 
 
 def test_several_processes_of_torchrun_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
