@@ -5,6 +5,7 @@ sample_pictures(Path("run"), Path("pictures"), SampleSettings(classes=("cat",), 
 OUT/codes/                    the tokens, as an artifact: ``dpar inspect OUT/codes`` and every other command opens it
 OUT/images/CLASS/INDEX.png    each picture
 OUT/samples.npz               all of them, as ADM's evaluation suite reads it (``--npz``)
+OUT/nearest.png, .json        each sample and the training image nearest to it (``--show-nearest``)
 OUT/sheet.png                 a row a class; with ``--image`` the original, the mask and what was sampled
 
 Any number of processes may work on one OUT, and what was killed goes on where it was, with the same files.
@@ -23,6 +24,7 @@ from PIL import Image
 
 from pipeline.generation.editing import Edit, edit_sheet
 from pipeline.generation.generator import Generator, choose_classes
+from pipeline.generation.nearest import find_nearest, nearest_sheet, open_training
 from pipeline.generation.npz import write_images
 from pipeline.generation.sampled_artifact import Plan, labels_of, write_sampled
 from pipeline.reports.pictures import draw_patches, enlarge, sheet
@@ -30,11 +32,12 @@ from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, stops_with
 from pipeline.runtime.work_sharing import claim_parts
 from pipeline.settings.sampling import SampleSettings
-from shards.files import atomic_path
+from shards.files import atomic_path, write_json
 from shards.reader import Artifact
 
 SHEET_CLASSES = 50  # rows of a sheet, at most
 SHEET_COLUMNS = 16
+MADE = ("images", "samples.npz", "sheet.png", "nearest.png", "nearest.json")  # of OUT, from the codes
 
 
 def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Progress | None = None) -> dict[str, Any]:
@@ -57,10 +60,11 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
     else:
         labels = labels_of(classes, settings.count, settings.labels, settings.seed)
     edit = None if settings.image is None else Edit.of(generator, settings)
+    training = None if settings.show_nearest is None else open_training(settings.show_nearest, generator)
     plan = Plan(labels=labels, cfg_scale=settings.cfg_scale, edit=edit)
     with stops_with(f"Stopped. What was sampled is kept in {out}; run the same command again to go on."):
         if settings.overwrite:
-            for made in ("images", "samples.npz", "sheet.png"):  # or they would be taken for those of the new codes
+            for made in MADE:  # or they would be taken for those of the new codes
                 _remove(out / made)
         artifact = write_sampled(generator, plan, out / "codes", progress, "sample", overwrite=settings.overwrite)
         if settings.png:
@@ -76,6 +80,8 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
                     generator, edit, row_of_pictures(generator, artifact, shown, settings.show_patches)
                 )
             save_picture(picture, out / "sheet.png")
+        if training is not None:
+            _write_nearest(generator, artifact, labels, training, out)
     held = artifact.manifest.statistics.get("patches_per_image", artifact.manifest.n_tokens)
     return {"sheet": str(out / "sheet.png"), "images": len(labels), "patches_per_image": float(held)}
 
@@ -106,6 +112,17 @@ def _write_npz(
                 pixels = shard_pixels(generator, artifact, index)
                 append(pixels)
                 task.advance(len(pixels))
+
+
+def _write_nearest(
+    generator: Generator, artifact: Artifact, labels: NDArray[np.int64], training: Artifact, out: Path
+) -> None:
+    codes = np.concatenate([artifact.shard_rows(i).codes[:, 0] for i in range(len(artifact.manifest.shards))])
+    for _ in claim_parts(out / "nearest.png", 1, lambda _: False):
+        nearest = find_nearest(codes, training, generator.tokenizer)
+        pairs = zip(artifact.keys(np.arange(len(codes))), nearest.keys, nearest.distance.tolist(), strict=True)
+        write_json(out / "nearest.json", [{"sample": s, "nearest": n, "distance": d} for s, n, d in pairs])
+        save_picture(nearest_sheet(generator, codes, labels, nearest), out / "nearest.png")
 
 
 def shard_pixels(generator: Generator, artifact: Artifact, index: int, size: int | None = None) -> NDArray[np.uint8]:

@@ -86,6 +86,9 @@ class SampleSettings(SamplingSettings):
     mask: Annotated[Path | None, "Image of the same size: white is sampled anew.", SAMPLING] = None
     keep_rows: Annotated[int | None, "Rows of tokens kept, from the top.", SAMPLING] = None
     show_patches: Annotated[bool, "Draw the patches on the images of the sheet.", OUTPUT] = False
+    show_nearest: Annotated[
+        Path | None, "Training artifact: put the nearest training image below each sample, in nearest.png.", OUTPUT
+    ] = None
     png: Annotated[bool, "Write each picture as a PNG file.", OUTPUT] = True
     npz: Annotated[bool, "Write samples.npz as ADM's evaluation suite reads it.", OUTPUT] = False
     overwrite: Annotated[bool, "Replace an output that other settings made.", OUTPUT] = False

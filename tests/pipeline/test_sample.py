@@ -17,16 +17,18 @@ from dpar.patching import static_starts
 from dpar.sampling import sample
 from dpar.tokenizer import VQTokenizer, from_uint8
 from pipeline.convert import convert
-from pipeline.generation.generator import choose_classes, decode
+from pipeline.generation.generator import Generator, choose_classes, decode
+from pipeline.generation.nearest import find_nearest, open_training
 from pipeline.inspect import inspect
 from pipeline.patchify import patchify
 from pipeline.runs.run_folder import RunFolder
 from pipeline.runtime.errors import StageError
 from pipeline.sample import sample_pictures
-from pipeline.settings.artifacts import InspectSettings, PatchifySettings
+from pipeline.settings.artifacts import InspectSettings, PatchifySettings, TokenizeSettings
 from pipeline.settings.models import ConvertSettings
 from pipeline.settings.sampling import SampleSettings
 from pipeline.sources.crops import views
+from pipeline.tokenize import tokenize
 from shards.errors import ArtifactError
 from shards.reader import open_artifact
 from tests.pipeline.sampled import (
@@ -484,3 +486,38 @@ def test_other_settings_are_refused_and_replace_everything_only_if_asked(home: P
     run(home, tmp_path / "out", classes=("bird",), per_class=1, overwrite=True)
     assert pictures(tmp_path / "out") == [f"{FOLDERS[0]}/000000.png"]
     assert not (tmp_path / "out" / "samples.npz").exists()
+
+
+def test_the_nearest_training_image_of_a_copy_is_the_copied_one(home: Path) -> None:
+    generator = Generator.load(home / "dpar", SampleSettings(**CPU))
+    training = open_training(home / "patches", generator)
+    rows = np.array([3, 0])
+    copied = training.gather(rows, np.zeros_like(rows)).codes
+    altered = copied.copy()
+    altered[1, 5] = (altered[1, 5] + 1) % V
+    nearest = find_nearest(altered, training, generator.tokenizer)
+    assert nearest.rows.tolist() == rows.tolist()
+    assert nearest.keys == training.keys(rows)
+    assert nearest.distance[0] == pytest.approx(0, abs=1e-3)
+    vectors = generator.tokenizer.quantize.vectors()
+    moved = (vectors[int(altered[1, 5])] - vectors[int(copied[1, 5])]).square().sum().item()
+    assert nearest.distance[1] == pytest.approx((moved / N) ** 0.5, abs=1e-3)
+
+
+def test_samples_and_their_nearest_training_images_are_written(home: Path, tmp_path: Path) -> None:
+    run(home, tmp_path / "out", show_nearest=home / "patches")
+    listed = json.loads((tmp_path / "out" / "nearest.json").read_text(encoding="utf-8"))
+    assert [entry["sample"] for entry in listed] == [f"{i:06d}" for i in range(6)]
+    artifact = open_artifact(home / "patches")
+    assert {entry["nearest"] for entry in listed} <= set(artifact.keys(np.arange(len(artifact))))
+    assert Image.open(tmp_path / "out" / "nearest.png").width > 6 * 128
+
+
+def test_nearest_images_of_another_tokenizer_are_refused(home: Path, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    VQTokenizer(VQTokenizer.from_pretrained(home / "vq").config).save_pretrained(tmp_path / "vq")
+    settings = TokenizeSettings(tokenizer=str(tmp_path / "vq"), image_size=SIZE, **CPU)
+    tokenize(str(home / "photos"), tmp_path / "codes", settings, QUIET)
+    with pytest.raises(StageError, match="Name the artifact that the model was trained on"):
+        run(home, tmp_path / "out", show_nearest=tmp_path / "codes")
+    assert not (tmp_path / "out").exists()
