@@ -7,7 +7,7 @@ OUT/images/CLASS/INDEX.png    each picture
 OUT/samples.npz               all of them, as ADM's evaluation suite reads it (``--npz``)
 OUT/sheet.png                 a row a class; with ``--image`` the original, the mask and what was sampled
 
-Any number of processes may work on one OUT, and what was killed goes on where it was, with the same files.
+Any number of processes may work on one OUT, and a killed run resumes and writes the same files.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
         labels = labels_of(classes, settings.count, settings.labels, settings.seed)
     edit = None if settings.image is None else Edit.of(generator, settings)
     plan = Plan(labels=labels, cfg_scale=settings.cfg_scale, edit=edit)
-    with stops_with(f"Stopped. What was sampled is kept in {out}; run the same command again to go on."):
+    with stops_with(f"Stopped. What was sampled is kept in {out}; run the same command again to resume."):
         if settings.overwrite:
             for made in ("images", "samples.npz", "sheet.png"):  # or they would be taken for those of the new codes
                 _remove(out / made)
