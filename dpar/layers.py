@@ -33,11 +33,12 @@ def ffn_hidden(width: int) -> int:
 
 
 class Layer(nn.Module):
-    """One of the repeated parts of a model. ``compute`` is its forward pass; torch.compile may take it in training.
+    """One of the repeated parts of a model. ``compute`` is its forward pass, which can be compiled for training.
 
-    All layers of a kind share what was compiled, and hooks (FSDP's, say) stay outside of it.
+    All layers of a kind share one compiled function, and hooks (FSDP's, say) run outside it.
     """
 
+    # Not nn.Module.compile: it compiles hooks with the forward pass, and calls the compiled function in eval too.
     compiled = False  # in training; sampling and evaluation have other shapes at every step
 
     def forward(self, *args: Any) -> Any:

@@ -2,10 +2,11 @@
 
     model = DPAR(preset("dpar-b"))
     logits = model(codes, labels, starts)                    # (B, N, V); logits at i are for token i
-    loss = model(codes, labels, starts, loss=True)           # mean nats a token, without holding the logits
+    loss = model(codes, labels, starts, loss=True)           # mean nats per token; logits are never materialised
 
 Symbols of the paper, mapped once: u are ``tokens`` after the encoder, p_j ``patches``, o_j ``outputs`` of the patch
 transformer, z_i the decoder's ``stream``, c the class embedding. ``docs/method.md`` has the equations.
+Letters in shapes: B images, N tokens per image, M patches of an image (ΣM in the batch), d width, V codes.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         nn.init.zeros_(self.output.weight)
         self.attention_backend: Backend = "auto"  # of the packed patches; the numbers do not depend on it
         self.compiled = False  # see compile_layers
-        self.checkpoint_layers = False  # True: backward runs each layer again, to hold less
+        self.checkpoint_layers = False  # True: backward recomputes each layer, to save memory
 
     def forward(
         self, codes: Tensor, labels: Tensor | None, starts: Tensor | PatchLayout, *, loss: bool = False
@@ -145,7 +146,7 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
 
     def encode(self, codes: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
         """Tokens into patches: patches (ΣM, d) and tokens (B, N, d)."""
-        tokens = self.tok_embeddings(codes)
+        tokens = self.tok_embeddings(codes)  # (B, N) to (B, N, d)
         patches: Tensor | None = None
         self._mark_packed(layout.first)  # whose length is the number of patches
         for layer in self.encoder:
@@ -181,7 +182,7 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
     def decode_hidden(self, condition: Tensor, tokens: Tensor, outputs: Tensor, layout: PatchLayout) -> Tensor:
         """:meth:`decode` up to the output head: (B, N, d)."""
         start = self.stream_start(condition).unsqueeze(1).to(tokens.dtype)
-        stream = torch.cat([start, tokens[:, :-1]], dim=1)
+        stream = torch.cat([start, tokens[:, :-1]], dim=1)  # (B, 1, d) and (B, N - 1, d) to (B, N, d)
         self._mark_packed(outputs)
         for layer in self.decoder:
             stream = self._run(layer, stream, outputs, self.stream_table, dense_causal, layout.patch_of_token)

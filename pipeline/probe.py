@@ -9,7 +9,7 @@ and a bias on standardised features, fitted with full batches by L-BFGS from zer
 result is no matter of chance. The paper does not say how it fits its own.
 
     OUT/probe.json            accuracies and what made them
-    OUT/train/, OUT/test/     features, in parts that processes share; a run that was killed goes on with them
+    OUT/train/, OUT/test/     features, in parts that processes share; a killed run resumes with them
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def probe(run: Path, out: Path, settings: ProbeSettings, progress: Progress | No
     }
     claim_folder(out, "features.json", identity, "holds features of other weights, images or settings")
     model = prepared(model.to(device), settings.precision)
-    with stops_with(f"Stopped. Features are kept in {out}; run the same command again to go on."):
+    with stops_with(f"Stopped. Features are kept in {out}; run the same command again to resume."):
         held = {
             name: _measure(model, artifact, layer, out / name, settings, progress)
             for name, artifact in artifacts.items()

@@ -8,7 +8,7 @@ OUT/samples.npz               all of them, as ADM's evaluation suite reads it (`
 OUT/nearest.png, .json        each sample and the training image nearest to it (``--show-nearest``)
 OUT/sheet.png                 a row a class; with ``--image`` the original, the mask and what was sampled
 
-Any number of processes may work on one OUT, and what was killed goes on where it was, with the same files.
+Any number of processes may work on one OUT, and a killed run resumes and writes the same files.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
     edit = None if settings.image is None else Edit.of(generator, settings)
     training = None if settings.show_nearest is None else open_training(settings.show_nearest, generator)
     plan = Plan(labels=labels, cfg_scale=settings.cfg_scale, edit=edit)
-    with stops_with(f"Stopped. What was sampled is kept in {out}; run the same command again to go on."):
+    with stops_with(f"Stopped. What was sampled is kept in {out}; run the same command again to resume."):
         if settings.overwrite:
             for made in MADE:  # or they would be taken for those of the new codes
                 _remove(out / made)

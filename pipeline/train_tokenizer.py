@@ -126,11 +126,10 @@ def _fit(
                     generator = torch.Generator().manual_seed(settings.seed + done)
                     restart_unused(model.quantize, used, latent, generator)
                 used.zero_()
-            note = f"loss {total.item():.4f}, PSNR {_psnr(parts['reconstruction'].item()):.1f} dB"
             status = asked()  # read once: the save and the message below must agree
             if done % settings.checkpoint_every == 0 or done == settings.steps or status:
                 checkpoints.save(done, state, publish)
-            task.advance(1, note)
+            task.advance(1, f"loss {total.item():.4f}, PSNR {_psnr(parts['reconstruction'].item()):.1f} dB")
             if status and done < settings.steps:
                 checkpoints.finish()
                 raise Stopped(

@@ -1,4 +1,6 @@
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +38,23 @@ def test_compiled_training_equals_eager_in_three_compilations_whatever_the_numbe
             torch.testing.assert_close(mine, own, rtol=1e-4, atol=5e-5)
     assert counters["stats"]["unique_graphs"] == 3  # encoder, patch transformer, decoder
     assert not counters["graph_break"]
+
+
+def test_a_compiled_model_runs_its_layers_compiled_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[object] = []
+
+    def compiled(compute: Callable[..., Any]) -> Callable[..., Any]:
+        used.append(compute)
+        return compute
+
+    monkeypatch.setattr("dpar.layers.compiled", compiled)
+    model = DPAR(DPARConfig(codebook_size=8, grid_height=2, grid_width=2, classes=1, width=32, heads=2))
+    model.compile_layers()
+    codes, starts = torch.randint(8, (1, 4)), torch.ones(1, 4, dtype=torch.bool)
+    model.eval()(codes, None, starts)
+    assert not used
+    model.train()(codes, None, starts)
+    assert len(set(used)) == 3  # encoder layer, block, decoder layer
 
 
 def test_a_copy_of_a_compiled_model_reads_its_own_weights() -> None:
