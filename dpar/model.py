@@ -2,7 +2,7 @@
 
     model = DPAR(preset("dpar-b"))
     logits = model(codes, labels, starts)                    # (B, N, V); logits at i are for token i
-    loss = model(codes, labels, starts, loss=True)           # mean nats per token; logits are never materialised
+    loss = model(codes, labels, starts, loss=True)           # mean nats per token; logits are never held in full
 
 Symbols of the paper, mapped once: u are ``tokens`` after the encoder, p_j ``patches``, o_j ``outputs`` of the patch
 transformer, z_i the decoder's ``stream``, c the class embedding. ``docs/method.md`` has the equations.
