@@ -113,7 +113,7 @@ def test_at_equal_flops_a_step_of_dpar_costs_what_llamagens_costs_to_half_a_laye
     codes = {"grid_height": 16, "grid_width": 16, "codebook_size": 1024, "classes": 51}
     size = Size()
     shape = codes | {"width": size.width, "heads": size.heads}
-    deeper = dict(equal_flops(size, codes).overrides)["patch_layers"]
+    deeper = int(str(dict(equal_flops(size, codes).overrides)["patch_layers"]))
     costs = [count(preset("dpar-mini", **shape, patch_layers=n), size.length).linear for n in (deeper, deeper + 1)]
     wanted = count(preset("llamagen-mini", **shape)).linear
     assert abs(costs[0] - wanted) <= (costs[1] - costs[0]) / 2
