@@ -1,4 +1,4 @@
-"""The command line: parses, calls a stage, renders what it gives. No logic lives here.
+"""The command line: parses, calls a stage, renders what it returns. No logic lives here.
 
     dpar tokenize | entropy | patchify | train | eval        the five stages, in order
     dpar train-tokenizer | sample | probe | inspect | convert | flops | demo   what people need around them
@@ -11,12 +11,10 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C, 75 stoppe
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import os
 import sys
-import tomllib
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,126 +24,36 @@ import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperCommand, TyperGroup
 
 from dpar.errors import ModelError
 from pipeline.runtime.errors import StageError, claim_error_report
 from pipeline.runtime.terminal import Terminal
 from pipeline.settings.artifacts import InspectSettings, PatchifySettings, TokenizeSettings
-from pipeline.settings.fields import GROUPS, OUTPUT
+from pipeline.settings.examples import EXAMPLES
+from pipeline.settings.fields import OUTPUT
 from pipeline.settings.models import ConvertSettings, FlopsSettings, ProbeSettings
+from pipeline.settings.options import Command, Commands, build_settings, option_parameters
 from pipeline.settings.sampling import EvalSettings, SampleSettings
 from pipeline.settings.training import EntropySettings, TrainSettings, TrainTokenizerSettings
 from shards.errors import ArtifactError
-from shards.files import open_regular
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
-
-EXAMPLES = {
-    "dpar": ("dpar demo", "dpar tokenize photos codes --tokenizer vq --image-size 128"),
-    "tokenize": (
-        "dpar tokenize photos codes --tokenizer vq --holdout 0.05",
-        "torchrun --nproc-per-node 8 -m dpar tokenize imagenet codes --tokenizer vq",
-    ),
-    "entropy": (
-        "dpar entropy codes entropy --model llamagen-tiny --steps 1000 --batch 32",
-        "dpar entropy codes entropy --from-llamagen c2i_B_256.pt",
-    ),
-    "patchify": (
-        "dpar patchify codes patches --entropy-model entropy --target-length 1.81",
-        "dpar patchify patches longer --target-length 2.5 --max-length 8",
-    ),
-    "train": (
-        "dpar train patches run --model dpar-tiny --steps 2000 --batch 32",
-        "torchrun --nproc-per-node 8 -m dpar train patches run --model dpar-b",
-    ),
-    "eval": (
-        "dpar eval run scores --reference patches-holdout --samples 1000",
-        "dpar eval run scores --reference patches-holdout --cfg-scale 1.5 --cfg-scale 2",
-    ),
-    "train-tokenizer": (
-        "dpar train-tokenizer photos vq --image-size 128 --steps 2000",
-        "dpar train-tokenizer photos vq --model vq-16 --image-size 256 --steps 50000",
-    ),
-    "sample": (
-        "dpar sample run pictures --cfg-scale 2 --per-class 8 --show-patches",
-        "dpar sample run below --image cup.png --keep-rows 8 --classes coffee",
-    ),
-    "probe": (
-        "dpar probe run probed --train patches --test patches-holdout",
-        "dpar probe run probed --train patches --test patches-holdout --layer 4",
-    ),
-    "inspect": (
-        "dpar inspect patches --out look --images 16",
-        "dpar inspect patches --images 0 --verify",
-    ),
-    "convert": (
-        "dpar convert c2i_B_256.pt c2i-b",
-        "dpar convert run c2i-b --push-to you/c2i-b",
-    ),
-    "flops": (
-        "dpar flops --model dpar-b --model llamagen-b --image-size 256",
-        "dpar flops --entropy-model llamagen-xs --markdown",
-    ),
-    "demo": ("dpar demo", "dpar demo look --tiny"),
-}
-
-
-class Command(TyperCommand):
-    """A command whose help lists its options under headings, those that must be given first, and ends in examples."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the arguments and options, section by section."""
-        headings = ("Arguments", "Required", *GROUPS, "Options")
-        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in headings}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is None:
-                continue
-            heading = getattr(parameter, "rich_help_panel", None) or "Options"
-            if parameter.param_type_name == "argument":
-                heading = "Arguments"
-            elif parameter.required:
-                heading = "Required"
-            sections[heading].append(record)
-        for heading, records in sections.items():
-            if records:
-                with formatter.section(heading):
-                    formatter.write_dl(records)
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples, a line each."""
-        write_examples(formatter, str(self.name))
-
-
-class Commands(TyperGroup):
-    """All commands."""
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples, a line each."""
-        write_examples(formatter, "dpar")
-
-
-def write_examples(formatter: Any, command: str) -> None:
-    """Write the examples of a command as the last section of its help."""
-    with formatter.section("Examples"):
-        for example in EXAMPLES[command]:
-            formatter.write(" " * formatter.current_indent + example + "\n")
-
 
 app = typer.Typer(
     name="dpar",
     help="Dynamic patchification for autoregressive image generation: images to codes to patches to pictures.",
     cls=Commands,
+    epilog="\n".join(EXAMPLES["dpar"]),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its tables have no room for the text in 80 columns, and load for a quarter of a second
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
-console = Terminal()
+console = Terminal(quiet=os.environ.get("RANK", "0") != "0")  # one of the processes of torchrun speaks for all
 errors = Terminal(stderr=True)
+KEPT = "Finished work is kept; run the same command again to resume"
 
 Data = Annotated[
     str,
@@ -156,99 +64,37 @@ Data = Annotated[
         "builtin:emoji.",
     ),
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; running again goes on with it.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; running again resumes.")]
 
 
-def stage(settings_class: type[Any] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a command of a function whose ``settings`` become one option a field, with errors in one line."""
+def command(name: str, settings_class: type[Any] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function: its ``settings`` become one option per field, its errors one message."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True)
-        options = {} if settings_class is None else settings_parameters(settings_class)
-        parameters = [p for name, p in own.parameters.items() if name != "settings"] + list(options.values())
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function, eval_str=True).parameters
+        options = {} if settings_class is None else option_parameters(settings_class)
+        parameters = [*(p for p in own.values() if p.name != "settings"), *options.values()]
 
-        @functools.wraps(command)
+        @functools.wraps(function)
         def run(**values: Any) -> None:
-            chosen = {name: values.pop(name) for name in options if name != "config"}
-            values.pop("config", None)
+            chosen = {name: values.pop(name) for name in options}
             with readable_errors():
                 if settings_class is not None:
-                    values["settings"] = build_settings(settings_class, chosen)
-                command(**values)
+                    values["settings"] = checked_settings(settings_class, chosen)
+                function(**values)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        return run
+        app.command(name, cls=Command, epilog="\n".join(EXAMPLES[name]))(run)
+        return function
 
     return decorate
 
 
-def settings_parameters(settings_class: type[Any]) -> dict[str, inspect.Parameter]:
-    """An option for each field of a settings class, and ``--config``."""
-    hints = typing.get_type_hints(settings_class, include_extras=True)
-    found = {}
-    for field in dataclasses.fields(settings_class):
-        kind, *notes = typing.get_args(hints[field.name])
-        several = typing.get_origin(kind) is tuple
-        if several:  # repeatable; the help says what stands without it
-            kind = list[typing.get_args(kind)[0]] | None  # type: ignore[misc]
-        required = field.default is dataclasses.MISSING
-        default = inspect.Parameter.empty if required else None if several else field.default
-        shown = not (several or default is None)
-        texts = [note for note in notes if isinstance(note, str)]
-        option = typer.Option(help=texts[0], rich_help_panel=texts[-1], show_default=shown)
-        found[field.name] = inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
-        )
-    config = typer.Option(help="TOML file with any of these options; flags win.", is_eager=True, callback=read_config)
-    found["config"] = inspect.Parameter(
-        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config]
-    )
-    return found
-
-
-def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Takes a TOML file's values as this command's defaults; refuses names that it has no option for."""
-    if path is None:
-        return None
+def checked_settings(settings_class: type[Any], values: dict[str, Any]) -> Any:
+    """The settings; values that they refuse are wrong usage (exit status 2)."""
     try:
-        with open_regular(path) as file:
-            values = tomllib.loads(file.read().decode("utf-8"))
-    except RecursionError:
-        raise typer.BadParameter(f"{path} cannot be read: it is nested too deeply") from None
-    except (OSError, ValueError) as error:  # not UTF-8, not TOML, or a number of thousands of digits
-        raise typer.BadParameter(f"{path} cannot be read: {error}") from error
-    known = [p.name for p in context.command.params if p.name not in (None, "config", "help")]
-    named = {key.replace("-", "_"): value for key, value in values.items()}
-    for key in named:
-        if key not in known:
-            from difflib import get_close_matches
-
-            near = get_close_matches(key, [name for name in known if name], n=1)
-            raise typer.BadParameter(
-                f"{path} has {key!r}, which is no option of {context.command.name}"
-                + (
-                    f"; did you mean {near[0]!r}?"
-                    if near
-                    else f"; there are {', '.join(name for name in known if name)}"
-                )
-            )
-    context.default_map = {**(context.default_map or {}), **named}
-    return path
-
-
-def build_settings(settings_class: type[Any], chosen: dict[str, Any]) -> Any:
-    """The settings; what they refuse is wrong usage (exit status 2)."""
-    given = {}
-    for field in dataclasses.fields(settings_class):
-        value = chosen[field.name]
-        if isinstance(value, list):
-            value = tuple(value)
-        if (value is None and field.default is not dataclasses.MISSING) or (value == () and field.default != ()):
-            continue
-        given[field.name] = value
-    try:
-        return settings_class(**given)
+        return build_settings(settings_class, values)
     except StageError as error:
         if not claim_error_report(error):
             raise typer.Exit(2) from None
@@ -267,7 +113,7 @@ class readable_errors:
         if error is None or isinstance(error, (typer.Exit, typer.Abort, SystemExit)) or os.environ.get("DPAR_DEBUG"):
             return
         if isinstance(error, Stopped):
-            if not first_process():  # all of them stopped at the same step; one says so
+            if not first_process():  # all stopped at the same step, and one reports it
                 raise typer.Exit(error.status)
             fail(str(error), error.status, lead="")
         if isinstance(error, (Exception, KeyboardInterrupt)) and not claim_error_report(error):
@@ -275,14 +121,14 @@ class readable_errors:
         if isinstance(error, (StageError, ArtifactError, ModelError)):
             fail(str(error), 1)
         if isinstance(error, KeyboardInterrupt):
-            fail("Stopped. What was finished is kept; run the same command again to go on.", 130, lead="")
+            fail(f"Stopped. {KEPT}.", 130, lead="")
         if isinstance(error, OSError):
             where = f": {error.filename}" if error.filename else ""
-            fail(f"{error.strerror or error}{where}. What was finished is kept; run the same command again to go on", 1)
+            fail(f"{error.strerror or error}{where}. {KEPT}", 1)
         if isinstance(error, Exception) and type(error).__module__.startswith(("typer", "click")):
-            return  # wrong usage; Typer says it itself
+            return  # wrong usage, which Typer reports
         if isinstance(error, Exception):
-            fail(f"{type(error).__name__}: {error} (a fault of dpar itself; DPAR_DEBUG=1 shows where)", 1)
+            fail(f"{type(error).__name__}: {error} (a bug in dpar; DPAR_DEBUG=1 shows the traceback)", 1)
 
 
 def fail(message: str, status: int, lead: str = "Error: ") -> typing.NoReturn:
@@ -293,7 +139,7 @@ def fail(message: str, status: int, lead: str = "Error: ") -> typing.NoReturn:
 
 def first_process() -> bool:
     """Whether this process speaks for all that ``torchrun`` started."""
-    return os.environ.get("RANK", "0") == "0"
+    return not console.quiet
 
 
 def show_version(asked: bool) -> None:
@@ -316,8 +162,7 @@ def options(
     """Options of ``dpar`` itself."""
 
 
-@app.command(cls=Command)
-@stage(TokenizeSettings)
+@command("tokenize", TokenizeSettings)
 def tokenize(data: Data, out: Out, settings: TokenizeSettings) -> None:
     """Images to codes: the first stage."""
     from pipeline.tokenize import tokenize as run
@@ -325,8 +170,7 @@ def tokenize(data: Data, out: Out, settings: TokenizeSettings) -> None:
     summary(run(data, out, settings), out)
 
 
-@app.command(cls=Command)
-@stage(EntropySettings)
+@command("entropy", EntropySettings)
 def entropy(
     codes: Annotated[Path, typer.Argument(metavar="CODES", help="What `dpar tokenize` made.")],
     out: Out,
@@ -338,8 +182,7 @@ def entropy(
     show_metrics(train_entropy(codes, out, settings))
 
 
-@app.command(cls=Command)
-@stage(PatchifySettings)
+@command("patchify", PatchifySettings)
 def patchify(
     codes: Annotated[Path, typer.Argument(metavar="CODES", help="Codes; or patches, to move their boundaries.")],
     out: Out,
@@ -349,17 +192,14 @@ def patchify(
     if settings.compare is not None:
         from pipeline.boundary_agreement import compare, lines
 
-        said = lines(compare(codes, out, settings))
-        if first_process():
-            console.print("\n".join(said), markup=False, highlight=False, soft_wrap=True)
+        show(*lines(compare(codes, out, settings)))
         return
     from pipeline.patchify import patchify as run
 
     summary(run(codes, out, settings), out)
 
 
-@app.command(cls=Command)
-@stage(TrainSettings)
+@command("train", TrainSettings)
 def train(
     patches: Annotated[Path, typer.Argument(metavar="PATCHES", help="What `dpar patchify` made.")],
     out: Out,
@@ -371,8 +211,7 @@ def train(
     show_metrics(run(patches, out, settings))
 
 
-@app.command(cls=Command, name="eval")
-@stage(EvalSettings)
+@command("eval", EvalSettings)
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made, or a LlamaGen's weights.")],
     out: Out,
@@ -382,14 +221,10 @@ def evaluate(
     from pipeline.evaluate import evaluate as score
     from pipeline.scoring.results import markdown
 
-    results = score(run, out, settings)
-    if first_process():
-        console.print(markdown(results), markup=False, highlight=False, soft_wrap=True)
-        console.print(f"results: {out / 'results.json'}", markup=False, highlight=False)
+    show(markdown(score(run, out, settings)), f"results: {out / 'results.json'}")
 
 
-@app.command(cls=Command, name="train-tokenizer")
-@stage(TrainTokenizerSettings)
+@command("train-tokenizer", TrainTokenizerSettings)
 def train_tokenizer(data: Data, out: Out, settings: TrainTokenizerSettings) -> None:
     """Train a VQ tokenizer on your own images. Its architecture is LlamaGen's."""
     from pipeline.train_tokenizer import train_tokenizer as run
@@ -397,8 +232,7 @@ def train_tokenizer(data: Data, out: Out, settings: TrainTokenizerSettings) -> N
     run(data, out, settings)
 
 
-@app.command(cls=Command)
-@stage(SampleSettings)
+@command("sample", SampleSettings)
 def sample(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made, or a LlamaGen's weights.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory for the pictures.")],
@@ -407,18 +241,11 @@ def sample(
     """Sample pictures from a run."""
     from pipeline.sample import sample_pictures
 
-    made = sample_pictures(run, out, settings)
-    if not first_process():
-        return
-    console.print(
-        f"{made['images']} images, {made['patches_per_image']:.1f} patches per image: {made['sheet']}",
-        markup=False,
-        highlight=False,
-    )
+    done = sample_pictures(run, out, settings)
+    show(f"{done['images']} images, {done['patches_per_image']:.1f} patches per image: {done['sheet']}")
 
 
-@app.command(cls=Command)
-@stage(ProbeSettings)
+@command("probe", ProbeSettings)
 def probe(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made, or a LlamaGen's weights.")],
     out: Out,
@@ -428,14 +255,10 @@ def probe(
     from pipeline.probe import markdown
     from pipeline.probe import probe as run_probe
 
-    results = run_probe(run, out, settings)
-    if first_process():
-        console.print(markdown(results), markup=False, highlight=False, soft_wrap=True)
-        console.print(f"results: {out / 'probe.json'}", markup=False, highlight=False)
+    show(markdown(run_probe(run, out, settings)), f"results: {out / 'probe.json'}")
 
 
-@app.command(cls=Command, name="inspect")
-@stage(InspectSettings)
+@command("inspect", InspectSettings)
 def inspect_artifact(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Codes or patches.")],
     settings: InspectSettings,
@@ -454,18 +277,12 @@ def inspect_artifact(
         console.print_json(data=inspection.to_json())
         return
     for part in tables(inspection):
-        table = Table(title=escape(part.caption), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in part.header:
-            table.add_column(escape(name))
-        for row in part.rows:
-            table.add_row(*(escape(cell) for cell in row))
-        console.print(table)
+        console.print(grid(part.caption, part.header, part.rows))
     if out is not None:
-        console.print(f"pictures: {out / 'index.html'}", markup=False, highlight=False)
+        show(f"pictures: {out / 'index.html'}")
 
 
-@app.command(cls=Command)
-@stage(ConvertSettings)
+@command("convert", ConvertSettings)
 def convert(
     src: Annotated[str, typer.Argument(metavar="SRC", help="LlamaGen's .pt file, or a directory, run or Hub name.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Directory; a name in .pt is a file for LlamaGen's code.")],
@@ -475,17 +292,15 @@ def convert(
     from pipeline.convert import convert as run
 
     done = run(src, dst, settings)
-    lines = [
+    show(
         done.description,
         f"{done.parameters / 1e6:.1f} M parameters in {done.tensors} tensors, {done.bytes / 1e6:.1f} MB",
         f"{dst}: SHA-256 {done.fingerprint}",
-    ]
-    lines += [] if done.pushed_to is None else [f"pushed to {done.pushed_to}"]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        *([] if done.pushed_to is None else [f"pushed to {done.pushed_to}"]),
+    )
 
 
-@app.command(cls=Command)
-@stage(FlopsSettings)
+@command("flops", FlopsSettings)
 def flops(
     settings: FlopsSettings,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)] = False,
@@ -494,28 +309,21 @@ def flops(
     ] = False,
 ) -> None:
     """What each model costs, beside the paper's figures."""
-    from pipeline.flops import HEADER, NOTES, cost_table, table, tables
+    from pipeline.flops import NOTES, cost_table, tables
+    from pipeline.flops import markdown as markdown_table
 
     rows = cost_table(settings)
     if json:
         console.print_json(data=[row.as_dict() for row in rows])
-        return
-    if markdown:
-        rule = ("---", *["---:"] * (len(HEADER) - 1))
-        console.print("\n".join(map(_markdown_row, [HEADER, rule, *table(rows)])), markup=False, soft_wrap=True)
+    elif markdown:
+        show(markdown_table(rows), NOTES)
     else:
         for part in tables(rows):
-            grid = Table(title=part.title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-            for i, name in enumerate(part.header):
-                grid.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-            for line in part.lines:
-                grid.add_row(*line)
-            console.print(grid)
-    console.print(("\n" if markdown else "") + NOTES, markup=False, highlight=False, soft_wrap=markdown)
+            console.print(grid(part.title, part.header, part.lines, numbers=True))
+        console.print(NOTES, markup=False, highlight=False)
 
 
-@app.command(cls=Command)
-@stage()
+@command("demo")
 def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory for everything it makes.")] = Path("demo"),
     tiny: Annotated[bool, typer.Option("--tiny", help="A minute's worth, to see that everything works.")] = False,
@@ -524,7 +332,7 @@ def demo(
     from pipeline.demo import demo as run
 
     report = run(out, run_command=in_this_process, tiny=tiny)
-    console.print(f"The report and its pictures are in {out}: open {report}", markup=False, highlight=False)
+    show(f"The report and its pictures are in {out}: open {report}")
 
 
 def in_this_process(arguments: list[str]) -> None:
@@ -537,9 +345,26 @@ def in_this_process(arguments: list[str]) -> None:
         raise typer.Exit(status)
 
 
+def show(*lines: str) -> None:
+    """Print lines as they are."""
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> Table:
+    """A table for the terminal; with ``numbers`` all columns but the first are aligned on the right."""
+    table = Table(
+        title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=0 if numbers else (0, 1, 0, 0)
+    )
+    for i, name in enumerate(header):
+        table.add_column(escape(name), justify="right" if numbers and i else "left", no_wrap=numbers)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
 def summary(manifest: Manifest | None, out: Path) -> None:
-    """A few lines about an artifact that was written; a stage that leaves it to other processes has said so."""
-    if manifest is None or not first_process():
+    """Print a few lines about an artifact; None is one that other processes finish, and report."""
+    if manifest is None:
         return
     lines = [f"{manifest.rows} images, {manifest.views} views each, {len(manifest.class_names)} classes: {out}"]
     if manifest.kind == "patches":
@@ -548,26 +373,19 @@ def summary(manifest: Manifest | None, out: Path) -> None:
         lines += patch_summary(manifest.statistics)
     if manifest.left_out and manifest.kind == "codes":  # the reasons stay with the codes
         lines.append(f"{manifest.left_out} left out; {out / 'left_out.tsv'} has the reasons")
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    show(*lines)
 
 
 def show_metrics(metrics: dict[str, Any]) -> None:
-    """The last metrics of a run."""
-    if not first_process():
-        return
+    """Print the last metrics of a run."""
     names = {
         "step": "step",
         "bits_per_token": "bits/token",
         "validation_bits_per_token": "held-out bits/token",
         "training_gflops_per_image": "training GFLOPs/image",
     }
-    shown = [f"{text} {metrics[name]:.6g}" for name, text in names.items() if name in metrics]
-    if shown:
-        console.print(", ".join(shown), markup=False, highlight=False)
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    if shown := [f"{text} {metrics[name]:.6g}" for name, text in names.items() if name in metrics]:
+        show(", ".join(shown))
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.generation.generator import decode
+from pipeline.reports.charts import histogram
 from pipeline.reports.page import Picture, Section, Table, render
-from pipeline.reports.pictures import data_uri, enlarge, histogram_svg, patches_sheet, sheet
+from pipeline.reports.pictures import data_uri, enlarge, patches_sheet, sheet
 from pipeline.runs.run_folder import read_metrics, read_run
 from pipeline.runs.weights import load_tokenizer
 from pipeline.runtime.progress import Progress
@@ -173,8 +174,8 @@ def _comparison(out: Path, scores: dict[str, Results], training: Manifest) -> Se
         title="DPAR beside LlamaGen",
         text=(
             "Both have six layers of the same width and saw the same crops in the same order. DPAR's patch transformer "
-            f"worked on {statistics['patches_per_image']:.1f} patches an image in place of 256 tokens: mean length "
-            f"{statistics['mean_length']:.2f}, found by --target-length 1.81. Models this small, trained for a minute, "
+            f"worked on {statistics['patches_per_image']:.1f} patches per image in place of 256 tokens: mean length "
+            f"{statistics['mean_length']:.2f}, set by --target-length 1.81. Models this small, trained for a minute, "
             "show that the chain works, not how good the method is."
         ),
         tables=[
@@ -185,12 +186,10 @@ def _comparison(out: Path, scores: dict[str, Results], training: Manifest) -> Se
                 rows=[[str(n), f"{count}", f"{count / total:.1%}"] for n, count in lengths.items()],
             ),
         ],
-        svg=histogram_svg(
-            list(lengths.values()),
-            [str(length) for length in lengths],
-            title="Patch lengths",
-            description="How many patches of the training crops hold 1, 2, 3 and 4 tokens.",
-            axis="tokens in a patch",
+        chart=Picture(
+            "Share of patches of each length",
+            data_uri(histogram(list(lengths.values()), [str(length) for length in lengths], "tokens in a patch")),
+            "Bars. " + ", ".join(f"{length}: {count / total:.1%}" for length, count in lengths.items()),
         ),
     )
 
@@ -237,8 +236,8 @@ def _patches(held_out: Artifact, rows: NDArray[np.int64], training: Manifest, pi
     return Section(
         title="Where the patches are",
         text=(
-            "The entropy model's surprise at each token, in nats, and the patches that follow from it. A token starts "
-            f"a patch if its entropy is at least the threshold of {threshold:.2f} nats, if {longest} tokens are in "
+            "The entropy model's entropy at each token, in nats, and the patches that follow from it. A token starts "
+            f"a patch if its entropy is above the threshold of {threshold:.2f} nats, if {longest} tokens are in "
             "the open patch already, or if a new row begins."
         ),
         pictures=[_keep(picture, pictures / "patches.png", "Held-out crops, their entropy maps and their patches")],
@@ -253,7 +252,7 @@ def _samples(out: Path, name: str, size: Size, pictures: Path) -> Section:
         shown.append(_keep(picture, path, f"Samples of every class at guidance {scale:g}"))
     return Section(
         title=f"Samples of {name}-tiny",
-        text="One row a class. At guidance 1 the model is sampled as it is; above, away from the unconditional one.",
+        text="One row per class. At guidance 1 the model is sampled as it is; above, away from the unconditional one.",
         pictures=shown,
     )
 

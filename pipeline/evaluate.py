@@ -47,27 +47,26 @@ from pipeline.scoring.features import (
     Statistics,
     TokenizerFeatures,
     frechet_distance,
-    resize,
 )
 from pipeline.scoring.floor import RealImages, measure_floor, scores_of
-from pipeline.scoring.held_out import CHUNK, check_held_out, held_out_rule, measure_held_out
+from pipeline.scoring.held_out import check_held_out, held_out_rule, measure_held_out
 from pipeline.scoring.likelihood import check_same_classes
 from pipeline.scoring.reconstruction import reconstruct
 from pipeline.scoring.records import Cell, Floor, HeldOutRow, Reconstruction, Results
-from pipeline.scoring.reference import Originals, Reference, open_reference
+from pipeline.scoring.reference import CHUNK, Originals, Reference, measure_reference, open_reference
 from pipeline.scoring.results import write_results
 from pipeline.settings.fields import identity as settings_identity
 from pipeline.settings.sampling import EvalSettings
 from shards.manifest import MANIFEST
 from shards.reader import Artifact, open_artifact
 
-FORMAT = 2  # of what OUT holds; in 1 bits per token were by the stored boundaries in every row
+FORMAT = 2  # of OUT's files; in 1 bits per token were by the stored boundaries in every row
 
 
 def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | None = None) -> Results:
-    """Scores a run of ``dpar train``, or a LlamaGen's weights.
+    """Score a run of ``dpar train``, or a LlamaGen's weights.
 
-    What is in ``out`` already is not computed again.
+    Results that ``out`` already has are not computed again.
 
     Returns:
         What ``results.json`` says.
@@ -77,7 +76,7 @@ def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | 
         Stopped: the user pressed Ctrl-C.
     """
     job = _Evaluation(run, out, settings, progress or Progress())
-    with stops_with(f"Stopped. What was scored is kept in {out}; run the same command again to go on."):
+    with stops_with(f"Stopped. Finished scores are kept in {out}; run the same command again to resume."):
         likelihoods = [job.likelihood(row) for row in job.rows]
         reconstruction = job.reconstruction()
         job.sample_cells(likelihoods)
@@ -159,12 +158,12 @@ class _Evaluation:
         return as_json
 
     def _warn(self) -> None:
-        """Says what a number of images too small does to the distance."""
+        """Warn about distances that are not FID, or are of too few images."""
         if self.settings.features == "tokenizer":
             self.progress.say("distances on the tokenizer's own features compare only among themselves; none is FID")
         known = self.source.measured
-        held = known.statistics.images if known is not None else len(self.source.images or ())
-        counts = {"reference": held, "samples": self.settings.samples}
+        in_reference = known.statistics.images if known is not None else len(self.source.images or ())
+        counts = {"reference": in_reference, "samples": self.settings.samples}
         few = [f"{n} {name}" for name, n in counts.items() if n is not None and 0 < n <= self.extract.dimension]
         if few:
             self.progress.say(
@@ -232,28 +231,9 @@ class _Evaluation:
         return Reconstruction.from_json(values, self.settings.features, str(path))
 
     def reference(self) -> Reference | None:
-        """The reference's features, measured once; None, after a word, where its originals are gone."""
+        """The reference's features, measured once; None if its originals are unavailable."""
         path = self.out / "reference.npz"
-        images, measured = self.source.images, self.source.measured
-        if measured is not None and (measured.features is not None or images is None):
-            return measured
-        assert images is not None  # a source without statistics has images
-        parts = Parts(self.out / "reference", -(-len(images) // CHUNK), path.is_file)
-        try:
-            with self.progress.task("reference", len(images), "images") as task:
-                for index in parts.missing():
-                    pixels = images.read(index * CHUNK, min((index + 1) * CHUNK, len(images)))
-                    parts.save(index, pool=self.extract(resize(pixels, self.extract.side(pixels.shape[1])))["pool"])
-                    task.advance(len(pixels))
-        except StageError as error:
-            if not isinstance(images, Originals):
-                raise
-            self.progress.say(f"no distance to the reference: {error}")
-            return None
-        for _ in claim_parts(path, 1, lambda _: path.is_file()):
-            self._save(Reference.of(parts.joined("pool"), None if measured is None else measured.statistics))
-        shutil.rmtree(parts.folder, ignore_errors=True)
-        return Reference.load(path)
+        return measure_reference(self.source, self.extract, path, self._provenance(), self.progress)
 
     def _save(self, reference: Reference) -> None:
         reference.save(self.out / "reference.npz", self._provenance())
@@ -263,7 +243,7 @@ class _Evaluation:
         return {"features": self.extract.name, "weights": self.extract.weights, "reference": str(s.reference)}
 
     def sample_cells(self, likelihoods: list[HeldOutRow]) -> None:
-        """Samples and scores the cells that are not there yet."""
+        """Sample and score the cells that are missing."""
         s = self.settings
         reference = self.reference() if s.samples or s.save_reference is not None else None
         if s.save_reference is not None:

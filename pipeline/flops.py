@@ -1,7 +1,7 @@
 """``dpar flops``: what each model costs, beside the paper's figures.
 
 rows = cost_table(FlopsSettings(model=("dpar-b", "llamagen-b")))
-for part in tables(rows): print(part.title)                      # as text, for a terminal; table(rows) for Markdown
+for part in tables(rows): print(part.title)                      # as text, for a terminal; markdown(rows) for documents
 """
 
 from __future__ import annotations
@@ -109,22 +109,23 @@ class CostTable:
     lines: list[tuple[str, ...]]
 
 
-def table(rows: list[CostRow]) -> list[tuple[str, ...]]:
-    """The rows as text, all columns of :data:`HEADER`."""
-    return [_line(row) for row in rows]
+def markdown(rows: list[CostRow]) -> str:
+    """The rows as a Markdown table, all columns of :data:`HEADER`."""
+    lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *map(_line, rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def tables(rows: list[CostRow]) -> list[CostTable]:
     """The rows as a table for each image size, narrow enough for a terminal of 80 columns."""
-    found = []
+    parts = []
     for size in dict.fromkeys(row.image_size for row in rows):
         these = [row for row in rows if row.image_size == size]
         patches = {row.patches for row in these if row.model.startswith("dpar")}
-        said = "".join(f", {count:.1f} patches per image for DPAR" for count in patches)
+        details = "".join(f", {count:.1f} patches per image for DPAR" for count in patches)
         lines = [(row.model, *_line(row)[3:]) for row in these]
-        title = f"{size} px: {these[0].tokens} tokens{said}"
-        found.append(CostTable(title=title, header=(HEADER[0], *HEADER[3:]), lines=lines))
-    return found
+        title = f"{size} px: {these[0].tokens} tokens{details}"
+        parts.append(CostTable(title=title, header=(HEADER[0], *HEADER[3:]), lines=lines))
+    return parts
 
 
 def _line(row: CostRow) -> tuple[str, ...]:

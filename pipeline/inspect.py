@@ -195,7 +195,7 @@ def _tokenizer(manifest: Manifest, settings: InspectSettings, where: str) -> VQT
     try:
         tokenizer = load_tokenizer(name, recorded.fingerprint)
     except ModelError as error:
-        hint = "" if settings.tokenizer else "; say with --tokenizer where it is now, or draw nothing with --images 0"
+        hint = "" if settings.tokenizer else "; name it with --tokenizer, or draw nothing with --images 0"
         raise StageError(f"the tokenizer cannot be loaded: {error}{hint}") from error
     if tokenizer.config.codebook_size != manifest.codebook_size:
         raise StageError(
@@ -205,28 +205,27 @@ def _tokenizer(manifest: Manifest, settings: InspectSettings, where: str) -> VQT
 
 
 class Gallery:
-    """Pictures on their way into the page, each also a PNG file beside it."""
+    """The page's pictures, each also a PNG file beside it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: list[str] = []
 
-    def save(self, name: str, image: Image.Image) -> bytes:
-        """Writes ``name``.png and gives its bytes."""
-        png = png_bytes(image)
-        (self.folder / f"{name}.png").write_bytes(png)
+    def save(self, name: str, image: Image.Image) -> None:
+        """Write ``name``.png."""
+        (self.folder / f"{name}.png").write_bytes(png_bytes(image))
         self.files.append(f"{name}.png")
-        return png
 
     def picture(self, name: str, image: Image.Image, caption: str, alt: str) -> Picture:
-        """Writes ``name``.png and gives the picture for the page."""
-        return Picture(caption, data_uri(self.save(name, image)), alt)
+        """Write ``name``.png and return the picture for the page."""
+        self.save(name, image)
+        return Picture(caption, data_uri(image), alt)
 
 
 def _draw(
     artifact: Artifact, survey: Survey, settings: InspectSettings, rule: PatchRule, gallery: Gallery, notes: list[str]
 ) -> list[Section]:
-    """One section an image drawn, and one sheet of all of them as a file."""
+    """One section per image drawn, and one sheet of all of them as a file."""
     manifest = artifact.manifest
     rows = choose_rows(artifact, survey.labels, settings)
     if len(rows) == 0:

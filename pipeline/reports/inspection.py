@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpar.patching import PatchRule
+from pipeline.reports.charts import histogram
 from pipeline.reports.inspection_record import (
     Compressible,
     CompressibleClass,
@@ -20,8 +21,8 @@ from pipeline.reports.inspection_record import (
     PatchLengths,
     StoredPatches,
 )
-from pipeline.reports.page import Section, Table, render
-from pipeline.reports.pictures import histogram_svg
+from pipeline.reports.page import Picture, Section, Table, render
+from pipeline.reports.pictures import data_uri
 from pipeline.runtime.provenance import made_by
 from shards.manifest import write_json
 
@@ -44,7 +45,7 @@ def write_page(out: Path, inspection: Inspection, drawn: Sequence[Section]) -> N
     if patches:
         text = "Over all images and views. Tokens saved are 1 - M/N, for M patches in N tokens."
         lengths = _table_patches(inspection, patches)
-        sections.append(Section("Patches", text, tables=lengths, svg=_length_chart(patches)))
+        sections.append(Section("Patches", text, tables=lengths, chart=_length_chart(patches)))
     if compressible:
         text = "By patches per image: few patches are a compressible image."
         sections.append(Section("Most and least compressible", text, tables=_table_compressible(compressible)))
@@ -63,7 +64,7 @@ def write_page(out: Path, inspection: Inspection, drawn: Sequence[Section]) -> N
     )
 
 
-def _length_chart(patches: StoredPatches) -> str:
+def _length_chart(patches: StoredPatches) -> Picture:
     counts = {int(length): count for length, count in patches.lengths.items()}
     longest = max(counts)
     step = -(-longest // BARS)
@@ -71,14 +72,8 @@ def _length_chart(patches: StoredPatches) -> str:
     bars = [sum(counts.get(length, 0) for length in range(low, high + 1)) for low, high in bins]
     labels = [str(low) if low == high else f"{low}–{high}" for low, high in bins]
     shares = ", ".join(f"{label}: {bar / sum(bars):.1%}" for label, bar in zip(labels, bars, strict=True))
-    return histogram_svg(
-        bars,
-        labels,
-        title="Patch lengths",
-        description=f"Share of patches of each length in tokens. {shares}.",
-        axis="tokens in a patch (bars: share of patches)",
-        name="patch-lengths",
-    )
+    chart = histogram(bars, labels, axis="tokens in a patch")
+    return Picture("Share of patches of each length", data_uri(chart), f"Bars. {shares}.")
 
 
 def tables(inspection: Inspection) -> list[Table]:

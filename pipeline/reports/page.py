@@ -3,8 +3,7 @@
     section = Section("Codebook", "How much of it is used.", tables=[Table("Codes", ["used", "of"], [["31", "32"]])])
     render("report.html", Path("out/index.html"), title="codes/", subtitle="12 images", sections=[section], made_by={})
 
-Everything in a page is escaped but ``Section.svg``, which is markup made by
-`pipeline.reports.pictures.histogram_svg`. Pages hold no scripts and load nothing: pictures are ``data:`` addresses.
+Everything in a page is escaped. Pages hold no scripts and load nothing: pictures are ``data:`` addresses.
 """
 
 from __future__ import annotations
@@ -42,22 +41,22 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a heading, a paragraph, and what belongs to it, in this order: chart, tables, pictures."""
+    """A part of a page: a heading, then a paragraph, a chart, tables and pictures."""
 
     title: str
     text: str
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
-    svg: str = ""
+    chart: Picture | None = None
 
 
 def render(template: str, out: Path, **values: Any) -> None:
-    """Fills a template and writes the page to ``out``, whole or not at all.
+    """Fill a template and write the page to ``out``, atomically.
 
     Args:
         template: a file of ``pipeline/reports/templates``. ``report.html`` takes ``title``, ``subtitle``, ``sections``
             (of `Section`) and ``made_by`` (a dict).
-        out: the page; its directory is made if it is not there.
+        out: the page; its directory is made if missing.
         values: what the template takes.
 
     Raises:

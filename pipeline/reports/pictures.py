@@ -1,17 +1,16 @@
-"""Pictures for reports: entropy maps, patches drawn on images, sheets of both, and a bar chart in SVG.
+"""Pictures for reports: entropy maps, patches drawn on images, and sheets of both.
 
     values = entropy.reshape(grid)                           # (H_g, W_g), nats
     row = [enlarge(image, 3), heat(values, 0.0, 9.7, size_px=384), draw_patches(image, starts, grid, scale=3)]
     sheet([row], row_titles=["cat/1.jpg"], column_titles=["image", "entropy", "patches"]).save("sheet.png")
 
-Arrays in, Pillow images out; drawn with Pillow and NumPy alone. A patch is a run of tokens in raster order, so
-without row reset it may go on at the left end of the next row.
+Arrays in, Pillow images out. A patch is a run of tokens in raster order, so without row reset it may continue at the
+left end of the next row.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 import unicodedata
@@ -22,94 +21,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.reports.charts import color_bar, entropy_scale, heat
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PAPER, INK, FAINT = (255, 255, 255), (28, 30, 34), (110, 114, 120)
+PAPER, INK = (255, 255, 255), (28, 30, 34)
 TEXT_PX = 15
 LINE_PX = 19  # from one line of text to the next
 LIGHT, DARK = (255, 255, 255), (0, 0, 0)  # a patch's outline and its edge
 OUTLINE_OPACITY, EDGE_OPACITY = 0.95, 0.6
 ROW_TITLE_PX = 190  # widest
 TITLE_LINES = 4  # most
+WEBP_QUALITY = 85
+WEBP_LARGEST = 16383  # pixels along a side
 
 # The font that Pillow ships has ASCII and a few signs.
 _SPELT = {"τ": "threshold", "×": "x", "≥": ">=", "≤": "<=", "∞": "inf", "−": "-", "–": "-", "—": "-"}
 _DRAWN = frozenset("«°±·»‘’“”…")
-
-# Magma at nine equal steps: its lightness rises evenly, so it also reads in grey and to the colour-blind.
-_ANCHORS = np.array(
-    [
-        (0, 0, 4),
-        (28, 16, 68),
-        (79, 18, 123),
-        (129, 37, 129),
-        (181, 54, 122),
-        (229, 80, 100),
-        (251, 135, 97),
-        (254, 194, 135),
-        (252, 253, 191),
-    ],
-    np.float64,
-)
-
-
-def colors(values: NDArray[np.floating[Any]], low: float, high: float) -> NDArray[np.uint8]:
-    """Colours of values: ``low`` and below is nearly black, ``high`` and above pale yellow.
-
-    Args:
-        values: (...) floats; +inf is the top colour, NaN mid-grey.
-        low, high: the ends of the scale, in the unit of the values.
-
-    Returns:
-        (..., 3) uint8.
-    """
-    floats = np.asarray(values, np.float64)
-    span = high - low if high > low else 1.0
-    with np.errstate(invalid="ignore"):
-        place = np.clip((floats - low) / span, 0.0, 1.0) * (len(_ANCHORS) - 1)
-    steps = np.arange(len(_ANCHORS))
-    out = np.stack([np.interp(place, steps, channel) for channel in _ANCHORS.T], axis=-1)
-    out[np.isnan(floats)] = 128.0
-    return np.rint(out).astype(np.uint8)
-
-
-def heat(values: NDArray[np.floating[Any]], low: float, high: float, size_px: int) -> Image.Image:
-    """A map of one value a token.
-
-    Args:
-        values: (H_g, W_g) floats; +inf (token 0) is drawn in the top colour.
-        low, high: the ends of the colour scale, in the unit of the values.
-        size_px: height of the picture; its width follows from the grid.
-    """
-    rows, columns = values.shape
-    width = max(1, round(size_px * columns / rows))
-    y = np.arange(size_px) * rows // size_px
-    x = np.arange(width) * columns // width
-    return Image.fromarray(colors(values, low, high)[y][:, x])
-
-
-def color_bar(low: float, high: float, height: int, unit: str = "nats") -> Image.Image:
-    """The scale of a heat map of the same ``low`` and ``high``, ``height`` px high, with ticks and the unit on top."""
-    bar_px, tick_px = 14, 5
-    ticks = _ticks(low, high, most=max(2, height // 60))
-    decimals = _decimals(ticks)
-    texts = [f"{tick:.{decimals}f}" for tick in ticks]
-    width = max(bar_px + tick_px + 4 + max(_text_px(text) for text in texts), _text_px(unit)) + 2
-    picture = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(picture)
-    top, bottom = LINE_PX + TEXT_PX // 2, height - 1 - TEXT_PX // 2
-    if bottom <= top:
-        top, bottom = 0, height - 1
-    ramp = np.linspace(high, low, bottom - top + 1)
-    picture.paste(Image.fromarray(np.repeat(colors(ramp, low, high)[:, None], bar_px, axis=1)), (0, top))
-    draw.text((0, 0), _drawable(unit), font=_font(TEXT_PX), fill=FAINT)
-    span = high - low if high > low else 1.0
-    for tick, text in zip(ticks, texts, strict=True):
-        y = round(bottom - (tick - low) / span * (bottom - top))
-        draw.line([(bar_px, y), (bar_px + tick_px - 1, y)], fill=INK)
-        draw.text((bar_px + tick_px + 4, y), text, font=_font(TEXT_PX), fill=INK, anchor="lm")
-    return picture
 
 
 def enlarge(image: NDArray[np.uint8], scale: int) -> Image.Image:
@@ -131,7 +60,7 @@ def draw_patches(
     """The patches of an image outlined on it, in a light line with dark edges.
 
     There is a line between two neighbouring tokens wherever they are in different patches. The frame is open where a
-    patch goes on from the right end of one row to the left end of the next.
+    patch continues from the right end of one row to the left end of the next.
 
     Args:
         image: (H, W, 3) uint8.
@@ -192,12 +121,12 @@ def _mark_vertical(mask: NDArray[np.bool_], borders: NDArray[np.bool_], width: i
 def beside(pictures: Sequence[Image.Image], gap: int = 6) -> Image.Image:
     """Pictures side by side, their tops level."""
     width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    whole = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER)
+    canvas = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER)
     x = 0
     for picture in pictures:
-        whole.paste(picture, (x, 0))
+        canvas.paste(picture, (x, 0))
         x += picture.width + gap
-    return whole
+    return canvas
 
 
 def sheet(
@@ -211,8 +140,8 @@ def sheet(
     Args:
         rows: pictures of any sizes; a column is as wide as its widest, a row as high as its highest. Rows may differ
             in length.
-        row_titles: one a row, or none; broken into lines where they are long, or at ``\\n``.
-        column_titles: one a column, or none.
+        row_titles: one per row, or none; long ones are broken into lines, or at ``\\n``.
+        column_titles: one per column, or none.
         gap: pixels between pictures, and around the sheet.
 
     Raises:
@@ -235,8 +164,8 @@ def sheet(
     left = gap + max((_text_px(line) + gap for lines in sides for line in lines), default=0)
     top = gap + max((LINE_PX * len(lines) + gap // 2 for lines in heads), default=0)
     size = (left + sum(widths) + gap * columns, top + sum(heights) + gap * len(rows))
-    whole = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(whole)
+    canvas = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(canvas)
     x = left
     for lines, width in zip(heads, widths, strict=False):
         _write(draw, (x, top - gap // 2 - LINE_PX * len(lines)), lines)
@@ -247,10 +176,10 @@ def sheet(
             _write(draw, (gap, y), sides[i])
         x = left
         for picture, width in zip(row, widths, strict=False):
-            whole.paste(picture, (x, y))
+            canvas.paste(picture, (x, y))
             x += width + gap
         y += heights[i] + gap
-    return whole
+    return canvas
 
 
 def captioned(picture: Image.Image, text: str) -> Image.Image:
@@ -260,19 +189,6 @@ def captioned(picture: Image.Image, text: str) -> Image.Image:
     result.paste(picture)
     _write(ImageDraw.Draw(result), (0, picture.height), lines)
     return result
-
-
-def entropy_scale(entropy: NDArray[np.floating[Any]]) -> tuple[float, float]:
-    """A colour scale for entropies of any shape: all but the lowest and highest 1 % of them, to the half nat.
-
-    0 to 1 where nothing is finite.
-    """
-    finite = np.asarray(entropy, np.float64)[np.isfinite(entropy)]
-    if finite.size == 0:
-        return 0.0, 1.0
-    low, high = np.quantile(finite, (0.01, 0.99))
-    bottom = max(0.0, math.floor(low * 2) / 2)
-    return bottom, max(math.ceil(high * 2) / 2, bottom + 0.5)
 
 
 def entropy_map(
@@ -293,7 +209,7 @@ def patches_sheet(
     originals: NDArray[np.uint8] | None = None,
     scale: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """One row an image: the original, the image that its codes stand for, its entropies, its patches.
+    """One row per image: the original, the image that its codes stand for, its entropies, its patches.
 
     Args:
         images: (n, H, W, 3) uint8, decoded from the codes; patches are drawn on them.
@@ -321,7 +237,7 @@ def patches_sheet(
 def reconstruction_sheet(
     reconstructions: NDArray[np.uint8], titles: Sequence[str], originals: NDArray[np.uint8] | None = None
 ) -> Image.Image:
-    """One row an image: the original, where it is there, and what its codes decode to.
+    """One row per image: the original, if given, and what its codes decode to.
 
     Args:
         reconstructions: (n, H, W, 3) uint8.
@@ -336,61 +252,6 @@ def reconstruction_sheet(
     return sheet(rows, titles, [title for title, _ in columns])
 
 
-def histogram_svg(
-    counts: Sequence[float],
-    labels: Sequence[str],
-    *,
-    title: str,
-    description: str,
-    axis: str,
-    name: str = "histogram",
-) -> str:
-    """A small bar chart to stand in a page: SVG with a title and a description, no scripts, the page's own colours.
-
-    Args:
-        counts: one bar each, 0 or more; drawn as shares of their sum.
-        labels: under the bars; where they are many, some are left out.
-        title: read out, and shown when pointed at.
-        description: what the bars say, for those who cannot see them.
-        axis: what the labels count.
-        name: of this chart, unique in its page; letters, digits and ``-``.
-    """
-    total = sum(counts) or 1
-    shares = [count / total for count in counts]
-    top = max(shares, default=0) or 1
-    width, plot, left, above = 640, 160, 8, 22
-    step = (width - 2 * left) / max(len(shares), 1)
-    bar = min(step * 0.8, 72)
-    every = max(1, math.ceil(len(shares) / 16))
-    parts = []
-    for i, (share, label) in enumerate(zip(shares, labels, strict=True)):
-        middle = left + step * (i + 0.5)
-        high = plot * share / top
-        parts.append(
-            f'<rect class="bar" x="{middle - bar / 2:.1f}" y="{above + plot - high:.1f}" width="{bar:.1f}" '
-            f'height="{high:.1f}" fill="currentColor" opacity="0.7">'
-            f"<title>{html.escape(label)}: {share:.1%}</title></rect>"
-        )
-        if i % every == 0:
-            parts.append(_svg_text(middle, above + plot + 16, label))
-        if len(shares) <= 16:
-            parts.append(_svg_text(middle, above + plot - high - 6, f"{share:.1%}"))
-    base = above + plot
-    parts.append(f'<path d="M{left} {base}.5H{width - left}" stroke="currentColor" opacity="0.5"/>')
-    parts.append(_svg_text(width / 2, base + 36, axis))
-    ids = f'"{name}-title {name}-description"'
-    return (
-        f'<svg class="histogram" role="img" aria-labelledby={ids} viewBox="0 0 {width} {base + 44}">'
-        f'<title id="{name}-title">{html.escape(title)}</title>'
-        f'<desc id="{name}-description">{html.escape(description)}</desc>{"".join(parts)}</svg>'
-    )
-
-
-def _svg_text(x: float, y: float, text: str) -> str:
-    style = 'text-anchor="middle" font-size="13" font-family="system-ui, sans-serif" fill="currentColor"'
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{html.escape(text)}</text>'
-
-
 def png_bytes(image: Image.Image) -> bytes:
     """An image as a PNG file's bytes."""
     stream = io.BytesIO()
@@ -398,10 +259,14 @@ def png_bytes(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def data_uri(image: Image.Image | bytes) -> str:
-    """An image, or a PNG file's bytes, as a ``data:`` address, to stand in a page that needs no other file."""
-    png = image if isinstance(image, bytes) else png_bytes(image)
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def data_uri(image: Image.Image) -> str:
+    """An image as a ``data:`` address, for a page that needs no other file: WebP, a tenth of PNG's size for photos."""
+    stream = io.BytesIO()
+    if max(image.size) > WEBP_LARGEST:
+        image = image.copy()
+        image.thumbnail((WEBP_LARGEST, WEBP_LARGEST))
+    image.convert("RGB").save(stream, "WEBP", quality=WEBP_QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 @lru_cache
@@ -448,20 +313,3 @@ def _wrap(text: str, width: int, most: int | None = TITLE_LINES) -> list[str]:
 def _pieces(text: str) -> list[str]:
     """The parts of a text between which a line may be broken; each keeps the space or slash at its end."""
     return [piece for piece in text.replace(" ", " \0").replace("/", "/\0").split("\0") if piece]
-
-
-def _ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers from ``low`` to ``high``, at most ``most`` + 1 of them, evenly apart."""
-    span = high - low
-    if not (math.isfinite(span) and span > 0):
-        return [low]
-    rough = span / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)] or [low, high]
-
-
-def _decimals(ticks: Sequence[float]) -> int:
-    """The fewest decimals, at most 3, that tell the ticks apart exactly."""
-    return next((d for d in range(3) if all(abs(round(t, d) - t) < 1e-9 for t in ticks)), 3)

@@ -2,7 +2,7 @@
 
     extract = InceptionFeatures(weights, device)             # torch-fidelity; the only ones whose distance is FID
     extract = TokenizerFeatures(tokenizer)
-    found = extract(pixels)                                  # {"pool": (n, d), …} of (n, H, W, 3) uint8
+    features = extract(pixels)                               # {"pool": (n, d), …} of (n, H, W, 3) uint8
     distance = frechet_distance(Statistics.of(samples["pool"]), Statistics.of(reference["pool"]))
 
 The scores are those of ADM's suite as torch-fidelity computes them: FID, precision and recall on Inception's 2048 pool
@@ -65,14 +65,14 @@ class InceptionFeatures:
             batch: images at once.
 
         Raises:
-            StageError: torch-fidelity is not installed, or the weights cannot be had or are something else.
+            StageError: torch-fidelity is not installed, or the weights are unavailable or are something else.
         """
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise StageError("--features inception needs torch-fidelity: pip install 'dpar[eval]'") from error
         if weights is not None and not weights.is_file():
-            raise StageError(f"Inception's weights could not be had in {weights}: there is no such file")
+            raise StageError(f"Inception's weights are unavailable in {weights}: there is no such file")
         try:
             with tempfile.TemporaryDirectory() as folder:
                 path = None
@@ -86,7 +86,7 @@ class InceptionFeatures:
             where = (
                 f"in {weights}" if weights is not None else "on the network; give them with --inception-weights FILE"
             )
-            raise StageError(f"Inception's weights could not be had {where}: {str(error).splitlines()[0]}") from error
+            raise StageError(f"Inception's weights are unavailable {where}: {str(error).splitlines()[0]}") from error
         self.weights = "torch-fidelity's" if weights is None else file_sha256(weights)
         self._model, self._device, self._batch = model.to(device), device, batch
 
@@ -96,9 +96,9 @@ class InceptionFeatures:
         pool, logits = [], []
         for begin in range(0, len(pixels), self._batch):
             images = torch.from_numpy(np.ascontiguousarray(pixels[begin : begin + self._batch])).movedim(-1, 1)
-            found = self._model(images.to(self._device))
-            pool.append(found[0].cpu().numpy())
-            logits.append(found[1].cpu().numpy())
+            outputs = self._model(images.to(self._device))
+            pool.append(outputs[0].cpu().numpy())
+            logits.append(outputs[1].cpu().numpy())
         return {"pool": np.concatenate(pool), "logits": np.concatenate(logits)}
 
     def side(self, side: int) -> int:
@@ -123,12 +123,12 @@ class TokenizerFeatures:
     def __call__(self, pixels: NDArray[np.uint8]) -> Features:
         """See :class:`Extractor`."""
         device = self._tokenizer.quantize.embedding.weight.device
-        found = []
+        pooled = []
         for begin in range(0, len(pixels), self._batch):
             part = torch.from_numpy(np.ascontiguousarray(pixels[begin : begin + self._batch]))
             maps = self._tokenizer.encoder(from_uint8(part.to(device))).flatten(2).double()
-            found.append(torch.cat([maps.mean(dim=2), maps.std(dim=2)], dim=1).float().cpu().numpy())
-        return {"pool": np.concatenate(found)}
+            pooled.append(torch.cat([maps.mean(dim=2), maps.std(dim=2)], dim=1).float().cpu().numpy())
+        return {"pool": np.concatenate(pooled)}
 
     def side(self, side: int) -> int:
         """See :class:`Extractor`."""
@@ -141,7 +141,7 @@ class Statistics:
 
     mu: NDArray[np.floating]  # (d,)
     sigma: NDArray[np.floating]  # (d, d)
-    images: int | None  # None where whoever made them does not say
+    images: int | None  # None if their file does not say
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> Statistics:
@@ -174,14 +174,14 @@ def inception_score(logits: NDArray[np.float32]) -> tuple[float, float] | None:
 
     if len(logits) < SPLITS:
         return None
-    found = isc_features_to_metric(torch.from_numpy(logits), splits=SPLITS)
-    return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+    scores = isc_features_to_metric(torch.from_numpy(logits), splits=SPLITS)
+    return scores[KEY_METRIC_ISC_MEAN], scores[KEY_METRIC_ISC_STD]
 
 
 def precision_recall(samples: NDArray[np.float32], reference: NDArray[np.float32]) -> tuple[float, float] | None:
     """Precision and recall (Kynkäänniemi et al., 2019) of features (n, d) and (m, d), with 3 neighbours.
 
-    None where there are too few images, or where torch-fidelity (extra ``eval``) is not installed.
+    None if there are too few images, or torch-fidelity (extra ``eval``) is not installed.
     """
     try:
         from torch_fidelity.metric_prc import calculate_precision_recall_part

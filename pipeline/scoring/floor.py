@@ -22,10 +22,9 @@ from pipeline.scoring.features import (
     precision_recall,
     resize,
 )
-from pipeline.scoring.held_out import CHUNK
 from pipeline.scoring.kernel_distance import kernel_distance
 from pipeline.scoring.records import Floor, Scores
-from pipeline.scoring.reference import FolderImages, Originals, Reference, open_reference, spread
+from pipeline.scoring.reference import CHUNK, FolderImages, Originals, Reference, open_reference, spread
 
 
 def scores_of(samples: Features, reference: Reference) -> Scores:

@@ -19,10 +19,9 @@ from pipeline.runtime.work_sharing import Parts, write_once
 from pipeline.scoring.candidates import Row
 from pipeline.scoring.likelihood import Likelihood, check_compatible, check_same_classes, nats_per_token
 from pipeline.scoring.records import HeldOutRow
+from pipeline.scoring.reference import CHUNK
 from pipeline.settings.sampling import EvalSettings
 from shards.reader import Artifact
-
-CHUNK = 500  # images in memory at the same time
 
 
 def check_held_out(artifact: Artifact, generator: Generator, run: Path) -> None:

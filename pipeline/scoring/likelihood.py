@@ -1,4 +1,4 @@
-"""What a model says of codes it has not seen: entropies of tokens, and bits per token.
+"""A model's likelihood of codes: entropies of tokens, and bits per token.
 
 entropy = entropies(entropy_model, codes, batch=32, precision="auto")    # (B, N) float16, nats
 likelihood = bits_per_token(model, artifact, batch=32, precision="auto")
@@ -48,12 +48,12 @@ def entropies(model: LlamaGen, codes: NDArray[np.integer], *, batch: int, precis
     runs as it is: :func:`prepared` makes a faster one of it.
     """
     device = model.output.weight.device
-    found = np.empty(codes.shape, np.float16)
+    entropy = np.empty(codes.shape, np.float16)
     for begin in range(0, len(codes), batch):
         chunk = torch.from_numpy(codes[begin : begin + batch].astype(np.int64)).to(device)
         with autocast(device, precision):
-            found[begin : begin + batch] = model.entropy(chunk).cpu().numpy()
-    return found
+            entropy[begin : begin + batch] = model.entropy(chunk).cpu().numpy()
+    return entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Likelihood:
 
     bits_per_token: float
     bits_by_class: tuple[float, ...]  # NaN for a class without images
-    patches: float  # mean an image; tokens for LlamaGen
+    patches: float  # mean per image; tokens for LlamaGen
     images: int
 
     @classmethod
@@ -90,7 +90,7 @@ def layout_for(model: DPAR | LlamaGen, batch: Batch, device: torch.device) -> Pa
     """The batch's boundaries as the model takes them; None for LlamaGen."""
     if isinstance(model, LlamaGen):
         return None
-    assert batch.starts is not None  # fits() has refused artifacts without boundaries
+    assert batch.starts is not None  # check_compatible refuses artifacts without boundaries
     return PatchLayout.from_starts(torch.from_numpy(batch.starts)).to(device)
 
 
@@ -102,8 +102,8 @@ def bits_per_token(
     Boundaries are a function of earlier tokens, so they cost no bits of their own.
     """
     rows = np.arange(len(artifact))
-    found = nats_per_token(model, artifact, rows, batch, precision, unconditional)
-    return Likelihood.of(*found, artifact.manifest.class_names)
+    measured = nats_per_token(model, artifact, rows, batch, precision, unconditional)
+    return Likelihood.of(*measured, artifact.manifest.class_names)
 
 
 def shared_bits_per_token(
@@ -113,7 +113,7 @@ def shared_bits_per_token(
     images = len(artifact)
     rows = np.arange(rank(), -(-images // world_size()) * world_size(), world_size())
     counted = rows < images
-    # Under FSDP all processes must run as many batches, so those with an image less do one again.
+    # Under FSDP all processes run equally many batches, so those with one image fewer repeat one.
     nats, _, _ = nats_per_token(model, artifact, np.where(counted, rows, 0), batch, precision, unconditional)
     return float(all_reduce_sum(torch.tensor(nats[counted].sum()))) / images / math.log(2)
 
@@ -128,7 +128,7 @@ def nats_per_token(
     unconditional: bool = False,
     rule: PatchRule | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
-    """Mean nats a token and label of view 0 of each of ``rows``, and the patches of all of them.
+    """Mean nats per token and label of view 0 of each of ``rows``, and the patches of all of them.
 
     With ``rule`` the boundaries are placed anew, by the stored entropies; None takes them as stored.
 
@@ -165,7 +165,7 @@ def nats_per_token(
 
 
 def check_compatible(model: DPAR | LlamaGen, manifest: Manifest, name: str, unconditional: bool = False) -> None:
-    """Raises StageError where an artifact does not fit a model, naming both sides."""
+    """Raise StageError if an artifact does not fit a model, naming both sides."""
     config = model.config
     pairs = [
         ("grid", f"{config.grid_height}×{config.grid_width}", f"{manifest.grid[0]}×{manifest.grid[1]}"),
@@ -173,15 +173,17 @@ def check_compatible(model: DPAR | LlamaGen, manifest: Manifest, name: str, unco
     ]
     if not unconditional:
         pairs.append(("number of classes", str(config.classes), str(len(manifest.class_names))))
-    for what, ours, theirs in pairs:
-        if ours != theirs:
-            raise StageError(f"{name} does not fit the model: its {what} is {theirs}, the model's {ours}")
+    for what, models, artifacts in pairs:
+        if models != artifacts:
+            raise StageError(f"{name} does not fit the model: its {what} is {artifacts}, the model's {models}")
     if isinstance(model, DPAR) and manifest.kind != "patches":
         raise StageError(f"{name} holds codes without boundaries; DPAR needs patches, which `dpar patchify` makes")
 
 
-def check_same_classes(ours: Sequence[str], theirs: Sequence[str], our_name: str, their_name: str) -> None:
-    """Raises StageError where two artifacts number other classes, naming the first that differs."""
-    for label, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+def check_same_classes(first: Sequence[str], second: Sequence[str], first_name: str, second_name: str) -> None:
+    """Raise StageError if two artifacts number classes differently, naming the first that differs."""
+    for label, (a, b) in enumerate(zip(first, second, strict=True)):
         if a != b:
-            raise StageError(f"class {label} is {a!r} in {our_name} and {b!r} in {their_name}; both must have the same")
+            raise StageError(
+                f"class {label} is {a!r} in {first_name} and {b!r} in {second_name}; both must have the same"
+            )

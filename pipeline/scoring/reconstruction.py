@@ -32,23 +32,23 @@ def reconstruct(
     advance: Callable[[int], None],
     fetch: bool = False,
 ) -> Parts:
-    """Compares view 0 of every image of ``artifact`` with its original.
+    """Compare view 0 of every image of ``artifact`` with its original.
 
     Args:
         generator: its tokenizer decodes.
         artifact: codes or patches.
         extract: features.
         folder: for the parts, which other processes share.
-        chunk: images held in memory at once.
-        done: whether the parts are not needed any more.
+        chunk: images in memory at the same time.
+        done: whether the parts are no longer needed.
         advance: called with the number of images done since the last call.
-        fetch: let the originals be fetched over the network.
+        fetch: fetch originals over the network.
 
     Returns:
         Parts with ``psnr`` (n,) dB, ``ssim`` (n,), ``pool`` (n, d) of originals and ``decoded`` (n, d).
 
     Raises:
-        StageError: the originals cannot be read any more.
+        StageError: the originals are unavailable.
     """
     parts = Parts(folder, -(-len(artifact) // chunk), done)
     for index in parts.missing():
@@ -69,7 +69,7 @@ def reconstruct(
 
 
 def ssim(images: NDArray[np.uint8], reference: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Structural similarity of pixels (n, H, W, 3), one an image: (n,). Windows of 7 px, as LlamaGen measures it."""
+    """Structural similarity of pixels (n, H, W, 3), one per image: (n,). Windows of 7 px, as LlamaGen measures it."""
     from skimage.metrics import structural_similarity
 
     pairs = zip(images, reference, strict=True)

@@ -45,13 +45,13 @@ def merge_reconstruction(shards: Sequence[ShardInfo]) -> dict[str, Any]:
 
 
 def reconstruction_lines(manifest: Manifest) -> list[str]:
-    """What a codes artifact says of its tokenizer: the figures, and a warning with a remedy if they are poor."""
-    found = manifest.statistics.get("reconstruction")
-    if found is None:
+    """A codes artifact's reconstruction: the figures, and a warning with a remedy if they are poor."""
+    measured = manifest.statistics.get("reconstruction")
+    if measured is None:
         return []
-    psnr, images = found["psnr"], found["images"]
+    psnr, images = measured["psnr"], measured["images"]
     count = "1 image" if images == 1 else f"{images} images"
-    lines = [f"reconstruction: {psnr:.1f} dB PSNR, mean of {count}, lowest {found['lowest_psnr']:.1f}"]
+    lines = [f"reconstruction: {psnr:.1f} dB PSNR, mean of {count}, lowest {measured['lowest_psnr']:.1f}"]
     if psnr < POOR_PSNR:
         lines.append(
             f"Warning: the tokenizer reconstructs these images poorly ({psnr:.1f} dB; a good one reaches "

@@ -1,4 +1,4 @@
-"""What samples are held against, wherever it is: an artifact's originals, a folder of images, or an ``.npz``.
+"""What samples are compared with: an artifact's originals, a folder of images, or an ``.npz``.
 
     source = open_reference(Path("VIRTUAL_imagenet256_labeled.npz"), extract)    # checked, nothing computed yet
     reference = source.measured or Reference.of(features, images)
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +25,17 @@ from PIL import Image
 
 from pipeline.generation.npz import IMAGES, NpzImages, array_names, open_array, open_npz, read_floats
 from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress
 from pipeline.runtime.provenance import made_by
-from pipeline.runtime.work_sharing import atomic_path
-from pipeline.scoring.features import Extractor, Statistics
+from pipeline.runtime.work_sharing import Parts, atomic_path, claim_parts
+from pipeline.scoring.features import Extractor, Statistics, resize
 from pipeline.sources import UnusableImage
 from pipeline.sources.decode import EXTENSIONS, read_image
 from pipeline.sources.originals import load_originals, tokenize_settings
 from shards.manifest import MANIFEST, file_sha256
 from shards.reader import Artifact, open_artifact
 
+CHUNK = 500  # images in memory at the same time
 NEIGHBOURS_OF = 10_000  # images of the reference that precision and recall look at
 CENTRE_OF_TEN = 4  # the centre crop among the views of a ten-crop
 SYMMETRY = 1e-3  # how far from symmetric a covariance may be, as a part of its numbers; float16 has this precision
@@ -54,12 +57,12 @@ class Reference:
 
     def save(self, path: Path, provenance: dict[str, Any]) -> None:
         """Writes an ``.npz`` that :func:`open_reference` takes, whole or not at all."""
-        held: dict[str, Any] = {"mu": self.statistics.mu, "sigma": self.statistics.sigma}
-        held |= {} if self.features is None else {"features": self.features}
+        arrays: dict[str, Any] = {"mu": self.statistics.mu, "sigma": self.statistics.sigma}
+        arrays |= {} if self.features is None else {"features": self.features}
         record = provenance | {"images": self.statistics.images, "made_by": made_by()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as part, open(part, "wb") as file:
-            np.savez(file, provenance=np.array(json.dumps(record)), **held)
+            np.savez(file, provenance=np.array(json.dumps(record)), **arrays)
 
     @classmethod
     def load(cls, path: Path, extract: Extractor | None = None) -> Reference:
@@ -85,10 +88,10 @@ class Reference:
                     f"{path}: mu is {shapes['mu']} and sigma {shapes.get('sigma')}; (d,) and (d, d) are needed"
                 )
             if extract is not None:
-                theirs = (record.get("features", "inception"), width)
-                if theirs != (extract.name, extract.dimension):
+                stored = (record.get("features", "inception"), width)
+                if stored != (extract.name, extract.dimension):
                     raise StageError(
-                        f"{path} has statistics of {theirs[1]} {theirs[0]} features; --features {extract.name} has "
+                        f"{path} has statistics of {stored[1]} {stored[0]} features; --features {extract.name} has "
                         f"{extract.dimension}"
                     )
                 if (weights := record.get("weights", extract.weights)) != extract.weights:
@@ -128,9 +131,9 @@ def _check_covariance(sigma: NDArray[np.float64], path: Path) -> None:
     """Raise StageError unless ``sigma`` (d, d) can be a covariance: symmetric, with no negative variance."""
     largest = float(np.abs(sigma).max(initial=0.0))
     if largest > LARGEST_COVARIANCE or not np.allclose(sigma, sigma.T, rtol=SYMMETRY, atol=SYMMETRY * largest):
-        raise StageError(f"{path}: sigma is no covariance: it is not symmetric, or its numbers are too large")
+        raise StageError(f"{path}: sigma is not a covariance: it is not symmetric, or its numbers are too large")
     if float(np.diagonal(sigma).min(initial=0.0)) < 0:
-        raise StageError(f"{path}: sigma is no covariance: it has a negative number on its diagonal")
+        raise StageError(f"{path}: sigma is not a covariance: it has a negative number on its diagonal")
 
 
 class Images(Protocol):
@@ -154,10 +157,10 @@ class ReferenceSource:
 
 
 def open_reference(path: Path, extract: Extractor, fetch: bool = False) -> ReferenceSource:
-    """Looks at what is at ``path``, without computing anything; ``fetch`` lets an artifact's originals be fetched.
+    """Open what is at ``path``, without computing anything; ``fetch`` lets an artifact's originals be fetched.
 
     Raises:
-        StageError, ArtifactError: it is nothing that samples can be held against, or its images differ in size, are
+        StageError, ArtifactError: samples cannot be compared with it, or its images differ in size, are
             not in colour, or are damaged.
     """
     if (path / MANIFEST).is_file():
@@ -179,8 +182,49 @@ def open_reference(path: Path, extract: Extractor, fetch: bool = False) -> Refer
             listed = ", ".join(repr(name)[1:-1] for name in sorted(names)[:8]) or "nothing"
             raise StageError(f"{path} has {listed}; a reference needs arr_0, or mu and sigma")
         return ReferenceSource(images=images, measured=measured, artifact=None, fingerprint=file_sha256(path))
-    what = "is not there" if not path.exists() else "is none of them"
+    what = "does not exist" if not path.exists() else "is none of them"
     raise StageError(f"a reference is an artifact, a folder of images, or an .npz file; {path} {what}")
+
+
+def measure_reference(
+    source: ReferenceSource, extract: Extractor, path: Path, provenance: dict[str, Any], progress: Progress
+) -> Reference | None:
+    """The reference's features, computed once by the processes that share ``path``.
+
+    Args:
+        source: what :func:`open_reference` returned.
+        extract: features.
+        path: ``.npz`` file for the result.
+        provenance: to stand in that file.
+        progress: where to report.
+
+    Returns:
+        None, with a message, if the originals of an artifact are unavailable.
+
+    Raises:
+        StageError: an image cannot be read.
+    """
+    images, measured = source.images, source.measured
+    if measured is not None and (measured.features is not None or images is None):
+        return measured
+    assert images is not None  # a source without statistics has images
+    parts = Parts(path.with_suffix(""), -(-len(images) // CHUNK), path.is_file)
+    try:
+        with progress.task("reference", len(images), "images") as task:
+            for index in parts.missing():
+                pixels = images.read(index * CHUNK, min((index + 1) * CHUNK, len(images)))
+                parts.save(index, pool=extract(resize(pixels, extract.side(pixels.shape[1])))["pool"])
+                task.advance(len(pixels))
+    except StageError as error:
+        if not isinstance(images, Originals):
+            raise
+        progress.say(f"no distance to the reference: {error}")
+        return None
+    for _ in claim_parts(path, 1, lambda _: path.is_file()):
+        reference = Reference.of(parts.joined("pool"), None if measured is None else measured.statistics)
+        reference.save(path, provenance)
+    shutil.rmtree(parts.folder, ignore_errors=True)
+    return Reference.load(path)
 
 
 class Originals:
@@ -212,8 +256,8 @@ class FolderImages:
         Raises:
             StageError: there are none, they differ in size, or one is not in colour or not readable.
         """
-        found = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
-        self.paths = sorted(path for path in found if path.suffix.lower() in EXTENSIONS and path.is_file())
+        files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+        self.paths = sorted(path for path in files if path.suffix.lower() in EXTENSIONS and path.is_file())
         if len(self.paths) < 2:
             raise StageError(f"{folder} holds {len(self.paths)} images; a reference needs at least 2")
         digest, first = hashlib.sha256(), None
@@ -244,13 +288,13 @@ class FolderImages:
 
     def read_rows(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images (n, H, W, 3) of rows (n,)."""
-        found = []
+        pixels = []
         for path in (self.paths[row] for row in rows):
             try:
-                found.append(np.asarray(read_image(path)))
+                pixels.append(np.asarray(read_image(path)))
             except UnusableImage as error:
                 raise StageError(f"{path} cannot be used: {error.reason}") from error
-        return np.stack(found)
+        return np.stack(pixels)
 
 
 def spread(rows: int, most: int = NEIGHBOURS_OF) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpar.patching import PatchRule
+from pipeline.reports.charts import entropy_scale
 from pipeline.reports.inspection_record import (
     ClassExtremes,
     CodebookUse,
@@ -27,7 +28,6 @@ from pipeline.reports.inspection_record import (
     StoredPatches,
     ThresholdPatches,
 )
-from pipeline.reports.pictures import entropy_scale
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.settings.artifacts import InspectSettings
@@ -63,7 +63,7 @@ class Survey:
 
     @classmethod
     def of(cls, artifact: Artifact, thresholds: Sequence[float], rule: PatchRule, progress: Progress) -> Survey:
-        """Reads every shard once, one at a time."""
+        """Read every shard once, one at a time."""
         manifest = artifact.manifest
         survey = cls(
             labels=np.zeros(manifest.rows, np.int32),
@@ -80,7 +80,7 @@ class Survey:
                 first += len(rows)
                 task.advance(len(rows))
         if thresholds and not survey.finite_entropies:
-            raise StageError(f"{artifact.folder} holds no entropies, so --threshold has nothing to go by")
+            raise StageError(f"{artifact.folder} holds no entropies, which --threshold needs")
         return survey
 
     def _add(self, rows: Rows, first: int, thresholds: Sequence[float], rule: PatchRule, grid_width: int) -> None:

@@ -5,6 +5,8 @@
     training    train-tokenizer, entropy, train
     sampling    sample, eval
     models      probe, flops, convert
+    options     the command line's options of all these, --config, and help
+    examples    the last lines of each command's help
 
 The command line makes its options from these fields, a ``--config FILE.toml`` uses their names, and manifests and
 runs record them. The strings beside each type are its help and the heading under which ``--help`` lists it.

@@ -52,7 +52,7 @@ class TokenizeSettings:
     ] = None
     group_regex: Annotated[
         str | None,
-        "Hold out groups of images as a whole: what this matches in a key, or its first group, names the group.",
+        "Hold out whole groups of images: what this matches in a key, or its first group, names the group.",
         DATA,
         RUN_TIME,
     ] = None
@@ -115,7 +115,7 @@ class PatchifySettings:
     batch: Annotated[int, "Sequences in one pass of the entropy model.", HARDWARE] = 32
     compare: Annotated[
         tuple[str, str] | None,
-        "Two entropy models: say how alike they cut a sample of the images; write no patches.",
+        "Two entropy models: report how alike they cut a sample of the images; write no patches.",
         MODEL,
     ] = None
     verify: Annotated[bool, "Check the SHA-256 of every input shard before starting.", DATA] = True
@@ -144,7 +144,7 @@ class PatchifySettings:
 
     @property
     def rule(self) -> PatchRule:
-        """The patch rule; without a threshold if that is still to be found."""
+        """The patch rule; without a threshold if it is not known yet."""
         if self.static_length is not None:
             return PatchRule.static(self.static_length)
         return PatchRule(threshold=self.threshold, max_length=self.max_length or None, row_reset=self.row_reset)

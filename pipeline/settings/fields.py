@@ -34,15 +34,15 @@ PatchRope = Literal["dynamic", "dynamic-compact", "2d"]
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
 Labels = Literal["balanced", "random"]
 ScoredLabels = Literal["random", "balanced", "reference"]
-Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA where there is one.", HARDWARE, RUN_TIME]
-Compute = Annotated[Precision, "Of the arithmetic; auto is bf16 where the device is faster with it.", HARDWARE]
+Device = Annotated[str, "cpu, cuda, cuda:N or mps; auto is CUDA if available.", HARDWARE, RUN_TIME]
+Compute = Annotated[Precision, "Of the arithmetic; auto is bf16 if the device is faster with it.", HARDWARE]
 Seed = Annotated[int, "All randomness comes from it."]
 Split = Annotated[
     str | None, "Part of the data: a subfolder such as train or val; train or validation of built-in data.", DATA
 ]
 FetchOriginals = Annotated[
     bool,
-    "Fetch originals over the network, where the artifact's manifest says that they are: trust who made it.",
+    "Fetch originals over the network, from the address in the artifact's manifest; only for artifacts you trust.",
     DATA,
     RUN_TIME,
 ]
@@ -70,7 +70,7 @@ def require(condition: bool, message: str) -> None:
 
 
 LARGEST = 2**31 - 1  # of whole numbers: seeds times steps, and indices, stay below 64 bits
-LARGEST_BATCH = 2**16  # of what is held in memory at the same time
+LARGEST_BATCH = 2**16  # of what is in memory at the same time
 BATCHES = ("batch", "micro_batch", "sheet", "workers", "image_size")
 
 

@@ -61,7 +61,7 @@ class SamplingSettings:
 def check_cfg_scale(scale: float) -> None:
     """Raises StageError unless guidance of this scale means something."""
     require(math.isfinite(scale) and scale >= 0, f"--cfg-scale is {scale}; it must be above 0")
-    require(scale > 0, "--cfg-scale is 0, which leaves the class out altogether; 1 is no guidance")
+    require(scale > 0, "--cfg-scale is 0, which ignores the class; 1 is no guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +112,14 @@ class EvalSettings(SamplingSettings):
 
     reference: Annotated[
         Path,
-        "What samples are held against: an artifact, a folder of images, or an .npz of images or statistics.",
+        "What samples are compared with: an artifact, a folder of images, or an .npz of images or statistics.",
         DATA,
         RUN_TIME,
     ]
     held_out: Annotated[
         Path | None,
         "Held-out artifact for bits per token: patches for DPAR; codes will do for LlamaGen. "
-        "(default: the reference, where it is one)",
+        "(default: the reference, if it is an artifact)",
         DATA,
         RUN_TIME,
     ] = None

@@ -63,7 +63,7 @@ class OptimSettings:
     """How a model is trained; the defaults are the paper's recipe (section 4.1)."""
 
     steps: Annotated[int | None, "Optimizer steps. (default: --epochs)", OPTIM] = None
-    epochs: Annotated[float, "Passes over the data, where --steps is not given.", OPTIM] = 300.0
+    epochs: Annotated[float, "Passes over the data, without --steps.", OPTIM] = 300.0
     batch: Annotated[int, "Images per step, over all processes.", OPTIM] = 256
     micro_batch: Annotated[
         int | None, "Images computed at once in a process. (default: all of its share)", HARDWARE, RUN_TIME
@@ -89,7 +89,7 @@ class OptimSettings:
     log_every: Annotated[int, "Steps between lines of metrics.", OUTPUT, RUN_TIME] = 50
     checkpoint_every: Annotated[int, "Steps between checkpoints.", OUTPUT, RUN_TIME] = 2000
     keep: Annotated[int, "Newest checkpoints kept.", OUTPUT, RUN_TIME] = 2
-    override: Annotated[bool, "Go on with a run under other settings, and record which.", OUTPUT, RUN_TIME] = False
+    override: Annotated[bool, "Resume a run with other settings, and record which.", OUTPUT, RUN_TIME] = False
     verify: Annotated[bool, "Check the SHA-256 of every input shard before starting.", DATA, RUN_TIME] = True
     attention: Annotated[
         Attention,
@@ -115,7 +115,7 @@ class OptimSettings:
         at_least(self, 0, "lr", "warmup", "weight_decay", "beta1", "beta2", "clip", "dropout", "ema", "sheet", "seed")
         require(self.epochs > 0, f"--epochs is {self.epochs}; it must be above 0")
         for name in ("beta1", "beta2", "dropout", "ema"):
-            require(getattr(self, name) < 1, f"--{name} is {getattr(self, name)}; it must be under 1")
+            require(getattr(self, name) < 1, f"--{name} is {getattr(self, name)}; it must be below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -736,14 +736,14 @@ def test_bad_references_are_one_message_before_anything_is_sampled(home: Path, t
         "objects-statistics.npz": "mu holds object; floating-point numbers are needed",
         "shape-statistics.npz": r"mu is \(64,\) and sigma \(63, 63\)",
         "flat-statistics.npz": r"mu is \(\) and sigma",
-        "skewed-statistics.npz": "sigma is no covariance: it is not symmetric",
-        "huge-statistics.npz": "sigma is no covariance",
-        "negative-statistics.npz": "sigma is no covariance: it has a negative number on its diagonal",
+        "skewed-statistics.npz": "sigma is not a covariance: it is not symmetric",
+        "huge-statistics.npz": "sigma is not a covariance",
+        "negative-statistics.npz": "sigma is not a covariance: it has a negative number on its diagonal",
         "provenance.npz": "its provenance is damaged",
         "pipe.npz": "pipe.npz is not a regular file",
         "text.npz": "is no .npz file",
         "empty": "holds 0 images",
-        "gone": "is not there",
+        "gone": "does not exist",
     }.items():
         with pytest.raises(StageError, match=says):
             run(home, tmp_path / "scores", reference=tmp_path / name)
@@ -798,7 +798,7 @@ def test_a_weights_file_with_code_in_it_is_refused_not_run(home: Path, tmp_path:
         torch.save(held, weights)
     else:
         weights.write_bytes(pickle.dumps(held, protocol=2))
-    with pytest.raises(StageError, match=f"Inception's weights could not be had in {weights}"):
+    with pytest.raises(StageError, match=f"Inception's weights are unavailable in {weights}"):
         run(home, tmp_path / "scores", features="inception", inception_weights=weights)
     assert not (tmp_path / "sprung").exists()
 
@@ -807,5 +807,5 @@ def test_inception_weights_that_are_something_else_are_one_message(home: Path, t
     pytest.importorskip("torch_fidelity")
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
     for name in ("other.pth", "missing.pth"):
-        with pytest.raises(StageError, match=f"could not be had in {tmp_path / name}"):
+        with pytest.raises(StageError, match=f"are unavailable in {tmp_path / name}"):
             InceptionFeatures(tmp_path / name, torch.device("cpu"))
