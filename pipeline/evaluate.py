@@ -7,6 +7,7 @@
     OUT/likelihood/NAME.json      each row of the held-out table: bits per token, patches and GMACs per image
     OUT/cells/NAME/               each cell of the table: its codes as an artifact, its numbers, its sheets
     OUT/reference.npz             the reference's statistics
+    OUT/floor/                    the scores of a second set of real images, with ``--floor``
 
 A row of the held-out table is a combination of checkpoint, threshold and longest patch; the held-out images are cut
 anew by its rule, from their stored entropies. A cell is a row with a guidance scale. RUN may also be a LlamaGen that
@@ -27,30 +28,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpar.llamagen import LlamaGen
 from dpar.patching import PatchRule
 from pipeline.generation.generator import Generator, weights_fingerprint
-from pipeline.generation.sampled_artifact import Plan, labels_of, write_sampled
+from pipeline.generation.sampled_artifact import Plan, labels_like, labels_of, write_sampled
 from pipeline.runtime.device import precision_name, rank, world_size
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, stops_with
 from pipeline.runtime.work_sharing import Parts, claim_folder, claim_parts, write_once
 from pipeline.sample import sample_sheet, save_picture, shard_pixels
 from pipeline.scoring.candidates import Candidate, Row, candidates, training_flops
+from pipeline.scoring.efficientnet import EfficientNetFeatures
 from pipeline.scoring.features import (
     Extractor,
-    Features,
     InceptionFeatures,
     Statistics,
     TokenizerFeatures,
     frechet_distance,
-    inception_score,
-    precision_recall,
 )
+from pipeline.scoring.floor import RealImages, measure_floor, scores_of
 from pipeline.scoring.held_out import check_held_out, held_out_rule, measure_held_out
+from pipeline.scoring.likelihood import check_same_classes
 from pipeline.scoring.reconstruction import reconstruct
-from pipeline.scoring.records import Cell, HeldOutRow, Reconstruction, Results, Scores
+from pipeline.scoring.records import Cell, Floor, HeldOutRow, Reconstruction, Results
 from pipeline.scoring.reference import CHUNK, Originals, Reference, measure_reference, open_reference
 from pipeline.scoring.results import write_results
 from pipeline.settings.fields import identity as settings_identity
@@ -78,7 +80,7 @@ def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | 
         likelihoods = [job.likelihood(row) for row in job.rows]
         reconstruction = job.reconstruction()
         job.sample_cells(likelihoods)
-        return write_results(out, likelihoods[0], reconstruction, job.identity)
+        return write_results(out, likelihoods[0], reconstruction, job.identity, job.floor())
 
 
 class _Evaluation:
@@ -99,12 +101,12 @@ class _Evaluation:
         generator = self.generator(self.rows[0])
         if self.artifact is not None:
             check_held_out(self.artifact, generator, run)
-        self.extract: Extractor = (
-            InceptionFeatures(settings.inception_weights, generator.device, settings.batch)
-            if settings.features == "inception"
-            else TokenizerFeatures(generator.tokenizer, generator.tokenizer_origin["fingerprint"], settings.batch)
-        )
+        self.extract = _extractor(settings, generator)
         self.source = open_reference(settings.reference, self.extract, settings.fetch_originals)
+        self.floor_source = None
+        if settings.floor is not None:
+            self.floor_source = RealImages.open(settings.floor, self.extract, settings.fetch_originals)
+        self.labels = self._labels(generator)
         images, compares = self.source.images, settings.samples > 0 or settings.save_reference is not None
         if compares and self.source.measured is None and images is not None and len(images) < 2:
             raise StageError(f"{settings.reference} holds {len(images)} images; a reference needs at least 2")
@@ -120,6 +122,17 @@ class _Evaluation:
             self._loaded = None  # one model in memory at a time
             self._loaded = (candidate, Generator.load(self.run, self.settings, self.artifact, candidate.path))
         return self._loaded[1].with_rule(row.threshold, row.max_length)
+
+    def _labels(self, generator: Generator) -> NDArray[np.int64]:
+        """Classes (samples,) of a cell's images."""
+        s, names, artifact = self.settings, generator.class_names, self.source.artifact
+        if s.labels != "reference":
+            return labels_of(list(range(len(names))), s.samples, s.labels, s.seed)
+        if artifact is None:
+            raise StageError(f"--labels reference needs the classes of an artifact; {s.reference} has none")
+        check_same_classes(names, artifact.manifest.class_names, str(self.run), str(s.reference))
+        rows = np.arange(len(artifact))
+        return labels_like(artifact.gather(rows, np.zeros_like(rows)).labels, s.samples)
 
     def _held_out_rules(
         self, generator: Generator, choices: list[tuple[float | None, int | None]]
@@ -217,6 +230,11 @@ class _Evaluation:
         shutil.rmtree(folder, ignore_errors=True)
         return Reconstruction.from_json(values, self.settings.features, str(path))
 
+    def reference(self) -> Reference | None:
+        """The reference's features, measured once; None if its originals are unavailable."""
+        path = self.out / "reference.npz"
+        return measure_reference(self.source, self.extract, path, self._provenance(), self.progress)
+
     def _save(self, reference: Reference) -> None:
         reference.save(self.out / "reference.npz", self._provenance())
 
@@ -227,10 +245,7 @@ class _Evaluation:
     def sample_cells(self, likelihoods: list[HeldOutRow]) -> None:
         """Sample and score the cells that are missing."""
         s = self.settings
-        reference = None
-        if s.samples or s.save_reference is not None:
-            path = self.out / "reference.npz"
-            reference = measure_reference(self.source, self.extract, path, self._provenance(), self.progress)
+        reference = self.reference() if s.samples or s.save_reference is not None else None
         if s.save_reference is not None:
             if reference is None:
                 raise StageError(f"--save-reference: nothing could be measured of {s.reference}")
@@ -247,6 +262,13 @@ class _Evaluation:
                 for parts in ("seconds", "features"):
                     shutil.rmtree(folder / parts, ignore_errors=True)
 
+    def floor(self) -> Floor | None:
+        """The scores of the second set of real images, measured once; None if there is none or no reference."""
+        source, samples = self.floor_source, self.settings.samples
+        if source is None or (reference := self.reference()) is None:
+            return None
+        return measure_floor(self.out / "floor", source, samples, reference, self.extract, self.progress)
+
     def _cell(
         self,
         folder: Path,
@@ -258,7 +280,7 @@ class _Evaluation:
     ) -> None:
         """One combination of settings: its samples, their scores, and two sheets."""
         s, path = self.settings, folder / "cell.json"
-        labels = labels_of(list(range(len(generator.class_names))), s.samples, s.labels, s.seed)
+        labels = self.labels
         n_shards = -(-s.samples // s.shard_size)
         seconds = Parts(folder / "seconds", n_shards, path.is_file)
         artifact = write_sampled(
@@ -309,23 +331,18 @@ class _Evaluation:
                 held_out_mean_length=likelihood.mean_length,
                 gmacs_per_image=likelihood.gmacs_per_image,
                 images_per_second=s.samples / float(seconds.joined("seconds").sum()) if complete else None,
-                scores=None if reference is None else _scores({n: features.joined(n) for n in names}, reference),
+                scores=None if reference is None else scores_of({n: features.joined(n) for n in names}, reference),
             )
 
         write_once(path, lambda: finish().to_json())
 
 
-def _scores(samples: Features, reference: Reference) -> Scores:
-    score = inception_score(samples["logits"]) if "logits" in samples else None
-    pair = None if reference.features is None else precision_recall(samples["pool"], reference.features)
-    return Scores(
-        distance=frechet_distance(Statistics.of(samples["pool"]), reference.statistics),
-        reference_images=reference.statistics.images,
-        inception_score=None if score is None else score[0],
-        inception_score_std=None if score is None else score[1],
-        precision=None if pair is None else pair[0],
-        recall=None if pair is None else pair[1],
-    )
+def _extractor(settings: EvalSettings, generator: Generator) -> Extractor:
+    if settings.features == "inception":
+        return InceptionFeatures(settings.inception_weights, generator.device, settings.batch)
+    if settings.features == "efficientnet":
+        return EfficientNetFeatures(generator.device, settings.batch)
+    return TokenizerFeatures(generator.tokenizer, generator.tokenizer_origin["fingerprint"], settings.batch)
 
 
 def _open(place: Path) -> Artifact:

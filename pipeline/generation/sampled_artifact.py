@@ -50,6 +50,11 @@ def labels_of(classes: list[int], count: int, how: str, seed: int) -> NDArray[np
     return np.asarray(classes, np.int64)[drawn]
 
 
+def labels_like(labels: NDArray[np.integer[Any]], count: int) -> NDArray[np.int64]:
+    """Classes (count,), sorted, in the proportions of ``labels`` (n,); the same classes if ``count`` is n."""
+    return np.sort(labels).astype(np.int64)[np.arange(count) * len(labels) // count]
+
+
 def write_sampled(
     generator: Generator,
     plan: Plan,

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from dpar.tokenizer import VQTokenizer, from_uint8
 from pipeline.runtime.errors import StageError
+from pipeline.settings.fields import Features as FeaturesName
 from shards.files import file_sha256
 
 NEIGHBOURS = 3  # of precision and recall
@@ -38,7 +39,7 @@ Features = dict[str, NDArray[np.float32]]  # "pool" (n, d); Inception's have "lo
 class Extractor(Protocol):
     """Images to features."""
 
-    name: str
+    name: FeaturesName
     dimension: int  # of "pool"
     weights: str  # fingerprint, or name, of what computes them
 
@@ -52,7 +53,7 @@ class Extractor(Protocol):
 class InceptionFeatures:
     """Inception's pool features and logits, as torch-fidelity computes them."""
 
-    name = "inception"
+    name: FeaturesName = "inception"
     dimension = 2048
 
     def __init__(self, weights: Path | None, device: torch.device, batch: int = 32) -> None:
@@ -111,7 +112,7 @@ class TokenizerFeatures:
     Distances on them compare only among themselves, and are not FID.
     """
 
-    name = "tokenizer"
+    name: FeaturesName = "tokenizer"
 
     def __init__(self, tokenizer: VQTokenizer, fingerprint: str, batch: int = 32) -> None:
         """Takes a tokenizer on its device, and the fingerprint of its weights."""

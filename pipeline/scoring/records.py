@@ -18,9 +18,19 @@ from typing import Any
 from pipeline.settings.fields import Features
 from shards.records import parse, read_json
 
-DISTANCE = {"inception": "FID", "tokenizer": "tokenizer Fréchet distance"}
-RECONSTRUCTION = {"inception": "rFID", "tokenizer": "tokenizer reconstruction distance"}
-PREFIX = {"inception": "", "tokenizer": "tokenizer_"}  # of precision and recall
+DISTANCE = {
+    "inception": "FID",
+    "tokenizer": "tokenizer Fréchet distance",
+    "efficientnet": "FD (EfficientNet-Lite0)",
+}
+KERNEL_DISTANCE = {"inception": "KID", "tokenizer": "tokenizer KID", "efficientnet": "KID (EfficientNet-Lite0)"}
+RECONSTRUCTION = {
+    "inception": "rFID",
+    "tokenizer": "tokenizer reconstruction distance",
+    "efficientnet": "reconstruction FD (EfficientNet-Lite0)",
+}
+# Of precision and recall
+PREFIX = {"inception": "", "tokenizer": "tokenizer_", "efficientnet": "efficientnet_"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +111,37 @@ class Scores:
     """How far a cell's samples are from the reference."""
 
     distance: float
+    kernel_distance: float | None = None  # None without the reference's features
+    kernel_distance_error: float | None = None  # its standard error; None for few images
     reference_images: int | None  # None if the statistics do not say
     inception_score: float | None = None  # None without Inception's logits
     inception_score_std: float | None = None
     precision: float | None = None  # None without the reference's features
     recall: float | None = None
+
+    def to_json(self, features: Features) -> dict[str, Any]:
+        """JSON values by the names that the quantities have on these features."""
+        values, name = dataclasses.asdict(self), DISTANCE[features]
+        named = {"distance": name, name: self.distance, "reference_images": self.reference_images}
+        keys = self._keys(features)
+        return named | {keys[field]: values[field] for field in keys if values[field] is not None}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], features: Features, where: str) -> Scores:
+        """The inverse of :meth:`to_json`; other keys of ``values`` are ignored.
+
+        Raises:
+            ArtifactError: a value is missing or of another type.
+        """
+        keys = {"distance": DISTANCE[features], "reference_images": "reference_images"}
+        return parse(cls, _renamed(values, keys | cls._keys(features)), where)
+
+    @staticmethod
+    def _keys(features: Features) -> dict[str, str]:
+        prefix, kernel = PREFIX[features], KERNEL_DISTANCE[features]
+        names = {"kernel_distance": kernel, "kernel_distance_error": f"{kernel} error"}
+        names |= {"inception_score": "inception_score", "inception_score_std": "inception_score_std"}
+        return names | {"precision": f"{prefix}precision", "recall": f"{prefix}recall"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +173,8 @@ class Cell:
     def to_json(self) -> dict[str, Any]:
         """JSON values by key, the scores among them."""
         values = dataclasses.asdict(self)
-        scores = values.pop("scores")
-        if scores is None:
-            return values
-        name = DISTANCE[self.features]
-        values |= {"distance": name, name: scores["distance"], "reference_images": scores["reference_images"]}
-        keys = self._score_keys(self.features)
-        return values | {keys[field]: scores[field] for field in keys if scores[field] is not None}
+        del values["scores"]
+        return values if self.scores is None else values | self.scores.to_json(self.features)
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> Cell:
@@ -155,15 +186,35 @@ class Cell:
         cell = parse(cls, values, where, ignore_unknown=True)
         if "distance" not in values:
             return cell
-        keys = {"distance": DISTANCE[cell.features], "reference_images": "reference_images"}
-        scores = _renamed(values, keys | cls._score_keys(cell.features))
-        return dataclasses.replace(cell, scores=parse(Scores, scores, where))
+        return dataclasses.replace(cell, scores=Scores.from_json(values, cell.features, where))
 
-    @staticmethod
-    def _score_keys(features: Features) -> dict[str, str]:
-        prefix = PREFIX[features]
-        names = {"inception_score": "inception_score", "inception_score_std": "inception_score_std"}
-        return names | {"precision": f"{prefix}precision", "recall": f"{prefix}recall"}
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """The scores of a second set of real images, ``floor/NAME.json``: what samples can be expected to reach."""
+
+    source: str  # where the images are
+    fingerprint: str  # of the source
+    samples: int  # images compared
+    features: Features
+    scores: Scores
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values by key, the scores among them."""
+        values = dataclasses.asdict(self)
+        del values["scores"]
+        return values | self.scores.to_json(self.features)
+
+    @classmethod
+    def from_json(cls, values: Any, where: str) -> Floor:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ArtifactError: a value is missing or of another type.
+        """
+        features = parse(_Identity, values, where, ignore_unknown=True).features
+        scores = Scores.from_json(values, features, where)
+        return parse(cls, {**values, "scores": dataclasses.asdict(scores)}, where, ignore_unknown=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +227,7 @@ class Results:
     made_by: dict[str, Any]
     held_out: Sequence[HeldOutRow]
     cells: Sequence[Cell]
+    floor: Floor | None = None  # None unless asked for
 
     def to_json(self) -> dict[str, Any]:
         """JSON values by key; those of the first row and of the reconstruction stand at the top."""
@@ -189,6 +241,7 @@ class Results:
             "made_by": self.made_by,
             "held_out": rows,
             "cells": [cell.to_json() for cell in self.cells],
+            **({} if self.floor is None else {"floor": self.floor.to_json()}),
         }
 
     @classmethod
@@ -208,6 +261,7 @@ class Results:
             made_by=values.made_by,
             held_out=[HeldOutRow.from_json(row, where) for row in values.held_out],
             cells=[Cell.from_json(cell, where) for cell in values.cells],
+            floor=Floor.from_json(file["floor"], where) if "floor" in file else None,
         )
 
 

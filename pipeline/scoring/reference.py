@@ -31,13 +31,14 @@ from pipeline.runtime.work_sharing import Parts, claim_parts
 from pipeline.scoring.features import Extractor, Statistics, resize
 from pipeline.sources import UnusableImage
 from pipeline.sources.decode import EXTENSIONS, read_image
-from pipeline.sources.originals import load_originals
+from pipeline.sources.originals import load_originals, tokenize_settings
 from shards.files import atomic_path, file_sha256
 from shards.manifest import MANIFEST
 from shards.reader import Artifact, open_artifact
 
 CHUNK = 500  # images in memory at the same time
 NEIGHBOURS_OF = 10_000  # images of the reference that precision and recall look at
+CENTRE_OF_TEN = 4  # the centre crop among the views of a ten-crop
 SYMMETRY = 1e-3  # how far from symmetric a covariance may be, as a part of its numbers; float16 has this precision
 LARGEST_COVARIANCE = 1e100  # whose products are still finite
 LARGEST_PROVENANCE = 2**20  # bytes
@@ -238,8 +239,13 @@ class Originals:
 
     def read(self, first: int, end: int) -> NDArray[np.uint8]:
         """See :class:`Images`."""
-        rows = np.arange(first, end)
-        return load_originals(self.artifact.manifest, self.artifact.keys(rows), np.zeros_like(rows), fetch=self._fetch)
+        return self.read_rows(np.arange(first, end))
+
+    def read_rows(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Images (n, H, W, 3) of rows (n,): centre crops, if the artifact has them."""
+        manifest = self.artifact.manifest
+        central = CENTRE_OF_TEN if tokenize_settings(manifest).views == "ten-crop" else 0
+        return load_originals(manifest, self.artifact.keys(rows), np.full_like(rows, central), fetch=self._fetch)
 
 
 class FolderImages:
@@ -279,8 +285,12 @@ class FolderImages:
 
     def read(self, first: int, end: int) -> NDArray[np.uint8]:
         """See :class:`Images`."""
+        return self.read_rows(np.arange(first, end))
+
+    def read_rows(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Images (n, H, W, 3) of rows (n,)."""
         pixels = []
-        for path in self.paths[first:end]:
+        for path in (self.paths[row] for row in rows):
             try:
                 pixels.append(np.asarray(read_image(path)))
             except UnusableImage as error:

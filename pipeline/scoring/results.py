@@ -14,13 +14,15 @@ from typing import Any
 from pipeline.runtime.provenance import made_by
 from pipeline.runtime.terminal import ESCAPES
 from pipeline.runtime.work_sharing import claim_parts
+from pipeline.scoring.efficientnet import HOW
 from pipeline.scoring.plots import how_sampled, plot_cells
-from pipeline.scoring.records import RECONSTRUCTION, Cell, HeldOutRow, Reconstruction, Results
+from pipeline.scoring.records import RECONSTRUCTION, Cell, Floor, HeldOutRow, Reconstruction, Results
 from shards.files import atomic_path, write_json
 from shards.records import read_json
 
 # Columns of a cell's numbers, in order: key, heading, format. Those that no cell has are left out.
 COLUMNS = (
+    ("images", "images", "{}"),
     ("checkpoint", "checkpoint", "{}"),
     ("threshold", "threshold", "{:.4g}"),
     ("max_length", "max length", "{}"),
@@ -33,12 +35,21 @@ COLUMNS = (
     ("held_out_mean_length", "held-out length", "{:.3f}"),
     ("gmacs_per_image", "GMACs", "{:.4g}"),
     ("FID", "FID", "{:.3f}"),
+    ("KID", "KID", "{:.5f}"),
+    ("KID error", "±", "{:.5f}"),
     ("inception_score", "IS", "{:.2f}"),
     ("precision", "precision", "{:.3f}"),
     ("recall", "recall", "{:.3f}"),
     ("tokenizer Fréchet distance", "tokenizer Fréchet distance", "{:.3f}"),
+    ("tokenizer KID", "tokenizer KID", "{:.5f}"),
+    ("tokenizer KID error", "±", "{:.5f}"),
     ("tokenizer_precision", "tokenizer precision", "{:.3f}"),
     ("tokenizer_recall", "tokenizer recall", "{:.3f}"),
+    ("FD (EfficientNet-Lite0)", "FD (EfficientNet-Lite0)", "{:.3f}"),
+    ("KID (EfficientNet-Lite0)", "KID (EfficientNet-Lite0)", "{:.5f}"),
+    ("KID (EfficientNet-Lite0) error", "±", "{:.5f}"),
+    ("efficientnet_precision", "EfficientNet precision", "{:.3f}"),
+    ("efficientnet_recall", "EfficientNet recall", "{:.3f}"),
     ("images_per_second", "images/s", "{:.2f}"),
     ("samples", "samples", "{}"),
     ("labels", "labels", "{}"),
@@ -62,6 +73,7 @@ def write_results(
     newest: HeldOutRow,
     reconstruction: Reconstruction | None,
     identity: dict[str, Any],
+    floor: Floor | None = None,
 ) -> Results:
     """Write ``results.json``, ``.csv``, ``.md`` and plots of all rows and cells in ``out``; return what they say.
 
@@ -79,6 +91,7 @@ def write_results(
         made_by=made_by(),
         held_out=sorted((row for row in rows if row.bits_per_token is not None), key=_order),
         cells=sorted(cells, key=_order),
+        floor=floor,
     )
     values = results.to_json()
     for _ in claim_parts(out / "results.json", 1, lambda _: False):
@@ -139,9 +152,16 @@ def markdown(results: Results) -> str:
     if len(results.held_out) > 1:
         held_out = [row.to_json() for row in results.held_out]
         parts.append(_table("Held-out images, cut by each row's rule.", HELD_OUT, held_out))
-    if results.cells:
-        cells = [cell.to_json() for cell in results.cells]
-        parts.append(_table(f"Samples: {how_sampled(results.cells)}.", COLUMNS, cells))
+    rows_of_images = [cell.to_json() for cell in results.cells]
+    title = f"Samples: {how_sampled(results.cells)}." if results.cells else "No samples."
+    if results.floor is not None:
+        rows_of_images = [{"images": "samples"} | row for row in rows_of_images]
+        rows_of_images.append({"images": "floor"} | results.floor.to_json())
+        title += f" Floor: {results.floor.samples} real images of {results.floor.source}."
+    if rows_of_images:
+        if {row["features"] for row in rows_of_images} == {"efficientnet"}:
+            title += f" EfficientNet-Lite0: {HOW}."
+        parts.append(_table(title, COLUMNS, rows_of_images))
     return "\n".join(parts)
 
 

@@ -22,6 +22,7 @@ from pipeline.settings.fields import (
     GuidanceSchedule,
     Labels,
     Precision,
+    ScoredLabels,
     Seed,
     at_least,
     require,
@@ -41,9 +42,6 @@ class SamplingSettings:
     temperature: Annotated[float, "Of the logits; 0 takes the likeliest token.", SAMPLING] = 1.0
     top_k: Annotated[int, "Only the k likeliest tokens; 0 is all.", SAMPLING] = 0
     top_p: Annotated[float, "Only the likeliest tokens that together have this probability.", SAMPLING] = 1.0
-    labels: Annotated[Labels, "Classes of a number of images: all alike, or drawn at random (seeded).", SAMPLING] = (
-        "balanced"
-    )
     row_reset: Annotated[bool | None, "Each row starts a patch. (default: as in the training data)", PATCHES] = None
     seed: Annotated[Seed, SAMPLING] = 0
     batch: Annotated[int, "Images sampled at once; at most a shard.", HARDWARE, RUN_TIME] = 32
@@ -80,6 +78,9 @@ class SampleSettings(SamplingSettings):
     count: Annotated[
         int | None, "Images in all, in place of --per-class; --labels says of which classes.", SAMPLING
     ] = None
+    labels: Annotated[Labels, "Classes of a number of images: all alike, or drawn at random (seeded).", SAMPLING] = (
+        "balanced"
+    )
     image: Annotated[
         Path | None, "Keep a part of this image and sample the rest, with --mask or --keep-rows.", SAMPLING
     ] = None
@@ -144,16 +145,27 @@ class EvalSettings(SamplingSettings):
         tuple[int, ...], "P, 0 is no limit; repeat for a table. (default: the training data's)", PATCHES, RUN_TIME
     ] = ()
     labels: Annotated[
-        Labels, "Classes of the samples: drawn at random (seeded), as in the paper, or all alike.", SAMPLING
+        ScoredLabels,
+        "Classes of the samples: drawn at random (seeded), as in the paper; all alike; or in the proportions of the "
+        "reference's images.",
+        SAMPLING,
     ] = "random"
     samples: Annotated[int, "Images sampled for each cell of the table; 0 samples none.", SAMPLING] = 1000
     features: Annotated[
         Features,
-        "Of the distance between samples and reference: inception is FID and needs torch-fidelity (extra eval).",
+        "Of the distance between samples and reference: inception is FID; efficientnet is EfficientNet-Lite0's, whose "
+        "weights are in a package (both of extra eval).",
         OUTPUT,
     ] = "tokenizer"
     inception_weights: Annotated[
         Path | None, "File of Inception's weights. (default: torch-fidelity fetches them)", OUTPUT, RUN_TIME
+    ] = None
+    floor: Annotated[
+        Path | None,
+        "A second set of real images, an artifact or a folder, such as training images: its distance to the reference "
+        "is what samples can be expected to reach. As many images as --samples, evenly spread.",
+        DATA,
+        RUN_TIME,
     ] = None
     save_reference: Annotated[
         Path | None, "Write the reference's statistics to this .npz, to be a --reference.", OUTPUT, RUN_TIME

@@ -1,0 +1,115 @@
+"""The scores of samples, and of a second set of real images: the floor that samples can be expected to reach.
+
+scores = scores_of(features, reference)
+floor = measure_floor(Path("scores/floor"), source, samples, reference, extract, progress)
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.runtime.errors import StageError
+from pipeline.runtime.progress import Progress
+from pipeline.runtime.work_sharing import Parts, write_once
+from pipeline.scoring.features import (
+    Extractor,
+    Features,
+    Statistics,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+    resize,
+)
+from pipeline.scoring.kernel_distance import kernel_distance
+from pipeline.scoring.records import Floor, Scores
+from pipeline.scoring.reference import CHUNK, FolderImages, Originals, Reference, open_reference, spread
+
+
+def scores_of(samples: Features, reference: Reference) -> Scores:
+    """All scores of samples' features that can be had; distances need at least 2 images."""
+    score = inception_score(samples["logits"]) if "logits" in samples else None
+    pair, kernel = None, None
+    if reference.features is not None:
+        pair = precision_recall(samples["pool"], reference.features)
+        if len(reference.features) > 1:
+            kernel = kernel_distance(samples["pool"][spread(len(samples["pool"]))], reference.features)
+    return Scores(
+        distance=frechet_distance(Statistics.of(samples["pool"]), reference.statistics),
+        kernel_distance=None if kernel is None else kernel[0],
+        kernel_distance_error=None if kernel is None else kernel[1],
+        reference_images=reference.statistics.images,
+        inception_score=None if score is None else score[0],
+        inception_score_std=None if score is None else score[1],
+        precision=None if pair is None else pair[0],
+        recall=None if pair is None else pair[1],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealImages:
+    """A second set of real images."""
+
+    path: Path
+    images: Originals | FolderImages
+    fingerprint: str
+
+    @classmethod
+    def open(cls, path: Path, extract: Extractor, fetch: bool) -> RealImages:
+        """Look at what is at ``path``, without computing anything; ``fetch`` lets originals be fetched.
+
+        Raises:
+            StageError, ArtifactError: it is not an artifact or a folder of at least 2 images.
+        """
+        source = open_reference(path, extract, fetch)
+        if not isinstance(source.images, Originals | FolderImages) or len(source.images) < 2:
+            raise StageError(f"--floor {path} must be an artifact or a folder, of at least 2 images")
+        return cls(path=path, images=source.images, fingerprint=source.fingerprint)
+
+
+def measure_floor(
+    folder: Path,
+    source: RealImages,
+    samples: int,
+    reference: Reference,
+    extract: Extractor,
+    progress: Progress,
+) -> Floor:
+    """The scores of real images against the reference, measured once and shared by processes.
+
+    Args:
+        folder: where the record is kept, under the source's fingerprint and the number of images.
+        source: the second set.
+        samples: images to compare, evenly spread over the source; 0 is all.
+        reference: what they are held against.
+        extract: their features.
+        progress: where to report.
+
+    Raises:
+        StageError: the originals cannot be read, or the distance is not finite.
+    """
+    images = source.images
+    chosen = spread(len(images), samples or len(images))
+    record = folder / f"{source.fingerprint[:16]}-{len(chosen)}.json"
+    parts = Parts(record.with_suffix(""), -(-len(chosen) // CHUNK), record.is_file)
+    with progress.task("floor", len(chosen), "images") as task:
+        for index in parts.missing():
+            rows = chosen[index * CHUNK : (index + 1) * CHUNK]
+            pixels = images.read_rows(rows)
+            parts.save(index, **extract(resize(pixels, extract.side(pixels.shape[1]))))
+            task.advance(len(rows))
+
+    def finish() -> Floor:
+        scores = scores_of({name: parts.joined(name) for name in parts.load(0)}, reference)
+        return Floor(
+            source=str(source.path),
+            fingerprint=source.fingerprint,
+            samples=len(chosen),
+            features=extract.name,
+            scores=scores,
+        )
+
+    values = write_once(record, lambda: finish().to_json())
+    shutil.rmtree(parts.folder, ignore_errors=True)
+    return Floor.from_json(values, str(record))
