@@ -80,10 +80,11 @@ class Quantiser(nn.Module):
 
     def nearest(self, latent: Tensor) -> Tensor:
         """Codes of (B, codebook_dim, H, W) latents: (B, H·W) int64, in raster order."""
-        rows = F.normalize(latent.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
-        # On the unit sphere the nearest vector has the largest cosine. In chunks: V is 16384.
-        vectors = self.vectors()
-        codes = [(chunk @ vectors.T).argmax(dim=-1) for chunk in rows.split(4096)]
+        with torch.autocast(latent.device.type, enabled=False):  # bf16 confuses neighbouring vectors
+            rows = F.normalize(latent.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+            # On the unit sphere the nearest vector has the largest cosine. In chunks: V is 16384.
+            vectors = self.vectors()
+            codes = [(chunk @ vectors.T).argmax(dim=-1) for chunk in rows.split(4096)]
         return torch.cat(codes).view(latent.shape[0], -1)
 
     def lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
@@ -94,7 +95,8 @@ class Quantiser(nn.Module):
         """Quantises (B, codebook_dim, H, W) with a straight-through gradient, and gives the losses."""
         unit = F.normalize(latent.float(), dim=1)
         rows = unit.permute(0, 2, 3, 1).flatten(0, 2)
-        similarity = rows @ self.vectors().T
+        with torch.autocast(latent.device.type, enabled=False):  # as in `nearest`
+            similarity = rows @ self.vectors().T
         codes = similarity.argmax(dim=-1).view(latent.shape[0], -1)
         chosen = self.lookup(codes, latent.shape[2], latent.shape[3])
         return Quantised(

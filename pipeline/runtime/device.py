@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -26,13 +28,15 @@ def world_size() -> int:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device called ``name``; ``auto`` is this process's GPU, without CUDA the CPU.
+    """Return the device called ``name``; ``cuda`` is this process's GPU, and ``auto`` likewise, without CUDA the CPU.
 
     Raises:
         StageError: the name is unknown, or this machine has no such device.
     """
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -56,10 +60,22 @@ def fast_bf16(device: torch.device) -> bool:
     return False
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Return the autocast context of a precision; ``auto`` is bfloat16 if the device is faster with it."""
-    bf16 = precision == "bf16" or (precision == "auto" and fast_bf16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Compute in a precision; ``auto`` is bfloat16 if the device is faster with it.
+
+    In float32 cuDNN's convolutions use float32 too, not TF32 (10 bits of mantissa), which is their default.
+    """
+    if precision_name(device, precision) == "bf16":
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def precision_name(device: torch.device, precision: Precision) -> str:

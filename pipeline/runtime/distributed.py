@@ -58,6 +58,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
         return model
     # Its buffers are constant tables. Newer versions of torch call the argument forward_sync_buffers.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    torch._dynamo.config.optimize_ddp = False  # it would split the graph of every compiled layer
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -67,7 +68,8 @@ def shard_model(model: nn.Module, device: torch.device, precision: Precision) ->
     Args:
         model: changed in place; its parameters become DTensors. A layer is complete only while it runs.
         device: the model's device.
-        precision: with bf16 on CUDA, parameters are gathered in bf16 and gradients are reduced in float32.
+        precision: with bf16 on CUDA, parameters of layers are gathered in bf16. Residuals and the reduction of gradients
+            are float32, as with DistributedDataParallel.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -75,13 +77,14 @@ def shard_model(model: nn.Module, device: torch.device, precision: Precision) ->
     if world_size() == 1:
         return
     mesh = init_device_mesh(device.type, (world_size(),))
-    policy = MixedPrecisionPolicy()
+    whole = policy = MixedPrecisionPolicy()
     if device.type == "cuda" and precision_name(device, precision) == "bf16":
-        # Rotary tables are inputs of layers; bf16 cannot represent their positions.
+        # Inputs of layers are not cast: bf16 cannot represent rotary positions, and residuals stay float32. For the
+        # same reason embeddings, which begin the residual stream, are gathered in float32 (`whole`).
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in [layer for part in model.children() if isinstance(part, nn.ModuleList) for layer in part]:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=whole)
 
 
 def all_reduce_max(numbers: Tensor) -> Tensor:

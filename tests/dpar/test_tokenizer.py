@@ -305,3 +305,13 @@ def test_quantised_similarities_are_cosines() -> None:
     assert quantised.similarity.shape == (18, 8)
     assert quantised.similarity.abs().max() <= 1 + 1e-6
     assert torch.equal(quantised.similarity.argmax(dim=1).view(2, 9), quantised.codes)
+
+
+def test_the_nearest_code_is_looked_up_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    quantiser = Quantiser(codebook_size=1024, codebook_dim=8)
+    latent = torch.randn(4, 8, 16, 16)
+    exact = quantiser.nearest(latent)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantiser.nearest(latent), exact)
+        assert torch.equal(quantiser(latent).codes, exact)
