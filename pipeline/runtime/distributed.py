@@ -68,8 +68,8 @@ def shard_model(model: nn.Module, device: torch.device, precision: Precision) ->
     Args:
         model: changed in place; its parameters become DTensors. A layer is complete only while it runs.
         device: the model's device.
-        precision: with bf16 on CUDA, parameters of layers are gathered in bf16. Residuals and the reduction of gradients
-            are float32, as with DistributedDataParallel.
+        precision: with bf16 on CUDA, parameters of layers are gathered in bf16. Residuals and the reduction of
+            gradients are float32, as with DistributedDataParallel.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
