@@ -12,7 +12,8 @@ from PIL import Image
 from typer.main import get_command
 
 import cli
-from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, VQConfig, VQTokenizer
+from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, PatchRule, VQConfig, VQTokenizer, fingerprint
+from dpar.bundle import Bundle, Part, PartOrigin
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -69,7 +70,7 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
 
 def test_the_readme_is_short_and_its_python_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
-    (block,) = blocks(ROOT / "README.md", "python")
+    code = "\n".join(blocks(ROOT / "README.md", "python"))
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"codebook_size": 64, "grid_height": 16, "grid_width": 16, "width": 32, "heads": 2}
     vq = VQConfig(
@@ -83,10 +84,17 @@ def test_the_readme_is_short_and_its_python_runs_as_it_stands(tmp_path: Path, mo
     for name, model in models.items():
         model.save_pretrained(tmp_path / name / "model")
         (tmp_path / name / "run.json").write_text(json.dumps({"kind": name}))
+    parts: dict[Part, str] = {"generator": "run", "entropy_model": "entropy", "tokenizer": "vq"}
+    for part, name in parts.items():
+        models[name].save_pretrained(tmp_path / "bundle" / part)
+    origins = {part: PartOrigin(path=part, fingerprint=fingerprint(tmp_path / "bundle" / part)) for part in parts}
+    Bundle(class_names=("cat", "dog"), parts=origins, rule=PatchRule(threshold=4.0)).write(tmp_path / "bundle")
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     Image.new("RGB", (140, 150), (200, 10, 10)).save(tmp_path / "photos" / "cat" / "1.jpg")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(code, "README.md", "exec"), names)
     assert names["logits"].shape == (1, 256, 64)
     assert Image.open(tmp_path / "picture.png").size == (128, 128)
+    assert len(names["pictures"]) == 8
+    assert names["patched"].starts.shape == (16, 16)
