@@ -339,10 +339,10 @@ class _Evaluation:
 
 def _extractor(settings: EvalSettings, generator: Generator) -> Extractor:
     if settings.features == "inception":
-        return InceptionFeatures(settings.inception_weights, generator.device, settings.batch)
+        return InceptionFeatures(settings.inception_weights, generator.device, settings.scoring_batch)
     if settings.features == "efficientnet":
-        return EfficientNetFeatures(generator.device, settings.batch)
-    return TokenizerFeatures(generator.tokenizer, generator.tokenizer_origin["fingerprint"], settings.batch)
+        return EfficientNetFeatures(generator.device, settings.scoring_batch)
+    return TokenizerFeatures(generator.tokenizer, generator.tokenizer_origin["fingerprint"], settings.scoring_batch)
 
 
 def _open(place: Path) -> Artifact:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dpar.class_names import nearest
 from dpar.errors import ModelError
 from dpar.patching import PatchRule
 from dpar.tokenizer import VQTokenizer, psnr
@@ -45,7 +46,6 @@ from pipeline.runtime.threshold_warning import warn_if_out_of_reach
 from pipeline.scoring.survey import Survey, numbers, starts_at
 from pipeline.settings.artifacts import InspectSettings
 from pipeline.sources.originals import load_originals
-from pipeline.sources.source import nearest
 from shards.errors import ArtifactError
 from shards.manifest import MANIFEST, Manifest
 from shards.patch_statistics import check_statistics, class_name

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.generation.classes import choose_classes
 from pipeline.generation.editing import Edit, edit_sheet
-from pipeline.generation.generator import Generator, choose_classes
+from pipeline.generation.generator import Generator
 from pipeline.generation.nearest import find_nearest, nearest_sheet, open_training
 from pipeline.generation.npz import write_images
 from pipeline.generation.sampled_artifact import Plan, labels_of, write_sampled

@@ -27,6 +27,7 @@ from dpar.patching import PatchRule
 from dpar.pretrained import CONFIG, bundle_folder
 from dpar.sampling import Sampler, check_same_tokens
 from dpar.tokenizer import VQTokenizer, to_uint8
+from pipeline.generation.batch_size import sampling_batch
 from pipeline.runs.run_folder import read_run
 from pipeline.runs.weights import (
     bundle_inputs,
@@ -36,11 +37,10 @@ from pipeline.runs.weights import (
     load_model,
     load_tokenizer,
 )
-from pipeline.runtime.device import autocast, choose_device
+from pipeline.runtime.device import autocast, choose_device, precision_name
 from pipeline.runtime.errors import StageError
 from pipeline.settings.fields import Precision
 from pipeline.settings.sampling import SamplingSettings
-from pipeline.sources.source import known_class
 from shards.files import file_sha256
 from shards.reader import Artifact
 
@@ -227,6 +227,13 @@ class Generator:
             advance: called with the number of images that have been sampled since the last call.
         """
         s, n = self.settings, len(labels)
+        batch = s.batch or sampling_batch(
+            self.model,
+            self.entropy_model,
+            guided=cfg_scale != 1.0,
+            device=self.device,
+            bf16=precision_name(self.device, s.precision) == "bf16",
+        )
         with autocast(self.device, s.precision):
             codes, starts = self.sampler.sample(
                 torch.from_numpy(np.asarray(labels, np.int64)),
@@ -241,7 +248,7 @@ class Generator:
                     seed=s.seed,
                 ),
                 indices=[int(i) for i in indices],
-                batch=s.batch,
+                batch=batch,
                 known=None if known is None else torch.from_numpy(known.codes).expand(n, -1),
                 keep=None if known is None else torch.from_numpy(known.kept).expand(n, -1),
                 advance=advance,
@@ -332,24 +339,6 @@ def changed_rule(
     if rule.threshold is None:
         raise StageError("weights without a run do not say above which entropy a patch starts; give --threshold (nats)")
     return rule
-
-
-def choose_classes(names: tuple[str, ...], wanted: tuple[str, ...]) -> list[int]:
-    """Labels of classes given by number, by name, or by either half of ``n02099601 golden retriever``; by default all.
-
-    Raises:
-        StageError: there is no such class, with the nearest name.
-    """
-    chosen = []
-    for item in wanted:
-        if item.isdigit() and item not in names and int(item) < len(names):
-            chosen.append(int(item))
-            continue
-        try:
-            chosen.append(names.index(known_class(item, names)))
-        except StageError as error:
-            raise StageError(f"{error} Numbers go from 0 to {len(names) - 1}") from None
-    return chosen or list(range(len(names)))
 
 
 def weights_fingerprint(name: str) -> str:

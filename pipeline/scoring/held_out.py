@@ -108,7 +108,7 @@ def measure_held_out(
         for index in parts.missing():
             rows = np.arange(index * CHUNK, min((index + 1) * CHUNK, images))
             nats, labels, patches = nats_per_token(
-                load().model, artifact, rows, settings.batch, settings.precision, rule=rule
+                load().model, artifact, rows, settings.scoring_batch, settings.precision, rule=rule
             )
             parts.save(index, nats=nats, labels=labels, patches=np.array([patches]))
             task.advance(len(rows))

@@ -28,6 +28,8 @@ from pipeline.settings.fields import (
     require,
 )
 
+SCORING_BATCH = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
@@ -44,13 +46,23 @@ class SamplingSettings:
     top_p: Annotated[float, "Only the likeliest tokens that together have this probability.", SAMPLING] = 1.0
     row_reset: Annotated[bool | None, "Each row starts a patch. (default: as in the training data)", PATCHES] = None
     seed: Annotated[Seed, SAMPLING] = 0
-    batch: Annotated[int, "Images sampled at once; at most a shard.", HARDWARE, RUN_TIME] = 32
+    batch: Annotated[
+        int | None,
+        "Images sampled at once; at most a shard. (default: as many as fit into the GPU's memory, to 256; 32 on CPU)",
+        HARDWARE,
+        RUN_TIME,
+    ] = None
     shard_size: Annotated[int, "Images a shard of the sampled codes: what a kill can lose.", OUTPUT, RUN_TIME] = 128
     tokenizer: Annotated[str | None, "Its weights. (default: those that made the codes)", MODEL, RUN_TIME] = None
     entropy_model: Annotated[str | None, "Its weights. (default: those that made the patches)", MODEL, RUN_TIME] = None
     device: Device = "auto"
     precision: Compute = "auto"
     decode_precision: Annotated[Precision, "Of decoding codes to pictures.", HARDWARE] = "fp32"
+
+    @property
+    def scoring_batch(self) -> int:
+        """Images in one pass of what measures them."""
+        return self.batch or SCORING_BATCH
 
     def __post_init__(self) -> None:
         at_least(self, 0, "temperature", "top_k", "seed", "cfg_power")

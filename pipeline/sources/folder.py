@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from dpar.class_names import nearest
 from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import EXTENSIONS, read_image
 from pipeline.sources.imagenet import readable
@@ -26,7 +27,6 @@ from pipeline.sources.source import (
     choose,
     file_version,
     listing_order,
-    nearest,
     normal,
     valid_text,
 )

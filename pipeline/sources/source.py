@@ -17,11 +17,9 @@ keeps no file open, so that it can be sent to worker processes.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import os
-import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -30,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpar.class_names import find_class, nearest_class
+from dpar.errors import ModelError
 from pipeline.runtime.errors import StageError
 from shards.manifest import LeftOut
 
@@ -302,37 +302,21 @@ def file_version(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return the end of an error message about an unknown name: the closest known names, or the first few."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if close:
-        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    shown = ", ".join(known[:20]) + (f", … ({len(known)} in all)" if len(known) > 20 else "")
-    return f"there is: {shown}" if known else "there is none"
-
-
-_SYNSET = re.compile(r"(n\d{8}) (.+)")
-
-
 def known_class(name: str, known: Sequence[str], empty: Collection[str] = ()) -> str:
     """Return the class that ``name`` means: an exact match, or the id or words of ``n02099601 golden retriever``.
 
     Raises:
         StageError: none matches, several match, or the class is in ``empty``.
     """
-    asked = unicodedata.normalize("NFC", name)
-    if asked in known:
-        return asked
-    synsets = [match for match in map(_SYNSET.fullmatch, known) if match]
-    matches = [match.group() for match in synsets if asked in match.groups()]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise StageError(f"class {name!r} is the name of {len(matches)} classes; choose from: {', '.join(matches)}")
-    if asked in empty:
+    try:
+        label = find_class(name, known)
+    except ModelError as error:
+        raise StageError(str(error)) from error
+    if label is not None:
+        return known[label]
+    if unicodedata.normalize("NFC", name) in empty:
         raise StageError(f"class {name!r} has no images")
-    words = [match.group(2) for match in synsets]
-    raise StageError(f"no class {name!r} in this data; {nearest(asked, [*known, *words] if words else known)}")
+    raise StageError(f"no class {name!r} in this data; {nearest_class(name, known)}")
 
 
 def _round_robin(labels: NDArray[np.int32], limit: int) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpar.class_names import nearest
 from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import MAX_BYTES, TOO_MANY_BYTES, decode_image, read_image
 from pipeline.sources.labels import NO_LABEL, Label, number_labels, parse_label
@@ -26,7 +27,6 @@ from pipeline.sources.source import (
     UnusableImage,
     choose,
     file_version,
-    nearest,
 )
 from shards.manifest import LeftOut
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpar.class_names import nearest
 from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import EXTENSIONS, decode_image
 from pipeline.sources.folder import check_no_splits, class_name
@@ -36,7 +37,6 @@ from pipeline.sources.source import (
     IndexedSource,
     choose,
     listing_order,
-    nearest,
     normal,
     valid_text,
 )

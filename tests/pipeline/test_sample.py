@@ -17,7 +17,8 @@ from dpar.patching import static_starts
 from dpar.sampling import sample
 from dpar.tokenizer import VQTokenizer, from_uint8
 from pipeline.convert import convert
-from pipeline.generation.generator import Generator, choose_classes, decode
+from pipeline.generation.classes import choose_classes
+from pipeline.generation.generator import Generator, decode
 from pipeline.generation.nearest import find_nearest, open_training
 from pipeline.inspect import inspect
 from pipeline.patchify import patchify
