@@ -29,8 +29,11 @@ from pipeline.runtime.progress import Progress
 from pipeline.scoring.likelihood import check_compatible, check_same_classes
 from pipeline.settings.fields import run_time_fields
 from pipeline.settings.training import EntropySettings, OptimSettings, TrainSettings
-from pipeline.training.loop import Objective, enough_memory, fit, total_steps
+from pipeline.training.config_fields import parse_config_fields
+from pipeline.training.loop import Objective, fit
+from pipeline.training.memory import enough_memory
 from pipeline.training.preview import Painter
+from pipeline.training.schedule import total_steps
 from pipeline.training.trackers import check_trackers
 from shards.manifest import Manifest
 from shards.reader import Artifact, open_artifact
@@ -40,7 +43,7 @@ GUIDANCE_CLASS = "cls_embedding.embedding_table.weight"  # its last row
 
 
 def train(patches: Path, out: Path, settings: TrainSettings, progress: Progress | None = None) -> dict[str, Any]:
-    """Trains DPAR, or LlamaGen on the same data, and gives the run's last metrics. Goes on where a run stopped.
+    """Trains DPAR, or LlamaGen on the same data, and gives the run's last metrics. A run that was stopped resumes.
 
     Args:
         patches: a patches artifact; for LlamaGen codes will do.
@@ -129,6 +132,7 @@ def _open(path: Path, settings: OptimSettings) -> Artifact:
 def _config(manifest: Manifest, settings: TrainSettings | EntropySettings, **sizes: Any) -> DPARConfig | LlamaGenConfig:
     return preset(
         settings.model,
+        **parse_config_fields(settings.model, settings.set),
         codebook_size=manifest.codebook_size,
         grid_height=manifest.grid[0],
         grid_width=manifest.grid[1],
@@ -165,7 +169,7 @@ def _train(
         with RunFolder(
             out,
             kind,
-            dataclasses.asdict(settings) | {"validation": settings.validation and str(settings.validation)},
+            _recorded(settings),
             inputs,
             steps=steps,
             free=run_time_fields(settings),
@@ -197,6 +201,12 @@ def _train(
     if rank() == 0:
         progress.say(f"weights: {run.model}")
     return result
+
+
+def _recorded(settings: OptimSettings) -> dict[str, Any]:
+    """The settings as run.json holds them; without ``set`` where it is empty, as in runs from before it existed."""
+    values = dataclasses.asdict(settings) | {"validation": settings.validation and str(settings.validation)}
+    return {name: value for name, value in values.items() if name != "set" or value}
 
 
 def _prepare(

@@ -4,7 +4,7 @@
     artifact = write_sampled(generator, plan, out / "codes", progress, "sample")
 
 An image is a function of weights, seed, index, label and settings. A shard holds a range of indices, is written whole
-or not at all, and is not sampled again: a run that was killed goes on, and ends with the same bytes.
+or not at all, and is not sampled again: a run that was killed resumes and ends with the same bytes.
 """
 
 from __future__ import annotations

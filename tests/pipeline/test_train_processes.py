@@ -108,7 +108,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(patches: Path, tmp_p
     processes[1].send_signal(signal.SIGUSR1)
     said = ends(processes, 75)
     step = int(saved(out)[-1].removeprefix("step-"))
-    assert f"Stopped. Step {step} is saved in {out}; run the same command again to go on." in said[0]
+    assert f"Stopped. Step {step} is saved in {out}; run the same command again to resume." in said[0]
     assert not said[1]
     assert metrics(out)[-1]["step"] == step
 

@@ -101,7 +101,7 @@ def test_signals_save_the_step_end_with_their_status_and_say_how_to_go_on(patche
         (said,) = ends([process], status)
         step = int(saved(out)[-1].removeprefix("step-"))
         assert reached < step < 60
-        assert f"Stopped. Step {step} is saved in {out}; run the same command again to go on." in said
+        assert f"Stopped. Step {step} is saved in {out}; run the same command again to resume." in said
         assert "Traceback" not in said
         assert metrics(out)[-1]["step"] == step
     run(patches, out, **settings)
