@@ -20,23 +20,17 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 import torch
 from safetensors.torch import save_file
 
-from dpar.bundle import BUILTIN_PREFIX, BUNDLE, PARTS, Bundle, Part
+from dpar.bundle import Part
 from dpar.errors import ModelError
+from dpar.files import atomic_path
+from dpar.locations import CARD, CONFIG, WEIGHTS, local_folder, weights_path
 from dpar.tensors import check_tensors, count_layers, first_line, read_tensors, shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from torch import nn
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMATS = {"dpar": 2, "llamagen": 1, "vq": 1}  # of config.json, by model type
-RUN, RUN_WEIGHTS = "run.json", "model"  # a training run, and where in it its newest weights are
-# ship in dpar/weights, whose README.md says how they were made
-BUILTIN = {
-    "builtin:photos": "photos-vq-8",
-    "builtin:emoji": "emoji",
-    "builtin:emoji-llamagen": "emoji-llamagen",
-}
 LARGEST_CONFIG = 2**20  # bytes of config.json
 LARGEST_DEPTH = 1024  # layers; building more takes minutes, and no model has them
 LARGEST_SIZE = 2**24  # of a whole number in it; products of two still count tensors in 64 bits
@@ -254,90 +248,15 @@ def write_weights(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": model_type, "format": FORMATS[model_type], **values}
-    part = folder / (WEIGHTS + ".part")
-    # One entry: safetensors writes several in random order, and equal weights must have equal fingerprints.
-    save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, part, metadata={"format": "pt"})
-    _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    _write(folder / CARD, _card(model_type, config, note))
-    shutil.copymode(folder / CONFIG, part)  # safetensors lets nobody else read what it writes
-    os.replace(part, folder / WEIGHTS)
+    # Config and card first: a directory with weights is complete.
+    with atomic_path(folder / WEIGHTS) as weights:
+        # One entry: safetensors writes several in random order, and equal weights must have equal fingerprints.
+        save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, weights, metadata={"format": "pt"})
+        for name, text in {CONFIG: json.dumps(config, indent=2) + "\n", CARD: _card(model_type, config, note)}.items():
+            with atomic_path(folder / name) as part:
+                part.write_text(text, encoding="utf-8")
+        shutil.copymode(folder / CONFIG, weights)  # safetensors lets nobody else read what it writes
     return folder
-
-
-def weights_path(name: str | os.PathLike[str], part: Part = "generator") -> str:
-    """The directory, checkpoint file or Hub name of the weights called ``name``.
-
-    Args:
-        name: a directory or file, ``owner/name`` on the Hub, a built-in name, a run, which stands for its ``model/``,
-            or a bundle, which stands for its ``part``.
-        part: of a bundle.
-
-    Raises:
-        ModelError: an unknown built-in name, a run without weights yet, or a bundle without that part.
-    """
-    name = os.fspath(name)
-    if name.startswith(BUILTIN_PREFIX):
-        if name not in BUILTIN:
-            raise ModelError(f"no weights are called {name!r}; built in are {', '.join(BUILTIN)}")
-        return _part_path(Path(__file__).parent / "weights" / BUILTIN[name], part)
-    if (Path(name) / RUN).is_file():
-        if not (Path(name) / RUN_WEIGHTS / CONFIG).is_file():
-            raise ModelError(f"the run {name} has no weights yet: its first checkpoint is still to come")
-        return str(Path(name) / RUN_WEIGHTS)
-    return _part_path(Path(name), part)
-
-
-def _part_path(folder: Path, part: Part) -> str:
-    """The directory of a bundle's part; ``folder`` itself where it is not a bundle."""
-    if not (folder / BUNDLE).is_file():
-        return str(folder)
-    origin = Bundle.read(folder).parts.get(part)
-    if origin is None:
-        raise ModelError(f"the bundle {folder} has no {part.replace('_', ' ')}")
-    return str(folder / part) if origin.path == part else weights_path(origin.path, part)
-
-
-def bundle_folder(name: str | os.PathLike[str]) -> Path | None:
-    """The directory of the bundle called ``name``, of a Hub repository a snapshot; None if it is not a bundle."""
-    name = os.fspath(name)
-    if name in BUILTIN:
-        folder = Path(__file__).parent / "weights" / BUILTIN[name]
-    else:
-        folder = _snapshot(name) if not Path(name).exists() and _is_hub_name(name) else Path(name)
-    return folder if (folder / BUNDLE).is_file() else None
-
-
-def local_folder(path: str | os.PathLike[str], part: Part = "generator") -> Path:
-    """The directory of a model: see :func:`weights_path`; of a Hub repository, a snapshot."""
-    path = weights_path(path, part)
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ModelError(f"{folder} is a file; a directory with {CONFIG} and {WEIGHTS} is needed")
-    if folder.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
-        raise ModelError(f"no model at {folder}: there is no such file")
-    if _is_hub_name(path):
-        return Path(_part_path(_snapshot(path), part))
-    raise ModelError(f"no model at {shown(path, quote=False)}: there is no such directory")
-
-
-def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
-def _snapshot(name: str) -> Path:
-    """A local copy of a repository on the Hub: the files that are read here."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [BUNDLE, CONFIG, WEIGHTS, *(f"{part}/{file}" for part in PARTS for file in (CONFIG, WEIGHTS))]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise ModelError(f"no model at {shown(name, quote=False)}: there is no such directory") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{name} is no local directory, and the Hub did not give it: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -406,12 +325,6 @@ def _needed(hint: Any, value: object) -> str | None:
         return None if number else "a number"
     assert hint is int, hint
     return None if number and isinstance(value, int) else f"a whole number of at most {LARGEST_SIZE:,}"
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _card(kind: str, config: dict[str, Any], note: str) -> str:
