@@ -16,7 +16,7 @@ from dpar.tensors import shown
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # files of a model directory
 RUN, RUN_WEIGHTS = "run.json", "model"  # a training run, and where in it its newest weights are
-# ship in dpar/weights, whose README.md says how they were made
+# directories of dpar/weights; its README.md says how they were trained
 BUILTIN = {
     "builtin:photos": "photos-vq-8",
     "builtin:emoji": "emoji",
@@ -25,7 +25,7 @@ BUILTIN = {
 
 
 def weights_path(name: str | os.PathLike[str], part: Part = "generator") -> str:
-    """The directory, checkpoint file or Hub name of the weights called ``name``.
+    """Return the directory, checkpoint file or Hub name of the weights called ``name``.
 
     Args:
         name: a directory or file, ``owner/name`` on the Hub, a built-in name, a run, which stands for its ``model/``,
@@ -48,7 +48,7 @@ def weights_path(name: str | os.PathLike[str], part: Part = "generator") -> str:
 
 
 def _part_path(folder: Path, part: Part) -> str:
-    """The directory of a bundle's part; ``folder`` itself where it is not a bundle."""
+    """Return the directory of a bundle's part; ``folder`` itself if it is not a bundle."""
     if not (folder / BUNDLE).is_file():
         return str(folder)
     origin = Bundle.read(folder).parts.get(part)
@@ -58,7 +58,7 @@ def _part_path(folder: Path, part: Part) -> str:
 
 
 def bundle_folder(name: str | os.PathLike[str]) -> Path | None:
-    """The directory of the bundle called ``name``, of a Hub repository a snapshot; None if it is not a bundle."""
+    """Return the directory of a bundle (of a Hub repository, a snapshot); None if ``name`` is not one."""
     name = os.fspath(name)
     if name in BUILTIN:
         folder = Path(__file__).parent / "weights" / BUILTIN[name]
@@ -68,7 +68,7 @@ def bundle_folder(name: str | os.PathLike[str]) -> Path | None:
 
 
 def local_folder(path: str | os.PathLike[str], part: Part = "generator") -> Path:
-    """The directory of a model: see :func:`weights_path`; of a Hub repository, a snapshot."""
+    """Return the directory of a model, named as for :func:`weights_path`; of a Hub repository, a snapshot."""
     path = weights_path(path, part)
     folder = Path(path)
     if folder.is_dir():
@@ -87,7 +87,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _snapshot(name: str) -> Path:
-    """A local copy of a repository on the Hub: the files that are read here."""
+    """Return a local copy of a repository on the Hub, of the files that are read here alone."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -97,4 +97,4 @@ def _snapshot(name: str) -> Path:
     except HFValidationError as error:
         raise ModelError(f"no model at {shown(name, quote=False)}: there is no such directory") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{name} is no local directory, and the Hub did not give it: {error}") from error
+        raise ModelError(f"{name} is not a local directory, nor could the Hub be read: {error}") from error

@@ -29,7 +29,7 @@ NEEDED = (
 
 
 def load(path: Path) -> Any:
-    """The contents of the file: tensors, numbers, strings, and at most an ``argparse.Namespace``."""
+    """Return the contents of a file: tensors, numbers, strings, and at most an ``argparse.Namespace``."""
     with open(path, "rb") as file:
         head = file.read(4096)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
@@ -54,7 +54,7 @@ def load(path: Path) -> Any:
 
 
 def _not_a_checkpoint(path: Path, head: bytes) -> str | None:
-    """What a file is whose first bytes say that it is no PyTorch checkpoint; None if they may be one's."""
+    """Return what a file is if its first bytes rule out a PyTorch checkpoint; None if they do not."""
     if not head:
         return "empty (0 bytes)"
     if head.startswith(b"version https://git-lfs"):
@@ -71,7 +71,7 @@ def _not_a_checkpoint(path: Path, head: bytes) -> str | None:
 
 
 def _not_pytorchs_zip(path: Path) -> str | None:
-    """What a zip file is that PyTorch cannot have written; None if it can have."""
+    """Return what a zip file is if PyTorch cannot have written it; None if it can."""
     size = path.stat().st_size
     try:
         if not zipfile.is_zipfile(path):
@@ -89,30 +89,30 @@ def _not_pytorchs_zip(path: Path) -> str | None:
     return None
 
 
-def state_dict(held: Any, path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The state dict of an unpickled file, and the key that it lay under."""
+def state_dict(contents: Any, path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Return the state dict of an unpickled file, and its key; None for a bare one."""
 
     def is_state(value: Any) -> bool:
         return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
-    if isinstance(held, dict):
-        key = next((key for key in KEYS if is_state(held.get(key))), None)
-        if key is not None or is_state(held):
-            tensors = _bare_names(held if key is None else held[key])
+    if isinstance(contents, dict):
+        key = next((key for key in KEYS if is_state(contents.get(key))), None)
+        if key is not None or is_state(contents):
+            tensors = _bare_names(contents if key is None else contents[key])
             odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
             if odd:
                 raise ModelError(f"{path}: {shown(odd[0], quote=False)} is sparse, quantised or empty; {NEEDED}")
             return tensors, key
-        names = ", ".join(shown(str(name), quote=False) for name in list(held)[:5]) or "nothing"
+        names = ", ".join(shown(str(name), quote=False) for name in list(contents)[:5]) or "nothing"
         raise ModelError(f"{path} holds no state dict under {', '.join(KEYS)}, nor a bare one (it holds {names})")
-    raise ModelError(f"{path} holds a {type(held).__name__}; {NEEDED}")
+    raise ModelError(f"{path} holds a {type(contents).__name__}; {NEEDED}")
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is one block of numbers in memory."""
+    """Return whether a tensor is one block of numbers in memory."""
     return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
 def _bare_names(tensors: dict[Any, Tensor]) -> dict[str, Tensor]:
-    """Tensors by name, without the prefixes that DDP and torch.compile leave."""
+    """Return tensors by name, without the prefixes that DDP and torch.compile leave."""
     return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in tensors.items()}

@@ -294,7 +294,7 @@ def test_of_many_faults_eight_are_listed_and_the_rest_counted(saved: Path) -> No
         ("dropout", "0.1", "a number"),
         ("dropout", math.nan, "a number"),
         ("dropout", 10**400, "a number"),
-        ("dropout", 1, "at least 0 and under 1"),
+        ("dropout", 1, "at least 0 and below 1"),
         ("start_token", 1, "true or false"),
         ("start_token", "no", "true or false"),
     ],
