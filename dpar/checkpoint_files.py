@@ -4,8 +4,8 @@
     checkpoint.model_type, checkpoint.sizes, checkpoint.tensors     # "llamagen", its config, tensors by name
 
 ``from_pretrained`` reads any path that is a file here: ``.pt`` (``vq_ds16_c2i.pt``, ``c2i_B_256.pt``) or
-``.safetensors``. In a ``.pt`` the state dict is looked for under ``model``, ``ema``, ``module``, ``state_dict``, in
-that order, then taken for bare. Names may begin with ``module.`` (DDP) or ``_orig_mod.`` (torch.compile). Tensors of
+``.safetensors``. The state dict of a ``.pt`` is under ``model``, ``ema``, ``module`` or ``state_dict``, the first in
+this order, or bare. Names may begin with ``module.`` (DDP) or ``_orig_mod.`` (torch.compile). Tensors of
 the authors' DPAR get this package's names (:data:`AUTHORS_NAMES`). Sizes are read from the tensors. The rest is from:
 
 - heads: ``freqs_cis`` if stored, else the training arguments, else the width, if it is a published one;
@@ -14,8 +14,8 @@ the authors' DPAR get this package's names (:data:`AUTHORS_NAMES`). Sizes are re
 - rotary positions of DPAR's patches: the training arguments if this module wrote the file, else ``dynamic``.
 
 ``heads``, ``grid`` and ``rope`` fill in what a file does not tell. A file that contradicts them is refused: rotary
-positions count rows and columns of the grid that weights were trained on. Weights for 384 px would see a 256 px image
-as the top left corner of a larger one, cut off at its 16th column, which they were never trained on.
+positions count rows and columns of the grid that weights were trained on. To weights for 384 px, a 256 px image is
+the top left corner of a larger one, which they were never trained on.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def read(
     Args:
         path: the file.
         heads: of the attention, for a file that does not tell.
-        grid: rows and columns of tokens that the weights are for, likewise.
+        grid: rows and columns of tokens, likewise.
         rope: rotary positions of a DPAR's patches, likewise.
 
     Raises:
@@ -116,8 +116,8 @@ def read(
 def write(path: Path, model_type: str, sizes: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write a file that LlamaGen's or the DPAR authors' code loads: ``{"model": state dict}``. Atomic.
 
-    Heads, grid and rotary positions that neither tensors nor file name tell go into a plain ``args`` beside it, for
-    :func:`read`.
+    Heads, grid and rotary positions that neither tensors nor file name determine are stored in ``args`` beside it,
+    for :func:`read`.
 
     Raises:
         ModelError: this model has a choice that the authors' DPAR does not have.

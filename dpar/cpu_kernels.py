@@ -5,7 +5,7 @@
 
 Both return the model itself if nothing in it can be prepared: on other devices, in other dtypes, in training, under
 autocast, and in a PyTorch without oneDNN. A copy shares all parameters and holds the packed weights beside them, so it
-takes as much memory again; it does not follow later changes of the weights, and has no gradients.
+doubles the memory of the weights. It does not follow later changes of the weights, and has no gradients.
 
 PyTorch gives float32 products to MKL. With few rows, as in sampling, MKL packs the weights in every call; here they are
 packed once. On AMD's processors oneDNN's kernels are also about twice as fast as MKL's, at any number of rows. From two
@@ -25,9 +25,9 @@ from dpar.kv_cache import KVCache, Places, round_up, with_rows
 from dpar.layers import NORM_EPS, Block
 
 M = TypeVar("M", bound=nn.Module)
-LEAST_ROWS = 2  # from here on a row of oneDNN's products has the same bits at any number of rows
+LEAST_ROWS = 2  # a row of oneDNN's products has the same bits at any number of rows from this on
 WQKV = "attention.wqkv"  # of a block: if this can be packed, all of its linear layers can
-OTHER_LEAST_ROWS, OTHER_ROWS = 8, 4  # of other libraries' products: at least so many, and multiples of 4
+OTHER_LEAST_ROWS, OTHER_ROWS = 8, 4  # for other libraries: the least number of rows, and what it must be a multiple of
 
 
 def available() -> bool:

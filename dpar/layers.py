@@ -235,7 +235,7 @@ class DecoderLayer(Layer):
     ) -> Tensor:
         """Tokens (B, T, width) and what they receive from their patches to (B, T, width).
 
-        ``received`` is likewise; with ``patch_of_token``, (B·T,), it is the outputs of patches, (ΣM, width).
+        ``received`` is (B, T, width); with ``patch_of_token``, (B·T,), it is the outputs of patches, (ΣM, width).
         """
         if patch_of_token is not None:
             received = spread(self.project(received), patch_of_token).view_as(tokens)  # (ΣM, width) to (B, T, width)

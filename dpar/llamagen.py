@@ -8,7 +8,7 @@
     logits = entropy_model(codes)                            # (B, N - 1, V); logits at i are for token i + 1
     entropy = entropy_model.entropy(codes)                   # (B, N) float16 nats, +inf for token 0
 
-The generator has a start token in front of the image tokens, the class embedding; ``labels=None`` stands for the
+The generator has a start token in front of the image tokens, the class embedding; ``labels=None`` is the
 guidance class. The DPAR authors' entropy model has none: token 0 is read and never predicted. Either kind gives
 entropies. Parameter names and shapes are LlamaGen's, so its checkpoints load as they are.
 """
@@ -124,7 +124,7 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
 
         Args:
             codes: (B, N) int64. The last token is only ever predicted, never read.
-            labels: (B,) int64; ``classes`` is the guidance class, which None stands for. Without a start token unused.
+            labels: (B,) int64; ``classes`` is the guidance class, as is None. Unused without a start token.
             loss: whether to return the mean cross-entropy, computed without the full logits.
 
         Returns:

@@ -28,8 +28,8 @@ def weights_path(name: str | os.PathLike[str], part: Part = "generator") -> str:
     """Return the directory, checkpoint file or Hub name of the weights called ``name``.
 
     Args:
-        name: a directory or file, ``owner/name`` on the Hub, a built-in name, a run, which stands for its ``model/``,
-            or a bundle, which stands for its ``part``.
+        name: a directory or file; ``owner/name`` on the Hub; a built-in name; a run, for its ``model/``; or a bundle,
+            for its ``part``.
         part: of a bundle.
 
     Raises:

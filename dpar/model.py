@@ -111,7 +111,7 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
 
         Args:
             codes: (B, N) int64.
-            labels: (B,) int64; ``classes`` is the guidance class, which None stands for.
+            labels: (B,) int64; ``classes`` is the guidance class, as is None.
             starts: (B, N) bool, or the batch's :class:`PatchLayout`, if computed beforehand.
             loss: whether to return the mean cross-entropy, computed without the full logits.
 

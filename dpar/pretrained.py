@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 FORMATS = {"dpar": 2, "llamagen": 1, "vq": 1}  # of config.json, by model type
 LARGEST_CONFIG = 2**20  # bytes of config.json
-LARGEST_DEPTH = 1024  # layers; building more takes minutes, and no model has them
+LARGEST_DEPTH = 1024  # layers; building more takes minutes, and no published model has as many
 LARGEST_SIZE = 2**24  # of a whole number in it; products of two still count tensors in 64 bits
 Config = TypeVar("Config")
 Grid = tuple[int, int]  # rows and columns of tokens
@@ -76,12 +76,12 @@ class Pretrained(Generic[Config]):
         Args:
             path: a local directory, a training run, ``builtin:photos``, ``owner/name`` of a repository on the Hugging
                 Face Hub, or a checkpoint file of LlamaGen or of the DPAR authors.
-            heads: of a file that does not say how many (:mod:`dpar.checkpoint_files` says where that is looked for).
-            grid: rows and columns of tokens, likewise. Weights trained on one grid serve that grid alone.
+            heads: for a file that does not tell how many (see :mod:`dpar.checkpoint_files`).
+            grid: rows and columns of tokens, likewise. Weights trained on one grid are usable only for that grid.
             rope: rotary positions of a DPAR's patches, likewise.
 
         Raises:
-            ModelError: nothing is there, it is another kind of model, tensors are missing, left over or misshapen, or
+            ModelError: there is no model, or one of another type; tensors are missing, unexpected or misshapen; or
                 it has other heads, another grid or other rotary positions than asked for.
         """
         part: Part = "tokenizer" if cls.model_type == "vq" else "generator"
@@ -133,7 +133,7 @@ class Weights:
     def meta_model(self, model_class: type[Any]) -> Any:
         """Return a model of these sizes on the meta device, where it takes no memory.
 
-        Sizes are checked against the tensors there, before a model is allocated.
+        Sizes are checked against the tensors before a model is allocated.
 
         Raises:
             ModelError: as :meth:`make_config`; or the tensors are not exactly those of such a model.
@@ -163,12 +163,12 @@ def read_weights(
     Args:
         path: as :meth:`Pretrained.from_pretrained` takes it.
         needed_type: ``dpar``, ``llamagen``, ``vq``; None accepts any.
-        heads: what the model must have, or what fills in for a file that does not say.
+        heads: checked against the model's, or used for a file that does not tell.
         grid: rows and columns of tokens, likewise.
         rope: rotary positions of a DPAR's patches, likewise.
 
     Raises:
-        ModelError: nothing usable is there, or it is of another type, for other heads or another grid.
+        ModelError: there is no usable model, or it has another type, other heads or another grid.
     """
     if Path(path).is_file():
         return _read_file(Path(path), needed_type, heads, grid, rope)

@@ -27,8 +27,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{path.parent} holds no weights yet: {path.name} is missing")
     try:
         return load_file(path)
-    except Exception as error:  # safetensors tells damaged files by many classes of exception
-        raise ModelError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
+    except Exception as error:  # safetensors raises many classes of exception for damaged files
+        raise ModelError(f"{path} is not a complete safetensors file: {first_line(error)}") from error
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
@@ -66,7 +66,7 @@ def count_layers(names: Iterable[str], prefix: str) -> int:
 
 def shown(value: object, *, quote: bool = True) -> str:
     """Return a value from a file as a message shows it: in one short line, control characters escaped."""
-    if isinstance(value, int) and abs(value) > 10**40:  # which Python may refuse to print
+    if isinstance(value, int) and abs(value) > 10**40:  # Python may refuse to print it
         return "a number of more than 40 digits"
     text = value if isinstance(value, str) and value.isprintable() and not quote else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

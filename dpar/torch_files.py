@@ -40,16 +40,16 @@ def load(path: Path) -> Any:
     zipped = head.startswith(b"PK")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign files, which get one message, below
+            warnings.simplefilter("ignore")  # about foreign files, which get one message below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
-    except Exception as error:  # torch tells damaged and foreign files by many classes of exception
+    except Exception as error:  # torch raises many classes of exception for damaged and foreign files
         unsafe = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
         if unsafe:
             raise ModelError(
                 f"{path} holds Python objects ({', '.join(unsafe)}), which could run code when they are read; "
                 "a checkpoint of tensors (and argparse.Namespace) alone is needed"
             ) from error
-        what = "a zip file that PyTorch did not write" if zipped else "no file that PyTorch wrote, or a damaged one"
+        what = "a zip file that PyTorch did not write" if zipped else "not a file that PyTorch wrote, or damaged"
         raise ModelError(f"{path} is {what}; {NEEDED}") from error
 
 
@@ -64,10 +64,10 @@ def _not_a_checkpoint(path: Path, head: bytes) -> str | None:
     if head.startswith(b"PK\x03\x04"):
         return _not_pytorchs_zip(path)
     if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
-        return "a web page, not the file that was to be downloaded"
+        return "a web page, not the file to download"
     if not any(byte < 9 for byte in head):
         return "a text file"
-    return None if head.startswith(b"\x80") else "no file that PyTorch wrote"
+    return None if head.startswith(b"\x80") else "not a file that PyTorch wrote"
 
 
 def _not_pytorchs_zip(path: Path) -> str | None:
@@ -75,10 +75,10 @@ def _not_pytorchs_zip(path: Path) -> str | None:
     size = path.stat().st_size
     try:
         if not zipfile.is_zipfile(path):
-            return f"a broken-off download: a zip file of {size:,} bytes without its end"
+            return f"an incomplete download: a zip file of {size:,} bytes without its end"
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except Exception as error:  # zipfile tells damaged files by many classes of exception
+    except Exception as error:  # zipfile raises many classes of exception for damaged files
         return f"a damaged zip file ({shown(str(error), quote=False)})"
     unpacked = sum(entry.file_size for entry in entries)
     if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

@@ -390,7 +390,7 @@ def cut(file: Path, size: int) -> None:
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
 def test_a_broken_off_weights_file_is_refused(saved: Path, size: int) -> None:
     cut(saved / "model.safetensors", size)
-    with pytest.raises(ModelError, match=r"model.safetensors is not a whole safetensors file"):
+    with pytest.raises(ModelError, match=r"model.safetensors is not a complete safetensors file"):
         LlamaGen.from_pretrained(saved)
 
 
