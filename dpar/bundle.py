@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dpar.errors import ModelError
+from dpar.files import atomic_path
 from dpar.patching import PatchRule
 from dpar.tensors import shown
 
@@ -57,9 +58,8 @@ class Bundle:
             "patch_rule": None if self.rule is None else self.rule.to_dict(),
             "parts": {name: asdict(self.parts[name]) for name in PARTS if name in self.parts},
         }
-        part = folder / f"{BUNDLE}.part"
-        part.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(folder / BUNDLE)
+        with atomic_path(folder / BUNDLE) as part:
+            part.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Bundle:

@@ -1,21 +1,21 @@
 """Checkpoint files of LlamaGen and of the DPAR authors, read without running anything in them.
 
-    found = read("c2i_B_256.pt")
-    found.model_type, found.sizes, found.tensors             # "llamagen", fields of LlamaGenConfig, name to tensor
+    checkpoint = read("c2i_B_256.pt")
+    checkpoint.model_type, checkpoint.sizes, checkpoint.tensors     # "llamagen", its config, tensors by name
 
-``from_pretrained`` comes here with any path that is a file: ``.pt`` (``vq_ds16_c2i.pt``, ``c2i_B_256.pt``) or
-``.safetensors``. In a ``.pt`` the state dict is looked for under ``model``, ``ema``, ``module``, ``state_dict``, in
-that order, then taken for bare. Names may begin with ``module.`` (DDP) or ``_orig_mod.`` (torch.compile). Tensors of
-the authors' DPAR get our names (:data:`AUTHORS_NAMES`). Sizes are read off the tensors. What tensors do not say:
+``from_pretrained`` reads any path that is a file here: ``.pt`` (``vq_ds16_c2i.pt``, ``c2i_B_256.pt``) or
+``.safetensors``. The state dict of a ``.pt`` is under ``model``, ``ema``, ``module`` or ``state_dict``, the first in
+this order, or bare. Names may begin with ``module.`` (DDP) or ``_orig_mod.`` (torch.compile). Tensors of
+the authors' DPAR get this package's names (:data:`AUTHORS_NAMES`). Sizes are read from the tensors. The rest is from:
 
 - heads: ``freqs_cis`` if stored, else the training arguments, else the width, if it is a published one;
 - grid: ``freqs_cis``, else the training arguments, else ``_256``, ``_384`` or ``_512`` in the file's name (pixels, 16
   per token), else 16×16;
 - rotary positions of DPAR's patches: the training arguments if this module wrote the file, else ``dynamic``.
 
-``heads``, ``grid`` and ``rope`` say it for a file that does not. A file that says otherwise is refused: rotary
-positions count rows and columns of the grid that weights were trained on. Weights for 384 px would see a 256 px image
-as the top left corner of a larger one, cut off at its 16th column, which they were never trained on.
+``heads``, ``grid`` and ``rope`` fill in what a file does not tell. A file that contradicts them is refused: rotary
+positions count rows and columns of the grid that weights were trained on. To weights for 384 px, a 256 px image is
+the top left corner of a larger one, which they were never trained on.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import argparse
 import math
 import os
 import re
-import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,16 +32,17 @@ import torch
 from torch import Tensor
 
 from dpar.errors import ModelError
+from dpar.files import atomic_path
 from dpar.rope import token_table, with_condition
-from dpar.tensors import count_layers, read_tensors, shown
+from dpar.tensors import count_layers, shown
+from dpar.torch_files import NEEDED, load, state_dict
 
-KEYS = ("model", "ema", "module", "state_dict")
-DERIVED = ("freqs_cis", "quantize.codebook_used")  # computed anew, or a statistic of training
+DERIVED = ("freqs_cis", "quantize.codebook_used")  # recomputed, or a statistic of training
 CODEBOOK_USED = 65536  # entries of the latter; LlamaGen's VQ does not load without it
 # by width: B, L, XL, XXL, LlamaGen's 1B, 3B and 7B, DPAR's XXXL
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 3200: 32, 4096: 32, 2560: 40}
 NAMES = {"GPT-B": 12, "GPT-L": 16, "GPT-XL": 20, "GPT-XXL": 24, "GPT-1B": 32, "GPT-3B": 32, "GPT-7B": 32}
-# The authors' prefixes of tensor names and ours; {} is the number of a layer.
+# Prefixes of tensor names: the authors', and this package's; {} is the number of a layer.
 AUTHORS_NAMES = {
     "local_encoder.layers.{}.": "encoder.{}.block.",
     "local_encoder.cross_attn_layers.{}.cross_attn_norm_q.": "encoder.{}.cross_attention.patch_norm.",
@@ -56,22 +55,18 @@ AUTHORS_NAMES = {
 }
 PUBLISHED = {"patch_query": "max", "offset_embedding": False, "decoder_start": "learned"}  # what the format can hold
 TITLES = {"vq": "LlamaGen's VQ tokenizer", "llamagen": "LlamaGen's GPT", "dpar": "a DPAR model"}
-NEEDED = (
-    "a checkpoint of LlamaGen or of DPAR's authors (.pt or .safetensors), or a directory with config.json and "
-    "model.safetensors, is needed"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFile:
-    """What a checkpoint file holds."""
+    """The contents of a checkpoint file."""
 
     path: Path
     model_type: str  # "vq", "llamagen" or "dpar"
     sizes: dict[str, Any]  # fields of VQConfig, LlamaGenConfig or DPARConfig
-    tensors: dict[str, Tensor]  # by our names, in the file's own dtypes, memory-mapped if possible; without DERIVED
-    key: str | None  # where the state dict lay; None: bare
-    grid_from: str | None = None  # what the grid was read off; None for a VQ
+    tensors: dict[str, Tensor]  # by this package's names, in the file's dtypes, without DERIVED; mapped if possible
+    key: str | None  # of the state dict; None: bare
+    grid_from: str | None = None  # where the grid was read; None for a VQ
 
 
 def read(
@@ -85,16 +80,16 @@ def read(
 
     Args:
         path: the file.
-        heads: of the attention, for a file that does not say.
-        grid: rows and columns of tokens that the weights are for, likewise.
+        heads: of the attention, for a file that does not tell.
+        grid: rows and columns of tokens, likewise.
         rope: rotary positions of a DPAR's patches, likewise.
 
     Raises:
-        ModelError: the file is something else, with what it is; or it says other heads or another grid.
+        ModelError: the file is not such a checkpoint, with what it is; or it has other heads or another grid.
     """
     file = Path(path)
-    held = _load(file)
-    tensors, key = _state_dict(held, file)
+    contents = load(file)
+    tensors, key = state_dict(contents, file)
     kind = _kind(tensors)
     if kind is None:
         raise ModelError(f"{file} holds {_other(tensors)}; {NEEDED}")
@@ -103,16 +98,16 @@ def read(
     kept = {name: tensor for name, tensor in tensors.items() if name not in DERIVED}
     if kind == "vq":
         return CheckpointFile(path=file, model_type=kind, sizes=_vq_sizes(kept, file), tensors=kept, key=key)
-    arguments = held.get("args") if key is not None else None
-    said = dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else arguments
-    said = said if isinstance(said, dict) else {}
-    sizes = _gpt_sizes(kept, said, file)
+    stored = contents.get("args") if key is not None else None
+    stored = dict(vars(stored)) if isinstance(stored, argparse.Namespace) else stored
+    arguments = stored if isinstance(stored, dict) else {}
+    sizes = _gpt_sizes(kept, arguments, file)
     if kind == "dpar":
-        sizes |= _dpar_depths(kept) | {"rope": _rope(said, rope, file)} | PUBLISHED
+        sizes |= _dpar_depths(kept) | {"rope": _rope(arguments, rope, file)} | PUBLISHED
         kept = {_renamed(name, AUTHORS_NAMES): tensor for name, tensor in kept.items()}
     rotary = _rotary(tensors.get("freqs_cis"), sizes["width"], file)
-    sizes["heads"] = _heads(rotary, said, sizes["width"], heads, file)
-    (sizes["grid_height"], sizes["grid_width"]), grid_from = _grid(rotary, said, grid, file)
+    sizes["heads"] = _heads(rotary, arguments, sizes["width"], heads, file)
+    (sizes["grid_height"], sizes["grid_width"]), grid_from = _grid(rotary, arguments, grid, file)
     if "freqs_cis" in tensors:
         _check_rotary(tensors["freqs_cis"], sizes, file)
     return CheckpointFile(path=file, model_type=kind, sizes=sizes, tensors=kept, key=key, grid_from=grid_from)
@@ -121,20 +116,20 @@ def read(
 def write(path: Path, model_type: str, sizes: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write a file that LlamaGen's or the DPAR authors' code loads: ``{"model": state dict}``. Atomic.
 
-    Heads, grid and rotary positions that neither tensors nor file name tell go into a plain ``args`` beside it, for
-    :func:`read`.
+    Heads, grid and rotary positions that neither tensors nor file name determine are stored in ``args`` beside it,
+    for :func:`read`.
 
     Raises:
-        ModelError: the authors' DPAR has no such choices as this model's.
+        ModelError: this model has a choice that the authors' DPAR does not have.
     """
     names = {}
     if model_type == "dpar":
         other = [f"{name} {sizes[name]!r}" for name, value in PUBLISHED.items() if sizes[name] != value]
         if other:
             raise ModelError(f"{path} cannot be written: the authors' model has no {', '.join(other)}")
-        names = {ours: theirs for theirs, ours in AUTHORS_NAMES.items()}
+        names = {local: authors for authors, local in AUTHORS_NAMES.items()}
     state = {_renamed(name, names): tensor.contiguous() for name, tensor in tensors.items()}
-    held: dict[str, Any] = {"model": state}
+    contents: dict[str, Any] = {"model": state}
     if model_type == "vq":
         state["quantize.codebook_used"] = torch.zeros(CODEBOOK_USED)
     else:
@@ -146,104 +141,13 @@ def write(path: Path, model_type: str, sizes: dict[str, Any], tensors: dict[str,
         if sizes.get("rope", "dynamic") != "dynamic":
             arguments["rope"] = sizes["rope"]
         if arguments:
-            held["args"] = arguments
-    part = path.with_name(path.name + ".part")
-    torch.save(held, part)
-    os.replace(part, path)
-
-
-def _load(path: Path) -> Any:
-    """The contents of the file: tensors, numbers, strings, and at most an ``argparse.Namespace``."""
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
-        return read_tensors(path)
-    what = _not_a_checkpoint(path, head)
-    if what is not None:
-        raise ModelError(f"{path} is {what}; {NEEDED}")
-    zipped = head.startswith(b"PK")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign files, which get one message, below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
-    except Exception as error:  # torch tells damaged and foreign files by many classes of exception
-        unsafe = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
-        if unsafe:
-            raise ModelError(
-                f"{path} holds Python objects ({', '.join(unsafe)}), which could run code when they are read; "
-                "a checkpoint of tensors (and argparse.Namespace) alone is needed"
-            ) from error
-        what = "a zip file that PyTorch did not write" if zipped else "no file that PyTorch wrote, or a damaged one"
-        raise ModelError(f"{path} is {what}; {NEEDED}") from error
-
-
-def _not_a_checkpoint(path: Path, head: bytes) -> str | None:
-    """What a file is whose first bytes say that it is no PyTorch checkpoint; None if they may be one's."""
-    if not head:
-        return "empty (0 bytes)"
-    if head.startswith(b"version https://git-lfs"):
-        size = re.search(rb"\nsize (\d+)", head)
-        of = f" of a file of {int(size[1]):,} bytes" if size else ""
-        return f"a Git LFS pointer{of}, not the file itself (`git lfs pull` fetches it)"
-    if head.startswith(b"PK\x03\x04"):
-        return _not_pytorchs_zip(path)
-    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
-        return "a web page, not the file that was to be downloaded"
-    if not any(byte < 9 for byte in head):
-        return "a text file"
-    return None if head.startswith(b"\x80") else "no file that PyTorch wrote"
-
-
-def _not_pytorchs_zip(path: Path) -> str | None:
-    """What a zip file is that PyTorch cannot have written; None if it can have."""
-    size = path.stat().st_size
-    try:
-        if not zipfile.is_zipfile(path):
-            return f"a broken-off download: a zip file of {size:,} bytes without its end"
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except Exception as error:  # zipfile tells damaged files by many classes of exception
-        return f"a damaged zip file ({shown(str(error), quote=False)})"
-    unpacked = sum(entry.file_size for entry in entries)
-    if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        return (
-            f"a zip file that PyTorch did not write: its {size:,} bytes unpack to {unpacked:,}, "
-            "and PyTorch does not compress"
-        )
-    return None
-
-
-def _state_dict(held: Any, path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The state dict of an unpickled file, and the key that it lay under."""
-
-    def is_state(value: Any) -> bool:
-        return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
-
-    if isinstance(held, dict):
-        key = next((key for key in KEYS if is_state(held.get(key))), None)
-        if key is not None or is_state(held):
-            tensors = _bare_names(held if key is None else held[key])
-            odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
-            if odd:
-                raise ModelError(f"{path}: {shown(odd[0], quote=False)} is sparse, quantised or empty; {NEEDED}")
-            return tensors, key
-        names = ", ".join(shown(str(name), quote=False) for name in list(held)[:5]) or "nothing"
-        raise ModelError(f"{path} holds no state dict under {', '.join(KEYS)}, nor a bare one (it holds {names})")
-    raise ModelError(f"{path} holds a {type(held).__name__}; {NEEDED}")
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is one block of numbers in memory."""
-    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-
-
-def _bare_names(tensors: dict[Any, Tensor]) -> dict[str, Tensor]:
-    """Tensors by name, without the prefixes that DDP and torch.compile leave."""
-    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in tensors.items()}
+            contents["args"] = arguments
+    with atomic_path(path) as part:
+        torch.save(contents, part)
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:
-    """A tensor's name with its prefix replaced; longer prefixes come first in ``prefixes`` where two would match."""
+    """Return a tensor's name with its prefix replaced; of two prefixes that match, the first in ``prefixes`` counts."""
     for old, new in prefixes.items():
         pattern = re.escape(old).replace(re.escape("{}"), r"(\d+)")
         if match := re.match(pattern, name):
@@ -252,7 +156,7 @@ def _renamed(name: str, prefixes: dict[str, str]) -> str:
 
 
 def _kind(tensors: dict[str, Tensor]) -> str | None:
-    """``vq``, ``llamagen``, ``dpar``, or None if the tensors belong to none of them."""
+    """Return ``vq``, ``llamagen``, ``dpar``, or None if the tensors belong to none of them."""
     if any(name.startswith("local_encoder.layers.") for name in tensors):
         return "dpar"
     if any(name.startswith(("encoder.conv_blocks.", "decoder.conv_blocks.")) for name in tensors):
@@ -279,7 +183,7 @@ def _vq_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
     codebook, first, last, *widths = _shapes(tensors, needed, "VQTokenizer", path)
     if first[0] < 1 or any(width[0] % first[0] for width in widths):
         shown = ", ".join(str(width[0]) for width in widths)
-        raise ModelError(f"{path}: its widths ({shown}) are no multiples of the first layer's {first[0]}")
+        raise ModelError(f"{path}: its widths ({shown}) are not multiples of the first layer's {first[0]}")
     return {
         "codebook_size": codebook[0],
         "codebook_dim": codebook[1],
@@ -290,8 +194,8 @@ def _vq_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
     }
 
 
-def _gpt_sizes(tensors: dict[str, Tensor], said: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Sizes of a GPT, or of a DPAR but for its depths."""
+def _gpt_sizes(tensors: dict[str, Tensor], arguments: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the sizes of a GPT, or of a DPAR without its depths."""
     class_table, is_dpar = "cls_embedding.embedding_table.weight", _kind(tensors) == "dpar"
     if not is_dpar and class_table not in tensors:  # the authors' entropy model: nothing in front of the tokens
         (tokens,) = _shapes(tensors, ["tok_embeddings.weight"], "LlamaGen", path)
@@ -299,14 +203,14 @@ def _gpt_sizes(tensors: dict[str, Tensor], said: dict[str, Any], path: Path) -> 
     else:
         needed = ["tok_embeddings.weight", class_table]
         tokens, labels = _shapes(tensors, needed, "DPAR" if is_dpar else "LlamaGen", path)
-        if _said_number(said, "num_classes", path) == labels[0]:
+        if _argument(arguments, "num_classes", path) == labels[0]:
             raise ModelError(f"{path} was trained without a guidance class (class dropout 0); one with it is needed")
         sizes = {"codebook_size": tokens[0], "classes": labels[0] - 1, "width": tokens[1]}
     return sizes if is_dpar else sizes | {"layers": count_layers(tensors, "layers.")}
 
 
 def _dpar_depths(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Layers of the three parts of a DPAR, by the authors' names."""
+    """Return the depths of the three parts of a DPAR, by the authors' names."""
     return {
         "encoder_layers": count_layers(tensors, "local_encoder.layers."),
         "patch_layers": count_layers(tensors, "layers."),
@@ -314,9 +218,9 @@ def _dpar_depths(tensors: dict[str, Tensor]) -> dict[str, int]:
     }
 
 
-def _rope(said: dict[str, Any], asked: str | None, path: Path) -> str:
-    """Rotary positions of a DPAR's patches: those that this module wrote down, or those asked for."""
-    stored = said.get("rope")
+def _rope(arguments: dict[str, Any], asked: str | None, path: Path) -> str:
+    """Return the kind of rotary positions of patches: as :func:`write` recorded it, or as asked for."""
+    stored = arguments.get("rope")
     if stored is not None and not isinstance(stored, str):
         raise ModelError(f"{path}: rope in its training arguments is {shown(stored)}; a name is needed")
     if stored is not None and asked not in (None, stored):
@@ -324,9 +228,9 @@ def _rope(said: dict[str, Any], asked: str | None, path: Path) -> str:
     return stored or asked or "dynamic"
 
 
-def _said_number(said: dict[str, Any], name: str, path: Path) -> int | None:
-    """A whole number above 0 among the training arguments; None if they have no such argument, or null."""
-    value: int | None = said.get(name)
+def _argument(arguments: dict[str, Any], name: str, path: Path) -> int | None:
+    """Return a whole number above 0 of the training arguments; None if it is missing or null."""
+    value: int | None = arguments.get(name)
     if value is not None and not _is_size(value):
         raise ModelError(f"{path}: {name} in its training arguments is {shown(value)}; a whole number is needed")
     return value
@@ -337,7 +241,7 @@ def _is_size(value: object) -> bool:
 
 
 def _shapes(tensors: dict[str, Tensor], names: list[str], model: str, path: Path) -> list[tuple[int, ...]]:
-    """Shapes of the tensors that sizes are read off."""
+    """Return the shapes of the tensors that sizes are read from."""
     faults = [f"missing {name}" for name in names if name not in tensors]
     faults += [
         f"{name} is {tuple(tensors[name].shape)}" for name in names if name in tensors and tensors[name].ndim < 2
@@ -348,7 +252,7 @@ def _shapes(tensors: dict[str, Tensor], names: list[str], model: str, path: Path
 
 
 def _rotary(freqs_cis: Tensor | None, width: int, path: Path) -> tuple[int, int] | None:
-    """Heads and side of the grid, by a stored table of (1 + N, head_dim / 2, 2)."""
+    """Return heads and side of the grid, from a stored table of (1 + N, head_dim / 2, 2)."""
     if freqs_cis is None:
         return None
     side = math.isqrt(max(freqs_cis.shape[0] - 1, 0)) if freqs_cis.ndim == 3 else 0
@@ -358,68 +262,68 @@ def _rotary(freqs_cis: Tensor | None, width: int, path: Path) -> tuple[int, int]
     return width // (2 * pairs), side
 
 
-def _heads(rotary: tuple[int, int] | None, said: dict[str, Any], width: int, asked: int | None, path: Path) -> int:
-    found: int | None
+def _heads(rotary: tuple[int, int] | None, arguments: dict[str, Any], width: int, asked: int | None, path: Path) -> int:
+    stored: int | None
     if rotary is not None:
-        found = rotary[0]
-    elif (heads := _said_number(said, "n_head", path)) is not None:
-        found = heads
+        stored = rotary[0]
+    elif (heads := _argument(arguments, "n_head", path)) is not None:
+        stored = heads
     else:
-        found = NAMES.get(str(said.get("gpt_model")), HEADS.get(width))
-    if found is None:
+        stored = NAMES.get(str(arguments.get("gpt_model")), HEADS.get(width))
+    if stored is None:
         if asked is not None:
             return asked
         raise ModelError(
             f"{path} does not say how many heads it has, and its width of {width} is none of the published ones; "
             "pass heads= to from_pretrained"
         )
-    if asked not in (None, found):
-        raise ModelError(f"{path} has {found} heads; {asked} were asked for")
-    return found
+    if asked not in (None, stored):
+        raise ModelError(f"{path} has {stored} heads; {asked} were asked for")
+    return stored
 
 
 def _grid(
-    rotary: tuple[int, int] | None, said: dict[str, Any], asked: tuple[int, int] | None, path: Path
+    rotary: tuple[int, int] | None, arguments: dict[str, Any], asked: tuple[int, int] | None, path: Path
 ) -> tuple[tuple[int, int], str]:
-    """Rows and columns of tokens, and what says so."""
-    found: tuple[int, int] | None = None
+    """Return rows and columns of tokens, and where they were read."""
+    grid: tuple[int, int] | None = None
     source = "freqs_cis"
     if rotary is not None:
-        found = (rotary[1], rotary[1])
-    elif (stored := said.get("grid")) is not None:
+        grid = (rotary[1], rotary[1])
+    elif (stored := arguments.get("grid")) is not None:
         if not (isinstance(stored, list) and len(stored) == 2 and all(map(_is_size, stored))):
             raise ModelError(f"{path}: grid in its training arguments is {shown(stored)}; two whole numbers are needed")
-        found, source = (stored[0], stored[1]), "its training arguments"
-    elif (pixels := _said_number(said, "image_size", path)) is not None:
-        side = pixels // (_said_number(said, "downsample_size", path) or 16)
-        found, source = (side, side), "its training arguments"
+        grid, source = (stored[0], stored[1]), "its training arguments"
+    elif (pixels := _argument(arguments, "image_size", path)) is not None:
+        side = pixels // (_argument(arguments, "downsample_size", path) or 16)
+        grid, source = (side, side), "its training arguments"
     elif named := re.findall(r"_(256|384|512)(?!\d)", path.name):
         side = int(named[-1]) // 16
-        found, source = (side, side), f"_{named[-1]} in its name"
-    if found is not None and asked is not None and tuple(asked) != found:
+        grid, source = (side, side), f"_{named[-1]} in its name"
+    if grid is not None and asked is not None and tuple(asked) != grid:
         raise ModelError(
-            f"{path} is for a grid of {found[0]}×{found[1]} ({source}), and {asked[0]}×{asked[1]} was asked for: "
+            f"{path} is for a grid of {grid[0]}×{grid[1]} ({source}), and {asked[0]}×{asked[1]} was asked for: "
             "rotary positions count rows and columns of the grid that weights were trained on, so it serves that alone"
         )
-    if found is not None:
-        return found, source
+    if grid is not None:
+        return grid, source
     return (asked, "as asked") if asked is not None else ((16, 16), "LlamaGen's default; the file does not say")
 
 
 def _check_rotary(freqs_cis: Tensor, sizes: dict[str, Any], path: Path) -> None:
-    """Refuses a stored table that is not LlamaGen's: the model would compute with ours."""
+    """Refuse a stored table other than LlamaGen's, which is the one that the model computes with."""
     head_dim = sizes["width"] // sizes["heads"]
-    ours = with_condition(token_table(sizes["grid_height"], sizes["grid_width"], head_dim))
-    if freqs_cis.shape != ours.shape or not torch.allclose(freqs_cis.float(), ours, atol=1e-2):
+    table = with_condition(token_table(sizes["grid_height"], sizes["grid_width"], head_dim))
+    if freqs_cis.shape != table.shape or not torch.allclose(freqs_cis.float(), table, atol=1e-2):
         raise ModelError(f"{path} was trained with other rotary positions (freqs_cis) than LlamaGen's 2D ones")
 
 
 def describe(model_type: str, sizes: dict[str, Any]) -> str:
-    """A model in a line, by its config's values."""
+    """Return a description of a model in one line, from its config's values."""
     title = TITLES.get(model_type, model_type)
     if model_type == "vq":
         pixels = 2 ** (len(sizes["channel_multipliers"]) - 1)
-        return f"{title}: {sizes['codebook_size']} codes of dimension {sizes['codebook_dim']}, {pixels} pixels a code"
+        return f"{title}: {sizes['codebook_size']} codes of dimension {sizes['codebook_dim']}, {pixels} pixels per code"
     depth = "{layers} layers"
     if model_type == "dpar":
         depth = "{encoder_layers} + {patch_layers} + {decoder_layers} layers"

@@ -5,7 +5,7 @@
 
 Both return the model itself if nothing in it can be prepared: on other devices, in other dtypes, in training, under
 autocast, and in a PyTorch without oneDNN. A copy shares all parameters and holds the packed weights beside them, so it
-takes as much memory again; it does not follow later changes of the weights, and has no gradients.
+doubles the memory of the weights. It does not follow later changes of the weights, and has no gradients.
 
 PyTorch gives float32 products to MKL. With few rows, as in sampling, MKL packs the weights in every call; here they are
 packed once. On AMD's processors oneDNN's kernels are also about twice as fast as MKL's, at any number of rows. From two
@@ -25,38 +25,38 @@ from dpar.kv_cache import KVCache, Places, round_up, with_rows
 from dpar.layers import NORM_EPS, Block
 
 M = TypeVar("M", bound=nn.Module)
-LEAST_ROWS = 2  # from here on a row of oneDNN's products has the same bits at any number of rows
+LEAST_ROWS = 2  # a row of oneDNN's products has the same bits at any number of rows from this on
 WQKV = "attention.wqkv"  # of a block: if this can be packed, all of its linear layers can
-OTHER_LEAST_ROWS, OTHER_ROWS = 8, 4  # of other libraries' products: at least so many, and multiples of 4
+OTHER_LEAST_ROWS, OTHER_ROWS = 8, 4  # for other libraries: the least number of rows, and what it must be a multiple of
 
 
 def available() -> bool:
-    """Whether this PyTorch has oneDNN's kernels; some, for Macs say, have not."""
+    """Return whether this PyTorch has oneDNN's kernels; builds for Macs, for example, do not."""
     kernels = ("_linear_pointwise", "_reorder_linear_weight")
-    there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in kernels)
-    return there and hasattr(torch.ops.mkldnn._linear_pointwise, "binary")
+    present = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in kernels)
+    return present and hasattr(torch.ops.mkldnn._linear_pointwise, "binary")
 
 
 def padded(rows: int) -> int:
-    """The number of rows that :func:`pad_rows` makes of ``rows``."""
+    """Return the number of rows that :func:`pad_rows` makes of ``rows``."""
     if available():
         return max(LEAST_ROWS, rows)
     return max(OTHER_LEAST_ROWS, round_up(rows, OTHER_ROWS))
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """x (R, ...) with rows of zeros at the end, so that a row's products have the same bits in any batch."""
+    """Append rows of zeros to x (R, ...), so that a row's products have the same bits in any batch."""
     return with_rows(x, padded(x.shape[0]))
 
 
 def prepare_forward(model: M) -> M:
-    """A copy of ``model`` with its linear layers on oneDNN; ``model`` itself if none of them can be."""
+    """Return a copy of ``model`` with its linear layers on oneDNN; ``model`` itself if none can be prepared."""
     linears = {} if _is_prepared(model) else _linears(model)
     return with_parts(model, {name: PackedLinear(linear) for name, linear in linears.items()})
 
 
 def prepare_steps(model: M) -> M:
-    """:func:`prepare_forward` for sampling: blocks are :class:`PreparedBlock`, norms take fewer calls."""
+    """As :func:`prepare_forward`, for sampling: blocks are :class:`PreparedBlock`, norms take fewer calls."""
     linears = {} if _is_prepared(model) else _linears(model)
     if not linears:
         return model
@@ -81,7 +81,7 @@ class PackedLinear(nn.Linear):
     """A linear layer whose product is oneDNN's."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)  # the weight is shared, not made again
+        nn.Module.__init__(self)  # the weight is shared, not allocated again
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.packed = _pack(linear.weight)
@@ -95,7 +95,7 @@ class FewCallsNorm(nn.RMSNorm):
     """RMSNorm by four calls: torch's own takes twice as long on a few rows."""
 
     def __init__(self, norm: nn.RMSNorm) -> None:
-        nn.Module.__init__(self)  # the weight is shared, not made again
+        nn.Module.__init__(self)  # the weight is shared, not allocated again
         self.normalized_shape, self.eps, self.elementwise_affine = norm.normalized_shape, norm.eps, True
         self.weight = norm.weight
 
@@ -113,7 +113,7 @@ class PreparedBlock(Block):
 
     @torch.no_grad()
     def __init__(self, block: Block) -> None:
-        nn.Module.__init__(self)  # the parts are shared, not made again
+        nn.Module.__init__(self)  # the parts are shared, not allocated again
         self.attention, self.feed_forward = block.attention, block.feed_forward
         self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
         self.heads, self.width = block.attention.heads, block.attention.wo.in_features
@@ -139,23 +139,23 @@ class PreparedBlock(Block):
 
 
 def with_parts(model: M, parts: dict[str, nn.Module]) -> M:
-    """A copy of ``model`` that shares its parameters and buffers, with submodules replaced by name.
+    """Return a copy of ``model`` that shares its parameters and buffers, with submodules replaced by name.
 
-    ``model`` itself if there are no parts; the part itself if it stands for all of ``model``.
+    ``model`` itself if there are no parts; the part itself if it replaces all of ``model``.
     """
     if not parts:
         return model
     if "" in parts:
         return cast("M", parts[""])
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    prepared = copy.deepcopy(model, shared)  # which names what is not copied
+    prepared = copy.deepcopy(model, shared)  # the memo: these are not copied
     for name, part in parts.items():
         prepared.set_submodule(name, part)
     return prepared
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that can run on oneDNN, by name."""
+    """Return the linear layers that can run on oneDNN, by name."""
     if not available() or torch.is_autocast_enabled("cpu"):
         return {}
     return {name: module for name, module in model.named_modules() if type(module) is nn.Linear and _can_pack(module)}
@@ -177,7 +177,7 @@ def _is_prepared(model: nn.Module) -> bool:
 
 
 def _pack(weight: Tensor) -> Tensor:
-    """A copy of a linear layer's weight, (fan_out, fan_in) float32, in oneDNN's layout."""
+    """Return a copy of a linear layer's weight, (fan_out, fan_in) float32, in oneDNN's layout."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
     return packed
 
@@ -185,10 +185,9 @@ def _pack(weight: Tensor) -> Tensor:
 def _product(
     x: Tensor, packed: Tensor, *, then: str = "none", times: Tensor | None = None, add: Tensor | None = None
 ) -> Tensor:
-    """x (..., fan_in) times a packed weight: (..., fan_out).
+    """Multiply x (..., fan_in) by a packed weight: (..., fan_out).
 
-    The result can go through a function of oneDNN's (``then``), or be multiplied with or added to another tensor,
-    (..., fan_out).
+    oneDNN can apply a function to the result (``then``), or multiply it by or add it to a tensor (..., fan_out).
     """
     run = torch.ops.mkldnn._linear_pointwise
     out: Tensor
@@ -202,5 +201,5 @@ def _product(
 
 
 def _normed(x: Tensor) -> Tensor:
-    """RMSNorm without weights: (..., width) to (..., width)."""
+    """Apply RMSNorm without weights: (..., width) to (..., width)."""
     return x * x.square().mean(dim=-1, keepdim=True).add_(NORM_EPS).rsqrt_()

@@ -1,4 +1,4 @@
-"""What models cost, counted from the modules themselves on meta tensors, and the paper's figures beside.
+"""What models cost, counted from the modules themselves on meta tensors, and the paper's figures.
 
     cost = count(preset("dpar-b"), patch_length=1.81)
     cost.parameters, cost.linear / 1e9                       # GMACs per image, as the paper counts them
@@ -6,7 +6,7 @@
     linear_macs(preset("dpar-b"), patches=141.4)             # the same count for a measured mean of patches per image
 
 The paper's GFLOPs are multiply-accumulates of the linear layers of one forward pass per image; attention products
-are left out there and counted apart here (in full squares, as kernels without causal skipping would compute them).
+are not in them, and are counted separately here (in full squares, as kernels without causal skipping compute).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dpar.llamagen import LlamaGen, LlamaGenConfig
 from dpar.model import DPAR, DPARConfig
 from dpar.packing import PatchLayout
 
-TRAINING_FLOPS_A_MAC = 6  # a multiplication and an addition, forward once and backward twice
-IMAGES = 100  # that a mean is over, so that patch lengths come out to a hundredth of a patch
+TRAINING_FLOPS_PER_MAC = 6  # a multiplication and an addition, forward once and backward twice
+IMAGES = 100  # per mean, so that mean patches per image are exact to a hundredth
 
 # The paper's figures: parameters in millions (Table 1), and GMACs by resolution (its Tables 8, 256 and 384 px).
 PAPER_PARAMETERS = {
@@ -54,31 +54,31 @@ PAPER_PATCH_LENGTH = {256: 1.81, 384: 2.06}
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one model; multiply-accumulates (MACs) are of one forward pass per image."""
+    """The cost of one model; multiply-accumulates (MACs) are of one forward pass per image."""
 
     parameters: int
     patches: float  # mean patches per image; tokens for LlamaGen
     linear: float  # MACs of linear layers, the paper's count
     attention: float  # MACs of attention products
-    shared: float  # of ``linear``: what guidance runs once, not twice (the patch encoder)
+    shared: float  # part of ``linear`` that guidance runs once, not twice (the patch encoder)
 
     @property
     def training_flops(self) -> float:
         """FLOPs of forward and backward per image: 3 × 2 × MACs."""
-        return TRAINING_FLOPS_A_MAC * self.linear
+        return TRAINING_FLOPS_PER_MAC * self.linear
 
     def sampling(self, entropy_model: Cost | None = None, guidance: bool = True) -> float:
-        """MACs of linear layers to sample one image, the entropy model's included."""
+        """Return MACs of linear layers to sample one image, the entropy model's included."""
         own = self.shared + (2 if guidance else 1) * (self.linear - self.shared)
         return own + (entropy_model.linear if entropy_model else 0.0)
 
 
 def count(config: DPARConfig | LlamaGenConfig, patch_length: float = 1.0) -> Cost:
-    """Counts a model's parameters and multiply-accumulates.
+    """Count a model's parameters and multiply-accumulates.
 
     Args:
         config: of the model.
-        patch_length: mean tokens per patch, N/M; of no effect on LlamaGen.
+        patch_length: mean tokens per patch, N/M; ignored for LlamaGen.
 
     Raises:
         ModelError: the length is below 1 or above N.
@@ -104,7 +104,7 @@ def count(config: DPARConfig | LlamaGenConfig, patch_length: float = 1.0) -> Cos
 
 
 def _image_macs(model: DPAR | LlamaGen, patches: int) -> tuple[float, float, float]:
-    """MACs of one image of so many patches: of linear layers, of attention, of the patch encoder's linear layers."""
+    """Return MACs of one image: of linear layers, of attention, of the patch encoder's linear layers."""
     n = model.config.n_tokens
     with torch.device("meta"):
         codes = torch.empty(1, n, dtype=torch.long)
@@ -125,13 +125,13 @@ def _image_macs(model: DPAR | LlamaGen, patches: int) -> tuple[float, float, flo
 
 
 def linear_macs(config: DPARConfig | LlamaGenConfig, patches: float) -> float:
-    """MACs of linear layers of one forward pass of an image that has ``patches`` patches, or so many on average.
+    """Return MACs of linear layers of one forward pass per image, for a mean of ``patches`` per image.
 
     They are linear in the number of patches, so two counts give all others, and a mean of patches gives the mean cost.
 
     Args:
-        config: of the model; the number is of no effect on LlamaGen.
-        patches: mean an image, 1 to N.
+        config: of the model.
+        patches: mean per image, 1 to N; ignored for LlamaGen.
     """
     n = config.n_tokens
     tokens, one = count(config, 1.0).linear, count(config, float(n)).linear
@@ -139,6 +139,6 @@ def linear_macs(config: DPARConfig | LlamaGenConfig, patches: float) -> float:
 
 
 def _macs(flops_by_op: dict[object, int]) -> tuple[float, float]:
-    """MACs of linear layers and of attention products, from FLOPs by operator."""
+    """Return MACs of linear layers and of attention products, from FLOPs by operator."""
     linear = sum(flops for op, flops in flops_by_op.items() if str(op) in ("aten.mm", "aten.addmm"))
     return linear / 2, (sum(flops_by_op.values()) - linear) / 2

@@ -24,9 +24,10 @@ from dpar.class_names import find_class, nearest_class
 from dpar.errors import ModelError
 from dpar.guidance import GuidanceSchedule, SamplingOptions
 from dpar.llamagen import LlamaGen
+from dpar.locations import bundle_folder, weights_path
 from dpar.model import DPAR
 from dpar.patching import PatchRule
-from dpar.pretrained import bundle_folder, fingerprint, model_type, weights_path
+from dpar.pretrained import fingerprint, model_type
 from dpar.sampling import check_same_tokens, sample
 from dpar.tokenizer import VQTokenizer, from_uint8, to_uint8
 

@@ -28,12 +28,12 @@ INIT_STD = 0.02
 
 
 def ffn_hidden(width: int) -> int:
-    """SwiGLU's hidden size: 2/3 · 4 · width, rounded up to a multiple of 256."""
+    """Return SwiGLU's hidden size: 2/3 · 4 · width, rounded up to a multiple of 256."""
     return -(-int(2 * 4 * width / 3) // 256) * 256
 
 
 class Layer(nn.Module):
-    """One of the repeated parts of a model. ``compute`` is its forward pass, which can be compiled for training.
+    """A layer of a model. ``compute`` is its forward pass, which can be compiled for training.
 
     All layers of a kind share one compiled function, and hooks (FSDP's, say) run outside it.
     """
@@ -55,25 +55,25 @@ class Layer(nn.Module):
 
 @functools.cache
 def compiled(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward pass of a kind of layer, compiled when it first runs."""
+    """Return the forward pass of a class of layers, compiled when it first runs."""
     return torch.compile(compute)
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
-    """From now on these layers run compiled in training: one graph for each kind, whatever the numbers of patches."""
+    """Make these layers run compiled in training: one graph per class, for any number of patches."""
     for layer in layers:
         assert isinstance(layer, Layer)
         layer.compiled = True
 
 
 def mark_packed(*tensors: Tensor) -> None:
-    """Tells torch.compile that the first dimension, ΣM, will be another one at the next step."""
+    """Tell torch.compile that the first dimension, ΣM, changes from step to step."""
     for tensor in tensors:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def run_layer(layer: nn.Module, *args: Any, recompute: bool) -> Any:
-    """A layer's output; with ``recompute`` backward runs it again, dropout and all, and nothing inside it is kept."""
+    """Return a layer's output; with ``recompute``, backward recomputes its activations, with the same dropout."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(layer, *args, use_reentrant=False)
     return layer(*args)
@@ -94,8 +94,8 @@ class Attention(nn.Module):
         qkv = self.wqkv(x).unflatten(-1, (3 * self.heads, -1))  # (..., T, 3 * heads, head_dim)
         qk, v = qkv.split([2 * self.heads, self.heads], dim=-2)
         q, k = rotate(qk, table).chunk(2, dim=-2)
-        out = attend(q, k, v)
-        projected: Tensor = self.resid_dropout(self.wo(out.flatten(-2)))
+        out = attend(q, k, v)  # (..., T, heads, head_dim)
+        projected: Tensor = self.resid_dropout(self.wo(out.flatten(-2)))  # (..., T, width)
         return projected
 
 
@@ -112,7 +112,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to (..., width)."""
-        out: Tensor = self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        out: Tensor = self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))  # by way of (..., hidden)
         return out
 
 
@@ -133,7 +133,7 @@ class Block(Layer):
         return out
 
     def step(self, x: Tensor, table: Tensor, places: Places, cache: KVCache) -> Tensor:
-        """One new token of each row, for sampling.
+        """Run one new token of each row, for sampling.
 
         Args:
             x: (R, width), with rows of padding at the end (:func:`dpar.cpu_kernels.pad_rows`).
@@ -144,7 +144,7 @@ class Block(Layer):
         Returns:
             (R, width).
         """
-        out: Tensor = self(x.unsqueeze(1), table.unsqueeze(1), cache.at(places))[:, 0]
+        out: Tensor = self(x.unsqueeze(1), table.unsqueeze(1), cache.at(places))[:, 0]  # as (R, 1, width)
         return out
 
 
@@ -176,21 +176,21 @@ class PatchCrossAttention(nn.Module):
         offset_in_patch: Tensor,
         n_patches: int,
     ) -> Tensor:
-        """Tokens (T, width) into their patches: (M, width). ``patches`` None: the first query is made of the tokens."""
+        """Update patches (M, width) from tokens (T, width); None starts from ``first_query`` of the tokens."""
         if patches is None:
-            patches = self.first_query(tokens, patch_of_token, n_patches)
+            patches = self.first_query(tokens, patch_of_token, n_patches)  # (T, width) to (M, width)
         normed = self.token_norm(tokens)
         if self.offsets is not None:
             normed = normed + self.offsets(offset_in_patch.clamp(max=self.OFFSETS - 1))
         split = (self.heads, -1)
         out = patch_cross_attention(
-            self.wq(self.patch_norm(patches)).unflatten(-1, split),
-            self.wk(normed).unflatten(-1, split),
+            self.wq(self.patch_norm(patches)).unflatten(-1, split),  # (M, heads, head_dim)
+            self.wk(normed).unflatten(-1, split),  # (T, heads, head_dim)
             self.wv(normed).unflatten(-1, split),
             patch_of_token,
             n_patches,
-        )
-        gathered: Tensor = patches + self.wo(out.flatten(-2))
+        )  # (M, heads, head_dim)
+        gathered: Tensor = patches + self.wo(out.flatten(-2))  # (M, width)
         return gathered
 
 
@@ -205,7 +205,7 @@ class EncoderLayer(Layer):
     def compute(
         self, patches: Tensor | None, tokens: Tensor, table: Tensor, attend: Attend, layout: PatchLayout
     ) -> tuple[Tensor, Tensor]:
-        """(ΣM, width) or None and (B, N, width) to the same, one layer on."""
+        """Patches (ΣM, width), or None, and tokens (B, N, width) to patches and tokens of these shapes."""
         tokens = self.block(tokens, table, attend)
         patches = self.cross_attention(
             patches, tokens.flatten(0, 1), layout.patch_of_token, layout.offset_in_patch, layout.n_patches
@@ -226,7 +226,7 @@ class DecoderLayer(Layer):
         self.block = Block(width, heads, dropout=0.0)
 
     def project(self, patches: Tensor) -> Tensor:
-        """What each token of a patch receives: (..., width) to (..., width)."""
+        """Return what each token of a patch receives: (..., width) to (..., width)."""
         out: Tensor = self.patch_proj(self.patch_norm(patches))
         return out
 
@@ -235,10 +235,10 @@ class DecoderLayer(Layer):
     ) -> Tensor:
         """Tokens (B, T, width) and what they receive from their patches to (B, T, width).
 
-        ``received`` is likewise; with ``patch_of_token``, (B·T,), it is the outputs of patches, (ΣM, width).
+        ``received`` is (B, T, width); with ``patch_of_token``, (B·T,), it is the outputs of patches, (ΣM, width).
         """
         if patch_of_token is not None:
-            received = spread(self.project(received), patch_of_token).view_as(tokens)
+            received = spread(self.project(received), patch_of_token).view_as(tokens)  # (ΣM, width) to (B, T, width)
         out: Tensor = self.block(tokens + received, table, attend)
         return out
 

@@ -2,13 +2,13 @@
 
     model = LlamaGen(preset("llamagen-b"))
     logits = model(codes, labels)                            # (B, N, V); logits at i are for token i
-    loss = model(codes, labels, loss=True)                   # mean nats per token, without holding the logits
+    loss = model(codes, labels, loss=True)                   # mean nats per token; logits are never held in full
 
     entropy_model = LlamaGen(preset("llamagen-b", classes=0, start_token=False))
     logits = entropy_model(codes)                            # (B, N - 1, V); logits at i are for token i + 1
     entropy = entropy_model.entropy(codes)                   # (B, N) float16 nats, +inf for token 0
 
-The generator has a start token in front of the image tokens, the class embedding; ``labels=None`` stands for the
+The generator has a start token in front of the image tokens, the class embedding; ``labels=None`` is the
 guidance class. The DPAR authors' entropy model has none: token 0 is read and never predicted. Either kind gives
 entropies. Parameter names and shapes are LlamaGen's, so its checkpoints load as they are.
 """
@@ -33,7 +33,7 @@ from dpar.rope import token_table, with_condition
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceConfig:
-    """What LlamaGen and DPAR share: the token grid, the classes, the width."""
+    """The config fields that LlamaGen and DPAR share: token grid, classes, width."""
 
     codebook_size: int = 16384  # V
     grid_height: int = 16  # H_g
@@ -43,8 +43,8 @@ class SequenceConfig:
     heads: int = 12
     dropout: float = 0.1  # on tokens, residual branches and feed-forward, in training
 
-    head_multiple: ClassVar[int] = 8  # what rotary positions need the width of a head to divide by
-    layer_prefixes: ClassVar[dict[str, str]] = {}  # what the names of tensors of each depth begin with, by its field
+    head_multiple: ClassVar[int] = 8  # of head_dim, as rotary positions need it
+    layer_prefixes: ClassVar[dict[str, str]] = {}  # depth field: prefix of its layers' tensors
 
     def __post_init__(self) -> None:
         for name in ("codebook_size", "grid_height", "grid_width", "width", "heads"):
@@ -58,11 +58,11 @@ class SequenceConfig:
                 f"rotary positions need a multiple of {self.head_multiple}"
             )
         if not 0 <= self.dropout < 1:
-            raise ModelError(f"dropout is {self.dropout}; it must be at least 0 and under 1")
+            raise ModelError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
     @property
     def n_tokens(self) -> int:
-        """Tokens an image, N."""
+        """Tokens per image, N."""
         return self.grid_height * self.grid_width
 
     @property
@@ -117,15 +117,15 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
         self.table: Tensor
         self.apply(init_weights)
         nn.init.zeros_(self.output.weight)
-        self.checkpoint_layers = False  # True: backward runs each layer again, to hold less
+        self.checkpoint_layers = False  # True: backward recomputes each layer, to save memory
 
     def forward(self, codes: Tensor, labels: Tensor | None = None, *, loss: bool = False) -> Tensor:
-        """Teacher-forced logits, or the loss.
+        """Return teacher-forced logits, or the loss.
 
         Args:
             codes: (B, N) int64. The last token is only ever predicted, never read.
-            labels: (B,) int64; ``classes`` is the guidance class, which None stands for. Without a start token unused.
-            loss: whether to give the mean cross-entropy, for which the logits are never held whole.
+            labels: (B,) int64; ``classes`` is the guidance class, as is None. Unused without a start token.
+            loss: whether to return the mean cross-entropy, computed without the full logits.
 
         Returns:
             (B, N, V) logits; those at i are for token i. Without a start token (B, N - 1, V); those at i are for token
@@ -141,11 +141,11 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
         return logits
 
     def hidden(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """What the output head reads: (B, N or N - 1, d). Arguments as of :meth:`forward`."""
+        """Return the input of the output head: (B, N or N - 1, d). Arguments as of :meth:`forward`."""
         labels = check_inputs(self.config, codes, labels)
-        x = self.tok_embeddings(codes[:, :-1])
+        x = self.tok_embeddings(codes[:, :-1])  # (B, N) to (B, N - 1, d)
         if self.cls_embedding is not None:
-            x = torch.cat([self.cls_embedding(labels).unsqueeze(1), x], dim=1)
+            x = torch.cat([self.cls_embedding(labels).unsqueeze(1), x], dim=1)  # (B, N, d)
         x = self.tok_dropout(x)
         for layer in self.layers:
             x = run_layer(layer, x, self.table, dense_causal, recompute=self.checkpoint_layers)
@@ -153,14 +153,14 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
         return hidden
 
     def targets(self, codes: Tensor) -> Tensor:
-        """The tokens that logits are for: codes (B, N), or all but the first without a start token."""
+        """Return the tokens that logits are for: codes (B, N), or all but the first without a start token."""
         return codes if self.config.start_token else codes[:, 1:]
 
     @torch.no_grad()
     def entropy(self, codes: Tensor) -> Tensor:
         """Return the entropy of each token given those before it, read unconditionally, as artifacts store it.
 
-        An image's entropies depend on that image alone.
+        An image's entropies depend only on that image.
 
         Args:
             codes: (B, N) int64.
@@ -169,16 +169,16 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
             (B, N) float16 nats; +inf for token 0.
         """
         # image by image: the formula's copies of the logits of a batch are gigabytes
-        entropy = torch.stack([token_entropy(logits) for logits in self(codes)])
+        entropy = torch.stack([token_entropy(logits) for logits in self(codes)])  # (B, N or N - 1)
         return stored_entropy(entropy if self.config.start_token else F.pad(entropy, (1, 0)))
 
     def compile_layers(self) -> None:
-        """Compiles the layers for training, when they first run: one graph."""
+        """Compile the layers for training, when they first run: one graph."""
         compile_layers(self.layers)
 
 
 def check_inputs(config: SequenceConfig, codes: Tensor, labels: Tensor | None) -> Tensor:
-    """The labels to use; raises ModelError where the shapes of codes or labels do not fit.
+    """Return the labels to use; raise ModelError if the shapes of codes or labels do not fit.
 
     Values are checked where they enter (artifacts, the command line), not on every step.
     """
@@ -190,5 +190,5 @@ def check_inputs(config: SequenceConfig, codes: Tensor, labels: Tensor | None) -
     if labels is None:
         return torch.full((codes.shape[0],), config.classes, dtype=torch.long, device=codes.device)
     if labels.shape != codes.shape[:1]:
-        raise ModelError(f"labels are {tuple(labels.shape)} for codes of {tuple(codes.shape)}; one a row is needed")
+        raise ModelError(f"labels are {tuple(labels.shape)} for codes of {tuple(codes.shape)}; one per image is needed")
     return labels

@@ -1,9 +1,9 @@
-"""The output head and its cross-entropy in one, without ever holding the logits of a whole batch.
+"""The output head and its cross-entropy in one; the logits of a batch are never held in full.
 
-    loss = next_token_loss(hidden, model.output.weight, codes)     # what F.cross_entropy(hidden @ weight.T) gives
+    loss = next_token_loss(hidden, model.output.weight, codes)     # equals F.cross_entropy(hidden @ weight.T, codes)
 
-Over 16384 codes the float32 logits of a batch are larger than all that a layer keeps. Here a chunk of tokens has its
-logits, its loss and its share of the gradients computed before the next chunk begins.
+Over 16384 codes the float32 logits of a batch are larger than a layer's activations. Here logits, loss and
+gradients are computed for one chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CHUNK = 1024  # tokens; 64 MiB of float32 logits over 16384 codes
 
 
 def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Mean cross-entropy of logits ``hidden @ weight.T``, nats a token.
+    """Return the mean cross-entropy of logits ``hidden @ weight.T``, nats per token.
 
     The product is in autocast's dtype where autocast is on, the softmax and the loss in float32 (float64 of float64).
 
@@ -41,7 +41,7 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int 
 
 
 class _HeadAndLoss(torch.autograd.Function):
-    """Gradients are made along with the loss, while the logits are there, so the head's product is done once."""
+    """Computes gradients in the forward pass, from the same logits, so the head's product is computed once."""
 
     @staticmethod
     def forward(
@@ -54,12 +54,12 @@ class _HeadAndLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=precise)
         for begin in range(0, len(targets), chunk):
             rows = slice(begin, begin + chunk)
-            log_probs = F.log_softmax(inputs[rows] @ head.T, dim=-1, dtype=precise)
+            log_probs = F.log_softmax(inputs[rows] @ head.T, dim=-1, dtype=precise)  # (chunk, V)
             chosen = targets[rows].unsqueeze(1)
             total -= log_probs.gather(1, chosen).sum()
             if to_hidden is None and to_weight is None:
                 continue
-            # softmax less one at the target; the mean's 1/T is left to backward, where it costs no precision
+            # softmax minus one at the target; backward applies the mean's 1/T, which loses no precision there
             pull = log_probs.exp_().scatter_add_(1, chosen, log_probs.new_full(chosen.shape, -1.0)).to(dtype)
             if to_hidden is not None:
                 to_hidden[rows] = pull @ head

@@ -72,7 +72,7 @@ class DPARConfig(SequenceConfig):
 
 
 class DPAR(nn.Module, Pretrained[DPARConfig]):
-    """Autoregressive over VQ tokens, with most of its layers over patches of them."""
+    """Autoregressive model of VQ tokens; most of its layers are over patches of tokens."""
 
     config_class = DPARConfig
     model_type = "dpar"
@@ -100,24 +100,24 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         self.stream_table: Tensor
         self.apply(init_weights)
         nn.init.zeros_(self.output.weight)
-        self.attention_backend: Backend = "auto"  # of the packed patches; the numbers do not depend on it
+        self.attention_backend: Backend = "auto"  # of the packed patches; does not change results
         self.compiled = False  # see compile_layers
         self.checkpoint_layers = False  # True: backward recomputes each layer, to save memory
 
     def forward(
         self, codes: Tensor, labels: Tensor | None, starts: Tensor | PatchLayout, *, loss: bool = False
     ) -> Tensor:
-        """Teacher-forced logits, or the loss.
+        """Return teacher-forced logits, or the loss.
 
         Args:
             codes: (B, N) int64.
-            labels: (B,) int64; ``classes`` is the guidance class, which None stands for.
-            starts: (B, N) bool, or the batch's :class:`PatchLayout` where it is made ahead.
-            loss: whether to give the mean cross-entropy, for which the logits are never held whole.
+            labels: (B,) int64; ``classes`` is the guidance class, as is None.
+            starts: (B, N) bool, or the batch's :class:`PatchLayout`, if computed beforehand.
+            loss: whether to return the mean cross-entropy, computed without the full logits.
 
         Returns:
-            (B, N, V) logits; those at i are for token i, and depend on earlier tokens (and on boundaries) alone.
-            With ``loss`` a float32 scalar, nats a token.
+            (B, N, V) logits; those at i are for token i, and depend only on earlier tokens and boundaries.
+            With ``loss`` a float32 scalar, nats per token.
 
         Raises:
             ModelError: codes, labels or starts do not fit this model.
@@ -129,23 +129,23 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         return logits
 
     def hidden(self, codes: Tensor, labels: Tensor | None, starts: Tensor | PatchLayout) -> Tensor:
-        """What the output head reads: (B, N, d). Arguments as of :meth:`forward`."""
+        """Return the input of the output head: (B, N, d). Arguments as of :meth:`forward`."""
         labels = check_inputs(self.config, codes, labels)
         layout = starts if isinstance(starts, PatchLayout) else PatchLayout.from_starts(starts)
         if layout.patch_of_token.shape[0] != codes.numel() or layout.n_tokens != codes.shape[1]:
             raise ModelError(f"starts do not fit codes of {tuple(codes.shape)}; they must have the same shape")
         condition = self.cls_embedding(labels)  # (B, d)
-        patches, tokens = self.encode(codes, layout)
-        outputs = self.transform(condition, patches, layout)
+        patches, tokens = self.encode(codes, layout)  # (ΣM, d), (B, N, d)
+        outputs = self.transform(condition, patches, layout)  # (ΣM, d)
         return self.decode_hidden(condition, tokens, outputs, layout)
 
     def compile_layers(self) -> None:
-        """Compiles the layers for training, when they first run: three graphs, whatever the numbers of patches."""
+        """Compile the layers for training, when they first run: three graphs for any number of patches."""
         compile_layers([*self.encoder, *self.layers, *self.decoder])
         self.compiled = True
 
     def encode(self, codes: Tensor, layout: PatchLayout) -> tuple[Tensor, Tensor]:
-        """Tokens into patches: patches (ΣM, d) and tokens (B, N, d)."""
+        """Encode tokens into patches; return patches (ΣM, d) and tokens (B, N, d)."""
         tokens = self.tok_embeddings(codes)  # (B, N) to (B, N, d)
         patches: Tensor | None = None
         self._mark_packed(layout.first)  # whose length is the number of patches
@@ -155,18 +155,18 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         return patches, tokens
 
     def transform(self, condition: Tensor, patches: Tensor, layout: PatchLayout) -> Tensor:
-        """The patch transformer over [c, p_0, …, p_{M-2}] of each image: outputs (ΣM, d).
+        """Run the patch transformer over [c, p_0, …, p_{M-2}] of each image; return outputs (ΣM, d).
 
-        Output j has seen only tokens before patch j.
+        Output j depends only on tokens before patch j.
         """
-        leads = layout.first == 0  # a sequence is its image's patches moved on by one, with c in front
+        leads = layout.first == 0  # (ΣM,): an image's sequence is its patches shifted by one, with c in front
         x = torch.where(
             leads.unsqueeze(1),
-            spread(condition, layout.image_of_patch),
+            spread(condition, layout.image_of_patch),  # (B, d) to (ΣM, d)
             patches.roll(1, dims=0).to(condition.dtype),
-        )
+        )  # (ΣM, d)
         x = self.patch_dropout(x)
-        table = self.patch_positions(layout.first, layout.last).roll(1, dims=0)
+        table = self.patch_positions(layout.first, layout.last).roll(1, dims=0)  # (ΣM, head_dim / 2, 2)
         table = table.masked_fill(leads[:, None, None], 0.0)
         attend = packed_causal(layout, self._packed_backend(x))
         self._mark_packed(x, table)
@@ -175,13 +175,13 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         return x
 
     def decode(self, condition: Tensor, tokens: Tensor, outputs: Tensor, layout: PatchLayout) -> Tensor:
-        """Logits (B, N, V) from tokens (B, N, d) shifted by one and from the outputs (ΣM, d) of their patches."""
+        """Return logits (B, N, V) of tokens (B, N, d), shifted by one, and the outputs (ΣM, d) of their patches."""
         logits: Tensor = self.output(self.decode_hidden(condition, tokens, outputs, layout))
         return logits
 
     def decode_hidden(self, condition: Tensor, tokens: Tensor, outputs: Tensor, layout: PatchLayout) -> Tensor:
-        """:meth:`decode` up to the output head: (B, N, d)."""
-        start = self.stream_start(condition).unsqueeze(1).to(tokens.dtype)
+        """Return the input of the output head, (B, N, d). Arguments as of :meth:`decode`."""
+        start = self.stream_start(condition).unsqueeze(1).to(tokens.dtype)  # (B, 1, d)
         stream = torch.cat([start, tokens[:, :-1]], dim=1)  # (B, 1, d) and (B, N - 1, d) to (B, N, d)
         self._mark_packed(outputs)
         for layer in self.decoder:
@@ -190,7 +190,7 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         return hidden
 
     def stream_start(self, condition: Tensor) -> Tensor:
-        """The decoder's first input: (B, d) for the class embeddings ``condition`` (B, d)."""
+        """Return the decoder's first input, (B, d), for the class embeddings ``condition`` (B, d)."""
         return condition if self.decoder_start is None else self.decoder_start.weight.expand_as(condition)
 
     def _mark_packed(self, *tensors: Tensor) -> None:
@@ -207,17 +207,17 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         return choose_backend(x.device, dtype, self.attention_backend)[0]
 
     def encoder_layers(self) -> list[EncoderLayer]:
-        """The layers of the patch encoder, in order."""
+        """Return the layers of the patch encoder, in order."""
         return cast("list[EncoderLayer]", list(self.encoder))
 
     def patch_layers(self) -> list[Block]:
-        """The layers of the patch transformer, in order."""
+        """Return the layers of the patch transformer, in order."""
         return cast("list[Block]", list(self.layers))
 
     def decoder_layers(self) -> list[DecoderLayer]:
-        """The layers of the patch decoder, in order."""
+        """Return the layers of the patch decoder, in order."""
         return cast("list[DecoderLayer]", list(self.decoder))
 
     def patch_positions(self, first: Tensor, last: Tensor) -> Tensor:
-        """Dynamic RoPE of patches that span tokens ``first`` to ``last``, (M,) each: (M, head_dim / 2, 2)."""
+        """Return rotary positions of patches from token ``first`` to ``last``, (M,) each: (M, head_dim / 2, 2)."""
         return patch_table(first, last, self.config.grid_width, self.config.head_dim, self.config.rope)

@@ -1,4 +1,4 @@
-"""Packed batches: where each patch lies when the patches of all images stand in one row, without padding.
+"""Packed batches: the patches of all images in one row, without padding, and where each one is.
 
     layout = PatchLayout.from_starts(starts)                 # starts: (B, N) bool
     packed = segment_sum(tokens, layout.patch_of_token, layout.n_patches)
@@ -19,7 +19,7 @@ from dpar.errors import ModelError
 
 @dataclass(frozen=True)
 class PatchLayout:
-    """The boundaries of a batch, in the forms that the packed model reads. Index tensors are int64."""
+    """The patch boundaries of a batch, as index tensors that the packed model reads. Index tensors are int64."""
 
     n_tokens: int  # tokens per image, N
     longest: int  # most patches in one image
@@ -29,7 +29,7 @@ class PatchLayout:
     patch_of_token: Tensor  # (B·N,) index into the packed patches
     offset_in_patch: Tensor  # (B·N,) 0 for a patch's first token
     cu_seqlens: Tensor  # (B + 1,) int32, cumulative patches
-    host_cu_seqlens: Tensor  # the same on the CPU always, so that reading lengths never waits for a device
+    host_cu_seqlens: Tensor  # a copy on the CPU, so that reading lengths does not wait for a device
 
     @property
     def n_patches(self) -> int:
@@ -38,7 +38,7 @@ class PatchLayout:
 
     @classmethod
     def from_starts(cls, starts: Tensor) -> PatchLayout:
-        """The layout of (B, N) bool ``starts``. Make it on the CPU, in the data loader: it reads sizes off values.
+        """Return the layout of (B, N) bool ``starts``. Call it on the CPU, in the data loader: sizes depend on values.
 
         Raises:
             ModelError: ``starts`` is not 2-D bool, or an image does not start with a patch.
@@ -67,7 +67,7 @@ class PatchLayout:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchLayout:
-        """The same layout with its tensors on ``device``, but for ``host_cu_seqlens``."""
+        """Return the layout with its tensors on ``device``, except ``host_cu_seqlens``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {
             k: v.to(device, non_blocking=non_blocking)
@@ -82,17 +82,17 @@ class PatchLayout:
 
 
 def spread(rows: Tensor, index: Tensor) -> Tensor:
-    """(S, d) rows copied to where ``index`` (T,) names them: (T, d). Patches to their tokens."""
+    """Copy row ``index[t]`` of (S, d) rows to place t: (T, d). Patches to their tokens."""
     return rows.gather(0, index.unsqueeze(1).expand(-1, rows.shape[1]))
 
 
 def segment_sum(rows: Tensor, index: Tensor, n_segments: int) -> Tensor:
-    """(T, d) rows added up by ``index`` (T,): (n_segments, d), in the dtype of ``rows``. Tokens to patches."""
+    """Sum (T, d) rows by ``index`` (T,): (n_segments, d), in the dtype of ``rows``. Tokens to patches."""
     return rows.new_zeros(n_segments, rows.shape[1]).scatter_add(0, index.unsqueeze(1).expand_as(rows), rows)
 
 
 def segment_mean(rows: Tensor, index: Tensor, n_segments: int) -> Tensor:
-    """(T, d) rows averaged by ``index`` (T,): (n_segments, d). Every segment must have a row."""
+    """Average (T, d) rows by ``index`` (T,): (n_segments, d). Every segment must have a row."""
     counts = torch.zeros(n_segments, device=rows.device).scatter_add(
         0, index, torch.ones(index.shape[0], device=rows.device)
     )
@@ -100,13 +100,13 @@ def segment_mean(rows: Tensor, index: Tensor, n_segments: int) -> Tensor:
 
 
 def segment_max(rows: Tensor, index: Tensor, n_segments: int) -> Tensor:
-    """Elementwise maximum of (T, d) rows by ``index`` (T,): (n_segments, d). Every segment must have a row."""
+    """Take the elementwise maximum of (T, d) rows by ``index`` (T,): (n_segments, d). Every segment must have a row."""
     expanded = index.unsqueeze(1).expand_as(rows)
     return rows.new_zeros(n_segments, rows.shape[1]).scatter_reduce(0, expanded, rows, "amax", include_self=False)
 
 
 def segment_softmax(scores: Tensor, index: Tensor, n_segments: int) -> Tensor:
-    """Softmax of (T, h) float32 scores within each segment: (T, h), summing to 1 over a segment's rows."""
+    """Return the softmax of (T, h) float32 scores within each segment: (T, h), summing to 1 over a segment's rows."""
     expanded = index.unsqueeze(1).expand_as(scores)
     # The largest score cancels out of the softmax, so no gradient need flow through it.
     largest = scores.new_full((n_segments, scores.shape[1]), float("-inf")).scatter_reduce(

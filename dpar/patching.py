@@ -83,7 +83,7 @@ def patch_starts(
 
 
 def check_rule(threshold: float, max_length: int | None, grid_width: int) -> None:
-    """Raises ModelError, naming the value, where the rule's settings cannot be meant."""
+    """Raise ModelError, naming the value, if the rule's settings are invalid."""
     if math.isnan(threshold):
         raise ModelError("threshold is not a number")
     if max_length is not None and max_length < 1:
@@ -96,7 +96,7 @@ def check_rule(threshold: float, max_length: int | None, grid_width: int) -> Non
 # starts one exactly when its distance to the last forced start divides by max_length. No loop over images or tokens.
 
 ALWAYS = 2  # leading tokens that start a patch whatever their entropy
-BLOCK = 2**16  # tokens gone through at once: what is computed on the way stays in the processor's cache
+BLOCK = 2**16  # tokens per block, so that intermediate arrays stay in the processor's cache
 
 
 def _starts_numpy(
@@ -110,7 +110,7 @@ def _starts_numpy(
     flat = entropy.reshape(-1, n)
     starts = np.empty(flat.shape, np.bool_)
     rows = max(1, BLOCK // n)
-    # the narrowest integers that hold a position: they halve the memory that is gone through
+    # the narrowest integers that hold a position: they halve the memory traffic
     integer: type[np.signedinteger[Any]] = np.int16 if n < 2**15 else np.int64
     position = np.arange(n, dtype=integer)
     for first in range(0, len(flat), rows):
@@ -143,7 +143,7 @@ def _starts_torch(
 
 
 def static_starts(n_tokens: int, length: float) -> NDArray[np.bool_]:
-    """The paper's baseline: patches of one fixed length, which may be fractional (1.81), with no row reset.
+    """Return the starts of the paper's baseline: patches of one length, which may be fractional, with no row reset.
 
     Returns:
         (n_tokens,) bool; token i starts a patch where floor(i / length) differs from floor((i - 1) / length).
@@ -160,7 +160,7 @@ def static_starts(n_tokens: int, length: float) -> NDArray[np.bool_]:
 
 
 def stored_entropy(entropy: torch.Tensor) -> torch.Tensor:
-    """Entropies as an artifact stores them: float16, with +inf for token 0.
+    """Return entropies as an artifact stores them: float16, with +inf for token 0.
 
     Boundaries are decided on these values, in data preparation and in sampling alike, so that both see the same.
     """
@@ -172,7 +172,7 @@ def stored_entropy(entropy: torch.Tensor) -> torch.Tensor:
 
 
 def token_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy of each next-token distribution, in nats (the paper's equation 3).
+    """Return the entropy of each next-token distribution, in nats (the paper's equation 3).
 
     Args:
         logits: (..., V) floats.
@@ -188,7 +188,7 @@ def token_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchRule:
-    """Which tokens of an image start a patch; what artifacts and runs record of it.
+    """Which tokens of an image start a patch, as artifacts and runs record it.
 
     ``entropy`` is the published rule, :func:`patch_starts`; ``static`` the paper's baseline, :func:`static_starts`,
     which has a ``static_length`` and nothing else.
@@ -206,7 +206,7 @@ class PatchRule:
         if self.strategy == "static":
             if self.static_length is None:
                 raise ModelError("a static rule needs static_length")
-            static_starts(1, self.static_length)  # refuses a length that no patch can have
+            static_starts(1, self.static_length)  # refuses an invalid length
             if (self.threshold, self.max_length, self.row_reset) != (None, None, False):
                 raise ModelError("a static rule has no threshold, max_length or row_reset")
         elif self.static_length is not None:
@@ -216,12 +216,12 @@ class PatchRule:
 
     @classmethod
     def static(cls, length: float) -> PatchRule:
-        """The static rule with patches of ``length`` tokens."""
+        """Return the static rule with patches of ``length`` tokens."""
         return cls(strategy="static", max_length=None, row_reset=False, static_length=length)
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether entropies decide anything."""
+        """Whether the starts depend on entropies."""
         return self.strategy == "entropy" and self.threshold != math.inf
 
     @overload
@@ -246,7 +246,7 @@ class PatchRule:
         return torch.from_numpy(starts).to(entropy.device)
 
     def online(self, batch: int, n_tokens: int, grid_width: int) -> OnlinePatcher:
-        """The same rule, token by token, for a batch of images that are being sampled."""
+        """Return the same rule, token by token, for a batch of images that are being sampled."""
         if self.static_length is None:
             self._known_threshold()
         return OnlinePatcher(self, batch, n_tokens, grid_width)
@@ -257,12 +257,12 @@ class PatchRule:
         return self.threshold
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able values, as manifests and run records hold them."""
+        """Return JSON-serialisable values, as manifests and run records hold them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PatchRule:
-        """The rule of a manifest's settings or a run's record, which may hold other values beside it."""
+        """Return the rule of a manifest's settings or a run's record; other values are ignored."""
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
@@ -288,7 +288,7 @@ class OnlinePatcher:
         Args:
             position: 0, 1, 2, … in order.
             entropy: (B,) nats for this token, any float type; it is rounded to float16 as stored entropies are.
-                None if entropies decide nothing.
+                None if the rule needs none.
 
         Returns:
             (B,) bool.

@@ -1,7 +1,7 @@
 """The named sizes (paper Table 1; LlamaGen's B, L, XL, XXL), and small ones for a laptop: `tiny` and `mini`.
 
 config = preset("dpar-b", classes=1000, grid_height=24, grid_width=24)
-entropy_model = preset("llamagen-xs", classes=0, start_token=False)      # s and xs: entropy models that cost little
+entropy_model = preset("llamagen-xs", classes=0, start_token=False)      # s and xs: cheap entropy models
 
 Half of llamagen-s (25 M parameters) and most of llamagen-xs (6 M) are the embeddings and the head of 16384 codes.
 """
@@ -17,7 +17,7 @@ from dpar.llamagen import LlamaGenConfig
 from dpar.model import DPARConfig
 from dpar.tokenizer import VQConfig
 
-# name: (width, heads, LlamaGen's layers, DPAR's encoder, patch transformer and decoder layers); None: no such model
+# name: (width, heads, LlamaGen's layers, DPAR's encoder, patch transformer and decoder layers); None: not a preset
 SIZES: dict[str, tuple[int, int, int | None, tuple[int, int, int] | None]] = {
     "tiny": (192, 3, 6, (1, 3, 2)),
     "xs": (160, 2, 3, None),
@@ -44,7 +44,7 @@ PRESETS = (
 
 
 def preset(name: str, **overrides: Any) -> DPARConfig | LlamaGenConfig:
-    """The config of a preset such as ``dpar-b`` or ``llamagen-xl``, with fields replaced as asked.
+    """Return the config of a preset such as ``dpar-b`` or ``llamagen-xl``, with ``overrides`` of its fields.
 
     Raises:
         ModelError: no such preset, with the nearest name; or a value that the config refuses.
@@ -59,7 +59,7 @@ def preset(name: str, **overrides: Any) -> DPARConfig | LlamaGenConfig:
 
 
 def tokenizer_preset(name: str, **overrides: Any) -> VQConfig:
-    """The config of a tokenizer preset such as ``vq-16``, with fields replaced as asked.
+    """Return the config of a tokenizer preset such as ``vq-16``, with ``overrides`` of its fields.
 
     Raises:
         ModelError: no such preset, with the nearest name; or a value that the config refuses.

@@ -3,6 +3,9 @@
 model.save_pretrained("weights/")
 model = DPAR.from_pretrained("weights/")                 # or a run, or "owner/name" on the Hugging Face Hub
 tokenizer = VQTokenizer.from_pretrained("vq_ds16_c2i.pt")  # LlamaGen's and the authors' files: dpar/checkpoint_files.py
+
+huggingface_hub's ``PyTorchModelHubMixin`` is not used: it would load configs and weights without the bounds and checks
+of the reader below, and does not know training runs, bundles or the authors' files.
 """
 
 from __future__ import annotations
@@ -20,25 +23,19 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 import torch
 from safetensors.torch import save_file
 
-from dpar.bundle import BUILTIN_PREFIX, BUNDLE, PARTS, Bundle, Part
+from dpar.bundle import Part
 from dpar.errors import ModelError
+from dpar.files import atomic_path
+from dpar.locations import CARD, CONFIG, WEIGHTS, local_folder, weights_path
 from dpar.tensors import check_tensors, count_layers, first_line, read_tensors, shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from torch import nn
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMATS = {"dpar": 2, "llamagen": 1, "vq": 1}  # of config.json, by model type
-RUN, RUN_WEIGHTS = "run.json", "model"  # a training run, and where in it its newest weights are
-# ship in dpar/weights, whose README.md says how they were made
-BUILTIN = {
-    "builtin:photos": "photos-vq-8",
-    "builtin:emoji": "emoji",
-    "builtin:emoji-llamagen": "emoji-llamagen",
-}
 LARGEST_CONFIG = 2**20  # bytes of config.json
-LARGEST_DEPTH = 1024  # layers; building more takes minutes, and no model has them
+LARGEST_DEPTH = 1024  # layers; building more takes minutes, and no published model has as many
 LARGEST_SIZE = 2**24  # of a whole number in it; products of two still count tensors in 64 bits
 Config = TypeVar("Config")
 Grid = tuple[int, int]  # rows and columns of tokens
@@ -52,11 +49,11 @@ class Pretrained(Generic[Config]):
     config: Config
 
     def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
-        """Writes the directory ``path``; a reader sees the old weights or the new, never half of them.
+        """Write the directory ``path``; a reader sees the old weights or the new, never half of them.
 
         Args:
-            path: made if it is not there.
-            dtype: what floating-point tensors are stored as; None keeps theirs.
+            path: created if missing.
+            dtype: of stored floating-point tensors; None keeps each tensor's own.
         """
         module: nn.Module = self  # type: ignore[assignment]
         tensors = {
@@ -79,12 +76,12 @@ class Pretrained(Generic[Config]):
         Args:
             path: a local directory, a training run, ``builtin:photos``, ``owner/name`` of a repository on the Hugging
                 Face Hub, or a checkpoint file of LlamaGen or of the DPAR authors.
-            heads: of a file that does not say how many (:mod:`dpar.checkpoint_files` says where that is looked for).
-            grid: rows and columns of tokens, likewise. Weights trained on one grid serve that grid alone.
+            heads: for a file that does not tell how many (see :mod:`dpar.checkpoint_files`).
+            grid: rows and columns of tokens, likewise. Weights trained on one grid are usable only for that grid.
             rope: rotary positions of a DPAR's patches, likewise.
 
         Raises:
-            ModelError: nothing is there, it is another kind of model, tensors are missing, left over or misshapen, or
+            ModelError: there is no model, or one of another type; tensors are missing, unexpected or misshapen; or
                 it has other heads, another grid or other rotary positions than asked for.
         """
         part: Part = "tokenizer" if cls.model_type == "vq" else "generator"
@@ -93,7 +90,7 @@ class Pretrained(Generic[Config]):
 
     @classmethod
     def from_weights(cls, weights: Weights) -> Self:
-        """The model of :func:`read_weights`; see :meth:`from_pretrained`."""
+        """Return the model of weights that :func:`read_weights` gave; see :meth:`from_pretrained`."""
         config = weights.meta_model(cls).config
         model = cls(config)  # type: ignore[call-arg]  # a module's
         module: nn.Module = model  # type: ignore[assignment]
@@ -104,13 +101,13 @@ class Pretrained(Generic[Config]):
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """A model as it lies on disk."""
+    """The contents of a model directory or checkpoint file."""
 
     model_type: str
-    values: dict[str, Any]  # of its config
+    values: dict[str, Any]  # of the config
     tensors: dict[str, torch.Tensor]  # in the dtypes of the file
     source: str  # the file that holds the tensors, for messages
-    config_source: str  # likewise of the values
+    config_source: str  # the file that holds the values, for messages
 
     def make_config(self, config_class: type[Any]) -> Any:
         """Return the config.
@@ -121,14 +118,14 @@ class Weights:
         config = _config(config_class, self.values, self.config_source)
         for field, prefix in config_class.layer_prefixes.items():
             value = getattr(config, field)
-            wanted, stored = len(value) if isinstance(value, tuple) else value, count_layers(self.tensors, prefix)
-            if wanted > LARGEST_DEPTH:
+            layers, stored = len(value) if isinstance(value, tuple) else value, count_layers(self.tensors, prefix)
+            if layers > LARGEST_DEPTH:
                 raise ModelError(
-                    f"{self.config_source}: {field} asks for {wanted} layers; at most {LARGEST_DEPTH} are read"
+                    f"{self.config_source}: {field} asks for {layers} layers; at most {LARGEST_DEPTH} are read"
                 )
-            if wanted > stored:
+            if layers > stored:
                 raise ModelError(
-                    f"{self.config_source}: {field} asks for {wanted} layers; {self.source} has tensors of {stored} "
+                    f"{self.config_source}: {field} asks for {layers} layers; {self.source} has tensors of {stored} "
                     f"({prefix}0 and so on)"
                 )
         return config
@@ -136,7 +133,7 @@ class Weights:
     def meta_model(self, model_class: type[Any]) -> Any:
         """Return a model of these sizes on the meta device, where it takes no memory.
 
-        Sizes are checked against the tensors there, before a model is allocated.
+        Sizes are checked against the tensors before a model is allocated.
 
         Raises:
             ModelError: as :meth:`make_config`; or the tensors are not exactly those of such a model.
@@ -155,41 +152,41 @@ class Weights:
 
 def read_weights(
     path: str | os.PathLike[str],
-    wanted: str | None = None,
+    needed_type: str | None = None,
     *,
     heads: int | None = None,
     grid: Grid | None = None,
     rope: str | None = None,
 ) -> Weights:
-    """Config values and tensors of a model: a directory, a Hub repository or a checkpoint file.
+    """Return config values and tensors of a model: a directory, a Hub repository or a checkpoint file.
 
     Args:
         path: as :meth:`Pretrained.from_pretrained` takes it.
-        wanted: the model type that is needed: ``dpar``, ``llamagen``, ``vq``; None takes any.
-        heads: what the model must have, or what fills in for a file that does not say.
+        needed_type: ``dpar``, ``llamagen``, ``vq``; None accepts any.
+        heads: checked against the model's, or used for a file that does not tell.
         grid: rows and columns of tokens, likewise.
         rope: rotary positions of a DPAR's patches, likewise.
 
     Raises:
-        ModelError: nothing usable is there, or it is of another type, for other heads or another grid.
+        ModelError: there is no usable model, or it has another type, other heads or another grid.
     """
     if Path(path).is_file():
-        return _read_file(Path(path), wanted, heads, grid, rope)
+        return _read_file(Path(path), needed_type, heads, grid, rope)
     folder = local_folder(path)
     values = read_config(folder)
-    found = values.pop("model_type", None)
-    if wanted is not None and found != wanted:
-        raise ModelError(f"{folder} holds a {shown(found)} model; a {wanted!r} model is needed here")
-    _check_format(folder / CONFIG, str(found), values.pop("format", None))
+    kind = values.pop("model_type", None)
+    if needed_type is not None and kind != needed_type:
+        raise ModelError(f"{folder} holds a {shown(kind)} model; a {needed_type!r} model is needed here")
+    _check_format(folder / CONFIG, str(kind), values.pop("format", None))
     if rope is not None and values.get("rope") != rope:
         raise ModelError(f"{folder} has rotary positions {values.get('rope')!r}; {rope!r} were asked for")
     if heads is not None and values.get("heads") != heads:
         raise ModelError(f"{folder} has {values.get('heads')} heads; {heads} were asked for")
     if grid is not None and (values.get("grid_height"), values.get("grid_width")) != tuple(grid):
-        theirs = f"{values.get('grid_height')}×{values.get('grid_width')}"
-        raise ModelError(f"{folder} is for a grid of {theirs}; {grid[0]}×{grid[1]} was asked for")
+        stored = f"{values.get('grid_height')}×{values.get('grid_width')}"
+        raise ModelError(f"{folder} is for a grid of {stored}; {grid[0]}×{grid[1]} was asked for")
     return Weights(
-        model_type=str(found),
+        model_type=str(kind),
         values=values,
         tensors=read_tensors(folder / WEIGHTS),
         source=str(folder / WEIGHTS),
@@ -198,9 +195,9 @@ def read_weights(
 
 
 def _check_format(path: Path, kind: str, version: object) -> None:
-    """Raises ModelError unless config.json of a model of this ``kind`` has the format version that is read here."""
+    """Raise ModelError unless config.json has the format version of this ``kind`` of model that is read here."""
     reads = FORMATS.get(kind)
-    if reads is None:  # an unknown kind gets its own message from who wanted a model
+    if reads is None:  # the caller refuses an unknown kind with a message of its own
         return
     if version == reads and not isinstance(version, bool):
         return
@@ -210,26 +207,26 @@ def _check_format(path: Path, kind: str, version: object) -> None:
     raise ModelError(what)
 
 
-def _read_file(path: Path, wanted: str | None, heads: int | None, grid: Grid | None, rope: str | None) -> Weights:
+def _read_file(path: Path, needed_type: str | None, heads: int | None, grid: Grid | None, rope: str | None) -> Weights:
     from dpar import checkpoint_files
 
     if path.name in (CONFIG, CARD) or (path.name == WEIGHTS and (path.parent / CONFIG).is_file()):
         raise ModelError(f"{path} is a file of a model directory; name the directory {path.parent}")
-    found = checkpoint_files.read(path, heads=heads, grid=grid, rope=rope)
-    if wanted is not None and found.model_type != wanted:
-        what = checkpoint_files.describe(found.model_type, found.sizes)
-        needed = checkpoint_files.TITLES[wanted]
+    checkpoint = checkpoint_files.read(path, heads=heads, grid=grid, rope=rope)
+    if needed_type is not None and checkpoint.model_type != needed_type:
+        what = checkpoint_files.describe(checkpoint.model_type, checkpoint.sizes)
+        needed = checkpoint_files.TITLES[needed_type]
         raise ModelError(f"{path} is {what}; {needed} is needed here")
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in found.tensors.values())
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors.values())
     if claimed > path.stat().st_size:  # views of one entry claim any size
         raise ModelError(
             f"{path} has tensors of {claimed:,} bytes in a file of {path.stat().st_size:,}; it is damaged, or not a "
             "checkpoint that was saved in full"
         )
     return Weights(
-        model_type=found.model_type,
-        values=found.sizes,
-        tensors=found.tensors,
+        model_type=checkpoint.model_type,
+        values=checkpoint.sizes,
+        tensors=checkpoint.tensors,
         source=str(path),
         config_source=str(path),
     )
@@ -242,106 +239,31 @@ def write_weights(
     tensors: dict[str, torch.Tensor],
     note: str = "",
 ) -> Path:
-    """Writes a model directory; a reader sees the old weights or the new, never half of them.
+    """Write a model directory; a reader sees the old weights or the new, never half of them.
 
     Args:
-        path: made if it is not there.
+        path: created if missing.
         model_type: ``dpar``, ``llamagen`` or ``vq``.
-        values: the config's.
+        values: of the config.
         tensors: stored in their own dtypes.
         note: a sentence for the model card.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": model_type, "format": FORMATS[model_type], **values}
-    part = folder / (WEIGHTS + ".part")
-    # One entry: safetensors writes several in random order, and equal weights must have equal fingerprints.
-    save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, part, metadata={"format": "pt"})
-    _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    _write(folder / CARD, _card(model_type, config, note))
-    shutil.copymode(folder / CONFIG, part)  # safetensors lets nobody else read what it writes
-    os.replace(part, folder / WEIGHTS)
+    # Config and card first: a directory with weights is complete.
+    with atomic_path(folder / WEIGHTS) as weights:
+        # One entry: safetensors writes several in random order, and equal weights must have equal fingerprints.
+        save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, weights, metadata={"format": "pt"})
+        for name, text in {CONFIG: json.dumps(config, indent=2) + "\n", CARD: _card(model_type, config, note)}.items():
+            with atomic_path(folder / name) as part:
+                part.write_text(text, encoding="utf-8")
+        shutil.copymode(folder / CONFIG, weights)  # safetensors makes its files readable by their owner alone
     return folder
 
 
-def weights_path(name: str | os.PathLike[str], part: Part = "generator") -> str:
-    """The directory, checkpoint file or Hub name of the weights called ``name``.
-
-    Args:
-        name: a directory or file, ``owner/name`` on the Hub, a built-in name, a run, which stands for its ``model/``,
-            or a bundle, which stands for its ``part``.
-        part: of a bundle.
-
-    Raises:
-        ModelError: an unknown built-in name, a run without weights yet, or a bundle without that part.
-    """
-    name = os.fspath(name)
-    if name.startswith(BUILTIN_PREFIX):
-        if name not in BUILTIN:
-            raise ModelError(f"no weights are called {name!r}; built in are {', '.join(BUILTIN)}")
-        return _part_path(Path(__file__).parent / "weights" / BUILTIN[name], part)
-    if (Path(name) / RUN).is_file():
-        if not (Path(name) / RUN_WEIGHTS / CONFIG).is_file():
-            raise ModelError(f"the run {name} has no weights yet: its first checkpoint is still to come")
-        return str(Path(name) / RUN_WEIGHTS)
-    return _part_path(Path(name), part)
-
-
-def _part_path(folder: Path, part: Part) -> str:
-    """The directory of a bundle's part; ``folder`` itself where it is not a bundle."""
-    if not (folder / BUNDLE).is_file():
-        return str(folder)
-    origin = Bundle.read(folder).parts.get(part)
-    if origin is None:
-        raise ModelError(f"the bundle {folder} has no {part.replace('_', ' ')}")
-    return str(folder / part) if origin.path == part else weights_path(origin.path, part)
-
-
-def bundle_folder(name: str | os.PathLike[str]) -> Path | None:
-    """The directory of the bundle called ``name``, of a Hub repository a snapshot; None if it is not a bundle."""
-    name = os.fspath(name)
-    if name in BUILTIN:
-        folder = Path(__file__).parent / "weights" / BUILTIN[name]
-    else:
-        folder = _snapshot(name) if not Path(name).exists() and _is_hub_name(name) else Path(name)
-    return folder if (folder / BUNDLE).is_file() else None
-
-
-def local_folder(path: str | os.PathLike[str], part: Part = "generator") -> Path:
-    """The directory of a model: see :func:`weights_path`; of a Hub repository, a snapshot."""
-    path = weights_path(path, part)
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ModelError(f"{folder} is a file; a directory with {CONFIG} and {WEIGHTS} is needed")
-    if folder.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
-        raise ModelError(f"no model at {folder}: there is no such file")
-    if _is_hub_name(path):
-        return Path(_part_path(_snapshot(path), part))
-    raise ModelError(f"no model at {shown(path, quote=False)}: there is no such directory")
-
-
-def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
-def _snapshot(name: str) -> Path:
-    """A local copy of a repository on the Hub: the files that are read here."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [BUNDLE, CONFIG, WEIGHTS, *(f"{part}/{file}" for part in PARTS for file in (CONFIG, WEIGHTS))]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise ModelError(f"no model at {shown(name, quote=False)}: there is no such directory") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{name} is no local directory, and the Hub did not give it: {error}") from error
-
-
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of a model directory."""
+    """Return the parsed ``config.json`` of a model directory."""
     path = folder / CONFIG
     if not path.is_file():
         hint = (
@@ -360,15 +282,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_type(path: str | os.PathLike[str]) -> str | None:
-    """What kind of model is there, ``dpar``, ``llamagen`` or ``vq``: by its config, or by the tensors of a file."""
+    """Return ``dpar``, ``llamagen`` or ``vq``, by the config of a directory or the tensors of a file."""
     if Path(path).is_file():
         return read_weights(path).model_type
-    found = read_config(local_folder(path)).get("model_type")
-    return None if found is None else str(found)
+    kind = read_config(local_folder(path)).get("model_type")
+    return None if kind is None else str(kind)
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a model's weights file, or of LlamaGen's own file, as manifests record it."""
+    """Return the SHA-256 of a model's weights file, or of LlamaGen's own file, as manifests record it."""
     weights = Path(path) if Path(path).is_file() else local_folder(path) / WEIGHTS
     with open(weights, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -406,12 +328,6 @@ def _needed(hint: Any, value: object) -> str | None:
         return None if number else "a number"
     assert hint is int, hint
     return None if number and isinstance(value, int) else f"a whole number of at most {LARGEST_SIZE:,}"
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _card(kind: str, config: dict[str, Any], note: str) -> str:

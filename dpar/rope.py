@@ -25,18 +25,19 @@ COLUMN_GROUPS: dict[PatchRope, tuple[str, ...]] = {
 
 
 def angles(positions: Tensor, n_pairs: int) -> Tensor:
-    """pos · 10000^(-k / n_pairs) for k = 0 … n_pairs - 1: positions (...) to (..., n_pairs), float32."""
+    """Return pos · 10000^(-k / n_pairs) for k = 0 … n_pairs - 1: positions (...) to (..., n_pairs), float32."""
     k = torch.arange(n_pairs, dtype=torch.float32, device=positions.device)
     return positions.unsqueeze(-1).float() * BASE ** (-k / n_pairs)
 
 
 def token_table(grid_height: int, grid_width: int, head_dim: int) -> Tensor:
-    """Cosines and sines of every grid position in raster order: (H_g · W_g, head_dim / 2, 2), float32.
+    """Return cosines and sines of every grid position in raster order: (H_g · W_g, head_dim / 2, 2), float32.
 
     The first half of the pairs turns with the row, the second with the column.
 
     Raises:
-        ModelError: the table would not fit memory. A model's tensors do not depend on its grid, so nothing else would.
+        ModelError: the table would not fit into memory. A model's tensors do not depend on its grid, so no other check
+            would refuse it.
     """
     if grid_height * grid_width * head_dim > LARGEST_TABLE:
         raise ModelError(
@@ -49,7 +50,7 @@ def token_table(grid_height: int, grid_width: int, head_dim: int) -> Tensor:
 
 
 def with_condition(table: Tensor) -> Tensor:
-    """A table with one position more in front, for the class condition, whose rotation is the zero matrix.
+    """Return a table with one more position in front, for the class condition, whose rotation is the zero matrix.
 
     Its query and key become zero; LlamaGen's checkpoints were trained so.
     """
@@ -93,16 +94,16 @@ class PatchPositions:
         self.of_last = torch.tensor([False] * (head_dim // 4) + of_last, device=device).unsqueeze(1)  # (pairs, 1)
 
     def of(self, first: Tensor, last: Tensor) -> Tensor:
-        """Patches that span tokens ``first`` to ``last``, (M,) each: (M, head_dim / 2, 2)."""
+        """Return the table of patches that span tokens ``first`` to ``last``, (M,) each: (M, head_dim / 2, 2)."""
         return torch.where(self.of_last, self.by_last[last], self.by_first[first])
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns the interleaved pairs of x (..., T, heads, head_dim) by table (..., T, head_dim / 2, 2).
+    """Rotate the interleaved pairs of x (..., T, heads, head_dim) by table (..., T, head_dim / 2, 2).
 
     Computed in float32, returned in the dtype of x.
     """
-    if torch.compiler.is_compiling():  # which makes one pass of this, and none of complex numbers
+    if torch.compiler.is_compiling():  # the compiler fuses this, but not complex numbers
         (even, odd), (cosine, sine) = x.float().unflatten(-1, (-1, 2)).unbind(-1), table.unsqueeze(-3).unbind(-1)
         turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
     else:

@@ -1,4 +1,4 @@
-"""Tensors of weight files: reading them, holding them against a module, naming what is wrong.
+"""Tensors of weight files: reading them, checking them against a module, reporting what is wrong.
 
 tensors = read_tensors(Path("weights/model.safetensors"))
 load_tensors(model, tensors, "weights/model.safetensors")    # ModelError lists what is missing or misshapen
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, on the CPU."""
+    """Return all tensors of a safetensors file, on the CPU."""
     if not path.is_file():
         raise ModelError(f"{path.parent} holds no weights yet: {path.name} is missing")
     try:
         return load_file(path)
-    except Exception as error:  # safetensors tells damaged files by many classes of exception
-        raise ModelError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
+    except Exception as error:  # safetensors raises many classes of exception for damaged files
+        raise ModelError(f"{path} is not a complete safetensors file: {first_line(error)}") from error
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Fills ``module`` with exactly ``tensors``; raises ModelError that lists what does not fit."""
+    """Load exactly ``tensors`` into ``module``; raise ModelError with a list if they do not fit."""
     check_tensors(module, tensors, source)
     module.load_state_dict(tensors)
 
 
 def check_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Raises ModelError, with a list, where ``tensors`` are not exactly those of ``module``, which may be on meta."""
+    """Raise ModelError with a list if ``tensors`` are not exactly those of ``module``, which may be on meta."""
     own = module.state_dict()
     faults = [f"missing {name}" for name in own if name not in tensors]
     faults += [f"unexpected {shown(name, quote=False)}" for name in tensors if name not in own]
@@ -66,7 +66,7 @@ def count_layers(names: Iterable[str], prefix: str) -> int:
 
 def shown(value: object, *, quote: bool = True) -> str:
     """Return a value from a file as a message shows it: in one short line, control characters escaped."""
-    if isinstance(value, int) and abs(value) > 10**40:  # which Python may refuse to print
+    if isinstance(value, int) and abs(value) > 10**40:  # Python may refuse to print it
         return "a number of more than 40 digits"
     text = value if isinstance(value, str) and value.isprintable() and not quote else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

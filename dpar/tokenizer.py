@@ -30,8 +30,8 @@ class VQConfig:
     codebook_size: int = 16384  # V
     codebook_dim: int = 8
     channels: int = 128  # width at full resolution, a multiple of 32
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # one a resolution; VQ-8 is (1, 2, 2, 4)
-    residual_blocks: int = 2  # a resolution in the encoder; the decoder has one more
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # one per resolution; VQ-8 is (1, 2, 2, 4)
+    residual_blocks: int = 2  # per resolution of the encoder; the decoder has one more
     latent_channels: int = 256
 
     layer_prefixes: ClassVar[dict[str, str]] = {
@@ -50,17 +50,17 @@ class VQConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels along a side that one code stands for: 16 for VQ-16."""
+        """Pixels along a side per code: 16 for VQ-16."""
         return int(2 ** (len(self.channel_multipliers) - 1))
 
 
 class Quantised(NamedTuple):
-    """What training reads off the quantiser."""
+    """Output of the quantiser, for training."""
 
     latent: Tensor  # (B, codebook_dim, H, W), straight-through: the codes' vectors with the encoder's gradient
     codes: Tensor  # (B, N) int64
-    codebook_loss: Tensor  # scalar: codebook vectors to the encoder's
-    commitment_loss: Tensor  # scalar: the encoder's to their codebook vectors
+    codebook_loss: Tensor  # scalar: moves codebook vectors to the encoder's
+    commitment_loss: Tensor  # scalar: moves the encoder's to their codebook vectors
     similarity: Tensor  # (B·N, V) cosines, for an entropy penalty
 
 
@@ -75,24 +75,24 @@ class Quantiser(nn.Module):
             self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
 
     def vectors(self) -> Tensor:
-        """The unit vectors of the codebook, (V, codebook_dim)."""
+        """Return the unit vectors of the codebook, (V, codebook_dim)."""
         return F.normalize(self.embedding.weight.float(), dim=-1)
 
     def nearest(self, latent: Tensor) -> Tensor:
-        """Codes of (B, codebook_dim, H, W) latents: (B, H·W) int64, in raster order."""
+        """Return codes of (B, codebook_dim, H, W) latents: (B, H·W) int64, in raster order."""
         with torch.autocast(latent.device.type, enabled=False):  # bf16 confuses neighbouring vectors
-            rows = F.normalize(latent.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+            rows = F.normalize(latent.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)  # (B·H·W, codebook_dim)
             # On the unit sphere the nearest vector has the largest cosine. In chunks: V is 16384.
             vectors = self.vectors()
             codes = [(chunk @ vectors.T).argmax(dim=-1) for chunk in rows.split(4096)]
         return torch.cat(codes).view(latent.shape[0], -1)
 
     def lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
-        """Vectors of (B, H·W) codes: (B, codebook_dim, H, W)."""
+        """Return the vectors of (B, H·W) codes: (B, codebook_dim, H, W)."""
         return F.embedding(codes, self.vectors()).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
     def forward(self, latent: Tensor) -> Quantised:
-        """Quantises (B, codebook_dim, H, W) with a straight-through gradient, and gives the losses."""
+        """Quantise (B, codebook_dim, H, W) with a straight-through gradient, and compute the losses."""
         unit = F.normalize(latent.float(), dim=1)
         rows = unit.permute(0, 2, 3, 1).flatten(0, 2)
         with torch.autocast(latent.device.type, enabled=False):  # as in `nearest`
@@ -124,7 +124,7 @@ class VQTokenizer(nn.Module, Pretrained[VQConfig]):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
 
     def latent(self, images: Tensor) -> Tensor:
-        """What is quantised: (B, 3, H, W) in -1..1 to (B, codebook_dim, H / f, W / f), f the downsampling.
+        """Return the quantiser's input: (B, 3, H, W) in -1..1 to (B, codebook_dim, H / f, W / f), f the downsampling.
 
         Raises:
             ModelError: the images are not (B, 3, H, W) with sides that divide by f.
@@ -136,11 +136,11 @@ class VQTokenizer(nn.Module, Pretrained[VQConfig]):
         return out
 
     def encode(self, images: Tensor) -> Tensor:
-        """Codes of float images (B, 3, H, W) in -1..1: (B, N) int64 in raster order."""
+        """Return codes of float images (B, 3, H, W) in -1..1: (B, N) int64 in raster order."""
         return self.quantize.nearest(self.latent(images))
 
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Images (B, 3, H, W), about -1..1 and not clamped, of codes (B, N).
+        """Return images (B, 3, H, W), about -1..1 and not clamped, of codes (B, N).
 
         Args:
             codes: (B, N) int64.
@@ -155,28 +155,28 @@ class VQTokenizer(nn.Module, Pretrained[VQConfig]):
         return self.decode_latent(self.quantize.lookup(codes, height, width))
 
     def decode_latent(self, latent: Tensor) -> Tensor:
-        """Images of quantised latents (B, codebook_dim, H, W)."""
+        """Return images (B, 3, H, W) of quantised latents (B, codebook_dim, H, W)."""
         out: Tensor = self.decoder(self.post_quant_conv(latent))
         return out
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantised]:
-        """Reconstructions of (B, 3, H, W) images and what the quantiser saw, for training."""
+        """Return reconstructions of (B, 3, H, W) images and the quantiser's output, for training."""
         quantised = self.quantize(self.latent(images))
         return self.decode_latent(quantised.latent), quantised
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pixels as LlamaGen and ADM make them: float (..., 3, H, W) in -1..1 to uint8 (..., H, W, 3)."""
+    """Convert pixels as LlamaGen and ADM do: float (..., 3, H, W) in -1..1 to uint8 (..., H, W, 3)."""
     return torch.clamp(127.5 * images.float() + 128.0, 0, 255).to(torch.uint8).movedim(-3, -1)
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
-    """uint8 (..., H, W, 3) to float (..., 3, H, W) in -1..1, as torchvision's ToTensor and Normalize(0.5, 0.5)."""
+    """Convert uint8 (..., H, W, 3) to float (..., 3, H, W) in -1..1, as ToTensor and Normalize(0.5, 0.5) do."""
     return pixels.movedim(-1, -3).float().div(255.0).sub(0.5).div(0.5)
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of uint8 pixels (B, ...), in dB, one an image: (B,) float32."""
+    """Return the peak signal-to-noise ratio of uint8 pixels (B, ...), in dB, per image: (B,) float32."""
     error = (images.float() - reference.float()).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(255.0**2 / error.clamp(min=1e-8))
 
@@ -211,7 +211,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder's mirror image, with one residual block more a resolution."""
+    """The encoder's mirror image, with one more residual block per resolution."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ class Upsample(nn.Module):
 
 
 def _stage(width: int, out: int, blocks: int, attention: bool) -> nn.Module:
-    """One resolution, under LlamaGen's names: ``res.I`` and ``attn.I``, run in turn."""
+    """Return the layers of one resolution, by LlamaGen's names: ``res.I`` and ``attn.I``, run alternately."""
     stage = nn.Module()
     stage.add_module("res", nn.ModuleList(ResnetBlock(width if i == 0 else out, out) for i in range(blocks)))
     stage.add_module("attn", nn.ModuleList(AttnBlock(out) for _ in range(blocks if attention else 0)))

@@ -1,4 +1,4 @@
-"""Training a VQ tokenizer: the losses of VQGAN as LlamaGen uses them, and a cure for unused codes.
+"""Training a VQ tokenizer: the losses of VQGAN as LlamaGen uses them, and restarts of unused codes.
 
     loss = VQLoss(LossWeights(perceptual=1.0))
     total, parts = loss(images, reconstruction, quantised)
@@ -21,7 +21,7 @@ from dpar.tokenizer import Quantised, Quantiser
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """How much each loss counts; 0 leaves it out."""
+    """Weight of each loss; 0 omits it."""
 
     reconstruction: float = 1.0  # mean squared error of pixels in -1..1
     codebook: float = 1.0
@@ -32,7 +32,7 @@ class LossWeights:
 
 
 class VQLoss(nn.Module):
-    """The tokenizer's side of the losses."""
+    """The losses of the tokenizer."""
 
     def __init__(self, weights: LossWeights) -> None:
         super().__init__()
@@ -43,13 +43,13 @@ class VQLoss(nn.Module):
     def forward(
         self, images: Tensor, reconstruction: Tensor, quantised: Quantised, adversarial: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and each part unweighted.
+        """Return the weighted sum, and each part unweighted.
 
         Args:
             images: (B, 3, H, W) in -1..1.
             reconstruction: the same shape, with gradient.
-            quantised: what the quantiser gave.
-            adversarial: False while the discriminator has not begun.
+            quantised: the quantiser's output.
+            adversarial: False until the discriminator is trained.
         """
         parts = {
             "reconstruction": F.mse_loss(reconstruction.float(), images),
@@ -66,7 +66,7 @@ class VQLoss(nn.Module):
         return total, parts
 
     def discriminator_loss(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        """Hinge loss of the discriminator on real and reconstructed images."""
+        """Return the hinge loss of the discriminator on real and reconstructed images."""
         if self.discriminator is None:
             raise ModelError("there is no discriminator: its weight is 0")
         real = self.discriminator(images).float()
@@ -75,7 +75,7 @@ class VQLoss(nn.Module):
 
 
 def entropy_penalty(similarity: Tensor, temperature: float = 0.01) -> Tensor:
-    """Mean entropy of each position's soft assignment minus the entropy of their mean (LlamaGen's entropy loss).
+    """Return LlamaGen's entropy loss: the mean entropy of soft assignments minus the entropy of their mean.
 
     Args:
         similarity: (T, V) cosines.
@@ -120,7 +120,7 @@ class Discriminator(nn.Module):
 
 @torch.no_grad()
 def restart_unused(quantiser: Quantiser, used: Tensor, latent: Tensor, generator: torch.Generator) -> int:
-    """Moves codebook vectors that nothing chose onto randomly drawn encoder outputs; gives how many it moved.
+    """Replace unused codebook vectors by randomly drawn encoder outputs; return how many.
 
     Args:
         quantiser: changed in place.

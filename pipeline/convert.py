@@ -18,8 +18,9 @@ import torch
 
 from dpar import checkpoint_files
 from dpar.llamagen import LlamaGen
+from dpar.locations import weights_path
 from dpar.model import DPAR
-from dpar.pretrained import Weights, fingerprint, read_weights, weights_path, write_weights
+from dpar.pretrained import Weights, fingerprint, read_weights, write_weights
 from dpar.tokenizer import VQTokenizer
 from pipeline.generation.hub import push
 from pipeline.runtime.errors import StageError

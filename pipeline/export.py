@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from dpar.bundle import BUILTIN_PREFIX, BUNDLE, Bundle, Part, PartOrigin
+from dpar.locations import CARD, bundle_folder
 from dpar.model import DPAR
-from dpar.pretrained import CARD, bundle_folder, fingerprint
+from dpar.pretrained import fingerprint
 from pipeline.generation.generator import Generator, run_of
 from pipeline.generation.hub import SAMPLES, push
 from pipeline.reports.pictures import draw_patches, enlarge, sheet

@@ -15,10 +15,11 @@ import torch
 
 from dpar.attention import choose_backend
 from dpar.llamagen import LlamaGen, LlamaGenConfig
+from dpar.locations import CONFIG, weights_path
 from dpar.model import DPAR, DPARConfig
 from dpar.patching import PatchRule
 from dpar.presets import preset
-from dpar.pretrained import CONFIG, fingerprint, read_weights, weights_path, write_weights
+from dpar.pretrained import fingerprint, read_weights, write_weights
 from dpar.tensors import check_tensors, load_tensors
 from pipeline.runs.run_folder import RunFolder
 from pipeline.runs.weights import check_grid_and_codebook

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from dpar.bundle import Part
 from dpar.guidance import SamplingOptions
 from dpar.llamagen import LlamaGen
+from dpar.locations import CONFIG, bundle_folder
 from dpar.model import DPAR
 from dpar.patching import PatchRule
-from dpar.pretrained import CONFIG, bundle_folder
 from dpar.sampling import Sampler, check_same_tokens
 from dpar.tokenizer import VQTokenizer, to_uint8
 from pipeline.generation.batch_size import sampling_batch

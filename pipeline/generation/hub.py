@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpar.bundle import BUNDLE, PARTS
-from dpar.pretrained import CARD, CONFIG, WEIGHTS
+from dpar.locations import CARD, CONFIG, WEIGHTS
 from pipeline.runtime.errors import StageError
 
 SAMPLES = "samples.webp"  # the pictures of a bundle's model card

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from dpar.errors import ModelError
+from dpar.locations import CARD, CONFIG, WEIGHTS
 from dpar.patching import PatchRule
-from dpar.pretrained import CARD, CONFIG, WEIGHTS
 from pipeline.runs.run_lock import LOCK, lock_run
 from pipeline.runtime.device import rank
 from pipeline.runtime.errors import StageError

@@ -13,8 +13,9 @@ from typing import Any
 
 from dpar.bundle import BUILTIN_PREFIX, BUNDLE, Bundle, Part
 from dpar.llamagen import LlamaGen, SequenceConfig
+from dpar.locations import local_folder, weights_path
 from dpar.model import DPAR
-from dpar.pretrained import fingerprint, local_folder, model_type, weights_path
+from dpar.pretrained import fingerprint, model_type
 from dpar.tokenizer import VQTokenizer
 from pipeline.runs.run_folder import read_run
 from pipeline.runtime.errors import StageError

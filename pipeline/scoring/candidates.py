@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpar.flops import TRAINING_FLOPS_A_MAC, count
+from dpar.flops import TRAINING_FLOPS_PER_MAC, count
 from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 from pipeline.generation.generator import run_of
@@ -84,7 +84,7 @@ def training_flops(run: Path, candidate: Candidate, model: DPAR | LlamaGen) -> f
     if measured:
         per_image = measured[-1] * 1e9
     elif length is not None:
-        per_image = TRAINING_FLOPS_A_MAC * count(model.config, length).linear
+        per_image = TRAINING_FLOPS_PER_MAC * count(model.config, length).linear
     else:
         return None
     return float(per_image * candidate.step * record["settings"]["batch"])

@@ -24,8 +24,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dpar.llamagen import LlamaGen
+from dpar.locations import WEIGHTS
 from dpar.model import DPAR, DPARConfig
-from dpar.pretrained import WEIGHTS, write_weights
+from dpar.pretrained import write_weights
 from pipeline.runs.checkpoints import Checkpoints, TrainState, load_full_tensors
 from pipeline.runs.ema import EMA
 from pipeline.runs.run_folder import RunFolder

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from dpar.flops import TRAINING_FLOPS_A_MAC, linear_macs
+from dpar.flops import TRAINING_FLOPS_PER_MAC, linear_macs
 from dpar.llamagen import LlamaGenConfig
 from dpar.model import DPARConfig
 
@@ -65,7 +65,7 @@ class Speed:
 
     def flops(self, patches: float) -> float:
         """FLOPs of training on an image of ``patches`` patches, or so many on average."""
-        return TRAINING_FLOPS_A_MAC * (self._least + self._slope * (patches - 1))
+        return TRAINING_FLOPS_PER_MAC * (self._least + self._slope * (patches - 1))
 
     def of(self, images_per_s: float, patches: float) -> dict[str, float]:
         """Achieved FLOP/s of all processes, and its share of their GPUs' peak where that is known."""

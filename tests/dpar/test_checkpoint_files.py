@@ -221,8 +221,8 @@ class Harmful:
         (b"vq_ds16_c2i.pt is at https://example.org\n", "is a text file"),
         (POINTER, r"is a Git LFS pointer of a file of 287,618,418 bytes.*git lfs pull"),
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
-        (bytes(range(256)) * 8, "is no file that PyTorch wrote"),
-        (b"\x80\x02broken", "is no file that PyTorch wrote, or a damaged one"),
+        (bytes(range(256)) * 8, "is not a file that PyTorch wrote"),
+        (b"\x80\x02broken", "is not a file that PyTorch wrote, or damaged"),
     ],
 )
 def test_a_file_that_is_something_else_is_named_in_one_line(tmp_path: Path, content: bytes, says: str) -> None:
@@ -248,9 +248,9 @@ def test_other_formats_and_other_models_are_named_in_one_line(tmp_path: Path, vq
     saved(tmp_path / "resnet.pt", {"conv1.weight": torch.zeros(2), "fc.bias": torch.zeros(2)})
     saved(tmp_path / "t2i.pt", {"cls_embedding.cap_proj.fc1.weight": torch.zeros(2), "norm.weight": torch.zeros(2)})
     cases = {
-        "cut.pt": "is a broken-off download",
+        "cut.pt": "is an incomplete download",
         "a.safetensors": r"holds another model \(its tensors: fc.bias",
-        "cut.safetensors": "is not a whole safetensors file",
+        "cut.safetensors": "is not a complete safetensors file",
         "a.npz": "is a zip file that PyTorch did not write",
         "a.zip": "is a zip file that PyTorch did not write",
         "list.pt": "holds a list",

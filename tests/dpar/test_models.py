@@ -294,7 +294,7 @@ def test_of_many_faults_eight_are_listed_and_the_rest_counted(saved: Path) -> No
         ("dropout", "0.1", "a number"),
         ("dropout", math.nan, "a number"),
         ("dropout", 10**400, "a number"),
-        ("dropout", 1, "at least 0 and under 1"),
+        ("dropout", 1, "at least 0 and below 1"),
         ("start_token", 1, "true or false"),
         ("start_token", "no", "true or false"),
     ],
@@ -390,7 +390,7 @@ def cut(file: Path, size: int) -> None:
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
 def test_a_broken_off_weights_file_is_refused(saved: Path, size: int) -> None:
     cut(saved / "model.safetensors", size)
-    with pytest.raises(ModelError, match=r"model.safetensors is not a whole safetensors file"):
+    with pytest.raises(ModelError, match=r"model.safetensors is not a complete safetensors file"):
         LlamaGen.from_pretrained(saved)
 
 

@@ -194,7 +194,7 @@ def test_what_was_pushed_loads_by_its_name(home: Path, tmp_path: Path, no_hub: P
     assert "LlamaGen's GPT: 2 layers" in dpar("convert", "me/gpt", tmp_path / "again")
     original, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("gpt", "again"))
     assert original == again
-    with pytest.raises(ValueError, match="me/other is no local directory, and the Hub did not give it"):
+    with pytest.raises(ValueError, match="me/other is not a local directory, nor could the Hub be read"):
         LlamaGen.from_pretrained("me/other")
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpar.pretrained import weights_path
+from dpar.locations import weights_path
 from dpar.tokenizer import VQTokenizer, from_uint8, psnr, to_uint8
 from pipeline.runs.weights import load_tokenizer
 from pipeline.sources import open_indexed

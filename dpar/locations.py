@@ -1,0 +1,100 @@
+"""Where weights are: names of runs, bundles, built-in weights and Hub repositories, resolved to local directories.
+
+weights_path("runs/dpar-b")                          # "runs/dpar-b/model"
+local_folder("owner/name")                           # the snapshot, downloaded by huggingface_hub
+bundle_folder("builtin:emoji")                       # dpar/weights/emoji
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dpar.bundle import BUILTIN_PREFIX, BUNDLE, PARTS, Bundle, Part
+from dpar.errors import ModelError
+from dpar.tensors import shown
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # files of a model directory
+RUN, RUN_WEIGHTS = "run.json", "model"  # a training run, and where in it its newest weights are
+# directories of dpar/weights; its README.md says how they were trained
+BUILTIN = {
+    "builtin:photos": "photos-vq-8",
+    "builtin:emoji": "emoji",
+    "builtin:emoji-llamagen": "emoji-llamagen",
+}
+
+
+def weights_path(name: str | os.PathLike[str], part: Part = "generator") -> str:
+    """Return the directory, checkpoint file or Hub name of the weights called ``name``.
+
+    Args:
+        name: a directory or file; ``owner/name`` on the Hub; a built-in name; a run, for its ``model/``; or a bundle,
+            for its ``part``.
+        part: of a bundle.
+
+    Raises:
+        ModelError: an unknown built-in name, a run without weights yet, or a bundle without that part.
+    """
+    name = os.fspath(name)
+    if name.startswith(BUILTIN_PREFIX):
+        if name not in BUILTIN:
+            raise ModelError(f"no weights are called {name!r}; built in are {', '.join(BUILTIN)}")
+        return _part_path(Path(__file__).parent / "weights" / BUILTIN[name], part)
+    if (Path(name) / RUN).is_file():
+        if not (Path(name) / RUN_WEIGHTS / CONFIG).is_file():
+            raise ModelError(f"the run {name} has no weights yet: its first checkpoint is still to come")
+        return str(Path(name) / RUN_WEIGHTS)
+    return _part_path(Path(name), part)
+
+
+def _part_path(folder: Path, part: Part) -> str:
+    """Return the directory of a bundle's part; ``folder`` itself if it is not a bundle."""
+    if not (folder / BUNDLE).is_file():
+        return str(folder)
+    origin = Bundle.read(folder).parts.get(part)
+    if origin is None:
+        raise ModelError(f"the bundle {folder} has no {part.replace('_', ' ')}")
+    return str(folder / part) if origin.path == part else weights_path(origin.path, part)
+
+
+def bundle_folder(name: str | os.PathLike[str]) -> Path | None:
+    """Return the directory of a bundle (of a Hub repository, a snapshot); None if ``name`` is not one."""
+    name = os.fspath(name)
+    if name in BUILTIN:
+        folder = Path(__file__).parent / "weights" / BUILTIN[name]
+    else:
+        folder = _snapshot(name) if not Path(name).exists() and _is_hub_name(name) else Path(name)
+    return folder if (folder / BUNDLE).is_file() else None
+
+
+def local_folder(path: str | os.PathLike[str], part: Part = "generator") -> Path:
+    """Return the directory of a model, named as for :func:`weights_path`; of a Hub repository, a snapshot."""
+    path = weights_path(path, part)
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"{folder} is a file; a directory with {CONFIG} and {WEIGHTS} is needed")
+    if folder.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
+        raise ModelError(f"no model at {folder}: there is no such file")
+    if _is_hub_name(path):
+        return Path(_part_path(_snapshot(path), part))
+    raise ModelError(f"no model at {shown(path, quote=False)}: there is no such directory")
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _snapshot(name: str) -> Path:
+    """Return a local copy of a repository on the Hub, of the files that are read here alone."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [BUNDLE, CONFIG, WEIGHTS, *(f"{part}/{file}" for part in PARTS for file in (CONFIG, WEIGHTS))]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ModelError(f"no model at {shown(name, quote=False)}: there is no such directory") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{name} is not a local directory, nor could the Hub be read: {error}") from error
