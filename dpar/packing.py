@@ -66,15 +66,22 @@ class PatchLayout:
             host_cu_seqlens=cu_seqlens.cpu(),
         )
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchLayout:
-        """Return the layout with its tensors on ``device``, except ``host_cu_seqlens``."""
+    def to(self, device: torch.device | str) -> PatchLayout:
+        """Return the layout with its tensors on ``device``, except ``host_cu_seqlens``; see :func:`to_device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {
-            k: v.to(device, non_blocking=non_blocking)
-            for k, v in values.items()
-            if isinstance(v, Tensor) and k != "host_cu_seqlens"
+            name: to_device(value, device)
+            for name, value in values.items()
+            if isinstance(value, Tensor) and name != "host_cu_seqlens"
         }
         return PatchLayout(**{**values, **moved})
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor to a device; from the CPU to CUDA by pinned memory, so that the host does not wait."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 # gather and scatter_add over an expanded index are each other's backward, and both have a fast path for

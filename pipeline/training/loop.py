@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from dpar.llamagen import LlamaGen
 from dpar.locations import WEIGHTS
 from dpar.model import DPAR, DPARConfig
+from dpar.packing import to_device
 from dpar.pretrained import write_weights
 from pipeline.runs.checkpoints import Checkpoints, TrainState, load_full_tensors
 from pipeline.runs.ema import EMA
@@ -192,7 +193,7 @@ class _Loop:
             loss += partial.detach()
         norm = self._clip()
         unsound = ~torch.isfinite(loss + norm)
-        own = torch.tensor([float(self.checkpoints.failed()), float(status)]).to(self.device)
+        own = to_device(torch.tensor([float(self.checkpoints.failed()), float(status)]), self.device)
         flags = all_reduce_max(torch.cat([unsound.float().view(1), own]))
         # Single device sync: check finiteness before stepping.
         skip, save_failed, ends, *numbers = torch.cat([flags, torch.stack([loss, norm])]).tolist()
@@ -209,8 +210,8 @@ class _Loop:
         )
 
     def _loss(self, batch: Batch) -> Tensor:
-        codes = torch.from_numpy(batch.codes).to(self.device, non_blocking=True)
-        labels = self._labels(torch.from_numpy(batch.labels)).to(self.device, non_blocking=True)
+        codes = to_device(torch.from_numpy(batch.codes), self.device)
+        labels = to_device(self._labels(torch.from_numpy(batch.labels)), self.device)
         layout = layout_for(self.model, batch, self.device)
         self.images += len(codes)
         patches = codes.numel() if layout is None else layout.n_patches

@@ -11,7 +11,9 @@ import torch
 from pipeline.evaluate import evaluate
 from pipeline.patchify import patchify
 from pipeline.sample import sample_pictures
-from pipeline.settings import EvalSettings, PatchifySettings, SampleSettings, TokenizeSettings, TrainSettings
+from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
+from pipeline.settings.sampling import EvalSettings, SampleSettings
+from pipeline.settings.training import TrainSettings
 from pipeline.tokenize import tokenize
 from pipeline.train import train
 from shards.reader import open_artifact
@@ -67,7 +69,18 @@ def test_training_mixes_no_devices(home: Path, tmp_path: Path, model: str) -> No
         train(home / "patches", tmp_path / "run", settings, QUIET)
     assert counts.kernels
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2]
-    # The bound on the waits of a training step belongs here: counts.waits of pipeline/training/loop.py per step.
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_training_step_waits_for_the_device_at_most_twice(home: Path, tmp_path: Path, model: str) -> None:
+    def waits(steps: int) -> int:
+        rarely: dict[str, Any] = {"log_every": 100, "eval_every": 100, "checkpoint_every": 100, "sheet": 0}
+        settings = TrainSettings(model=model, batch=2, steps=steps, **rarely, **GPU)
+        with shadow_cuda() as counts:
+            train(home / "patches", tmp_path / f"{steps} steps", settings, QUIET)
+        return sum(counts.waits.values())
+
+    assert waits(7) - waits(3) <= 2 * 4
 
 
 @pytest.mark.parametrize("model", MODELS)
