@@ -19,8 +19,8 @@ RUN, RUN_WEIGHTS = "run.json", "model"  # a training run, and where in it its ne
 # directories of dpar/weights; its README.md says how they were trained
 BUILTIN = {
     "builtin:photos": "photos-vq-8",
-    "builtin:emoji": "emoji",
-    "builtin:emoji-llamagen": "emoji-llamagen",
+    "builtin:emoji": "emoji-vq-8",
+    "builtin:emoji-entropy": "emoji-entropy",
 }
 
 
