@@ -1,6 +1,6 @@
 """Class names to pictures, and pictures to patches, in a few lines (paper sections 3 and 4).
 
-    pipe = DPARPipeline.from_pretrained("builtin:emoji")     # or a bundle's directory, or "owner/name" on the Hub
+    pipe = DPARPipeline.from_pretrained("bundle")            # a directory, or "owner/name" on the Hub
     pictures = pipe(["animal mammal", 7], cfg_scale=2.0, seed=0).images
     patched = pipe.patchify(Image.open("cat.png"))           # entropies (nats), patch starts, reconstruction
 
@@ -96,7 +96,7 @@ class DPARPipeline:
         """Return the pipeline of a bundle, in float32 on the CPU; :meth:`to` moves it.
 
         Args:
-            name: a directory that ``dpar export`` wrote, ``owner/name`` on the Hugging Face Hub, or ``builtin:emoji``.
+            name: a directory that ``dpar export`` wrote, or ``owner/name`` on the Hugging Face Hub.
 
         Raises:
             ModelError: there is no bundle, or a part is missing, damaged, or not the one that the bundle names.
