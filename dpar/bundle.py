@@ -9,7 +9,6 @@
     tokenizer/           the VQ tokenizer
     README.md            the model card
 
-A part may also be that of a bundle that ships with the package: its path is then the bundle's name, ``builtin:…``.
 Wherever the name of weights is asked for, a bundle's name stands for the part that is needed there.
 """
 
@@ -17,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,18 +27,9 @@ from dpar.tensors import shown
 
 BUNDLE = "bundle.json"
 FORMAT = 1
-BUILTIN_PREFIX = "builtin:"
 LARGEST = 2**24  # bytes of bundle.json
 Part = Literal["generator", "entropy_model", "tokenizer"]
 PARTS: tuple[Part, ...] = get_args(Part)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartOrigin:
-    """Where a part is, and which weights it must have."""
-
-    path: str  # the part's own name, for a subdirectory; or the name of a bundle that ships, builtin:…
-    fingerprint: str  # SHA-256 of its model.safetensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +37,7 @@ class Bundle:
     """What ``bundle.json`` says."""
 
     class_names: tuple[str, ...]
-    parts: Mapping[Part, PartOrigin]  # no entropy model: patches need no entropies, or the generator is a LlamaGen
+    parts: Mapping[Part, str]  # SHA-256 of their weights; without an entropy model where boundaries need none
     rule: PatchRule | None  # of the training data; None for a LlamaGen
 
     def write(self, folder: Path) -> None:
@@ -56,7 +46,7 @@ class Bundle:
             "format": FORMAT,
             "class_names": list(self.class_names),
             "patch_rule": None if self.rule is None else self.rule.to_dict(),
-            "parts": {name: asdict(self.parts[name]) for name in PARTS if name in self.parts},
+            "parts": {name: self.parts[name] for name in PARTS if name in self.parts},
         }
         with atomic_path(folder / BUNDLE) as part:
             part.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -97,17 +87,15 @@ def _class_names(names: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _parts(values: Any) -> dict[Part, PartOrigin]:
-    parts = {name: PartOrigin(**values[name]) for name in PARTS if name in values}
+def _parts(values: Any) -> dict[Part, str]:
+    if not isinstance(values, dict):
+        raise TypeError("parts must be an object")
     if unknown := sorted(set(values) - set(PARTS)):
-        raise TypeError(f"there is no part called {shown(unknown[0])}")
-    for name, origin in parts.items():
-        # a bundle from elsewhere must not name other directories of this machine
-        if origin.path != name and not str(origin.path).startswith(BUILTIN_PREFIX):
-            raise TypeError(f"the part {name} is at {shown(origin.path)}, expected {name!r} or a {BUILTIN_PREFIX} name")
-        if not isinstance(origin.fingerprint, str):
-            raise TypeError(f"the part {name} has no fingerprint")
+        raise TypeError(f"{shown(unknown[0])} is not a part of a bundle")
+    for name, recorded in values.items():
+        if not isinstance(recorded, str):
+            raise TypeError(f"the fingerprint of {name} must be a string")
     for needed in ("generator", "tokenizer"):
-        if needed not in parts:
+        if needed not in values:
             raise KeyError(needed)
-    return parts
+    return {name: values[name] for name in PARTS if name in values}

@@ -4,7 +4,7 @@
     pictures = pipe(["animal mammal", 7], cfg_scale=2.0, seed=0).images
     patched = pipe.patchify(Image.open("cat.png"))           # entropies (nats), patch starts, reconstruction
 
-The pipeline is the library's own: it loads a bundle (:mod:`dpar.bundle`) and calls :func:`dpar.sampling.sample`.
+It loads a bundle (:mod:`dpar.bundle`) and keeps one :class:`dpar.sampling.Sampler` between calls.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from dpar.bundle import Bundle
 from dpar.class_names import find_class, nearest_class
 from dpar.errors import ModelError
 from dpar.guidance import GuidanceSchedule, SamplingOptions
+from dpar.images import center_crop, to_rgb
 from dpar.llamagen import LlamaGen
-from dpar.locations import bundle_folder, weights_path
+from dpar.locations import bundle_folder
 from dpar.model import DPAR
 from dpar.patching import PatchRule
 from dpar.pretrained import fingerprint, model_type
-from dpar.sampling import check_same_tokens, sample
+from dpar.sampling import Sampler, check_same_tokens
 from dpar.tokenizer import VQTokenizer, from_uint8, to_uint8
 
 Label = str | int
@@ -90,6 +91,7 @@ class DPARPipeline:
         self.entropy_model = entropy_model
         self.rule = rule
         self.class_names = tuple(class_names)
+        self._sampler = Sampler(generator, entropy_model)
 
     @classmethod
     def from_pretrained(cls, name: str) -> Self:
@@ -99,16 +101,16 @@ class DPARPipeline:
             name: a directory that ``dpar export`` wrote, or ``owner/name`` on the Hugging Face Hub.
 
         Raises:
-            ModelError: there is no bundle, or a part is missing, damaged, or not the one that the bundle names.
+            ModelError: ``name`` is not a bundle, or a part is missing, damaged or not the one that was exported.
         """
         folder = bundle_folder(name)
         if folder is None:
             raise ModelError(f"{name} is not a bundle: it has no bundle.json. `dpar export RUN DIR` writes one")
         bundle = Bundle.read(folder)
         paths = {}
-        for part, origin in bundle.parts.items():
-            paths[part] = weights_path(folder if origin.path == part else origin.path, part)
-            if fingerprint(paths[part]) != origin.fingerprint:
+        for part, recorded in bundle.parts.items():
+            paths[part] = folder / part
+            if fingerprint(paths[part]) != recorded:
                 raise ModelError(f"{paths[part]} is not the {part} that {folder} was exported with; export it again")
         of_dpar = model_type(paths["generator"]) == DPAR.model_type
         entropy_path = paths.get("entropy_model")
@@ -125,6 +127,7 @@ class DPARPipeline:
         for part in (self.generator, self.tokenizer, self.entropy_model):
             if part is not None:
                 part.to(device)
+        self._sampler = Sampler(self.generator, self.entropy_model)  # of the weights where they are now
         return self
 
     @property
@@ -179,14 +182,7 @@ class DPARPipeline:
             top_p=top_p,
             seed=seed,
         )
-        codes, starts = sample(
-            self.generator,
-            torch.from_numpy(labels),
-            self.entropy_model,
-            self.rule_at(threshold),
-            options,
-            batch=batch,
-        )
+        codes, starts = self._sampler.sample(torch.from_numpy(labels), self.rule_at(threshold), options, batch=batch)
         return PipelineImages(
             images=self.decode(codes, batch),
             labels=labels,
@@ -204,19 +200,22 @@ class DPARPipeline:
         max_length: int | None = None,
         row_reset: bool | None = None,
     ) -> PatchedImage:
-        """Give the patches of a picture, cut to its central square.
+        """Give the patches of a picture, cropped as `dpar tokenize` crops it: to its centre.
 
         Args:
             image: any size and mode; transparency becomes white.
             threshold: τ in nats; None is the training data's, as for the other two.
-            max_length: P, most tokens in a patch; 0 is no limit.
+            max_length: P, most tokens in a patch; 0 for no limit.
             row_reset: whether each row of the grid starts a patch.
 
         Raises:
-            ModelError: the pipeline has no entropy model, or the rule means nothing.
+            ModelError: the pipeline has no entropy model, its grid is not square, or the rule has no such values; or
+                the picture has a mode without a defined range.
         """
-        height, width = (side * self.tokenizer.config.downsampling for side in self.grid)
-        pixels = torch.from_numpy(_central_square(image, height, width)).to(self.device)
+        if self.grid[0] != self.grid[1]:
+            raise ModelError(f"the grid has {self.grid[0]}×{self.grid[1]} tokens; pictures need a square one")
+        side = self.grid[0] * self.tokenizer.config.downsampling
+        pixels = torch.from_numpy(center_crop([to_rgb(image)], side).copy()).to(self.device)
         codes = self.tokenizer.encode(from_uint8(pixels).unsqueeze(0))
         entropy = self._entropy(codes, 1)[0].cpu().numpy()
         rule = self.rule_at(threshold, max_length, row_reset) or PatchRule()
@@ -237,7 +236,7 @@ class DPARPipeline:
         """The label of a class, given by its name or its number.
 
         Raises:
-            ModelError: there is no such class, with the nearest name.
+            ModelError: the class is unknown; the message has the nearest name.
         """
         if isinstance(item, str):
             label = find_class(item, self.class_names)
@@ -251,7 +250,7 @@ class DPARPipeline:
     def rule_at(
         self, threshold: float | None = None, max_length: int | None = None, row_reset: bool | None = None
     ) -> PatchRule | None:
-        """The patch rule with other values where they are given; a ``max_length`` of 0 is no limit.
+        """The patch rule with other values where they are given; a ``max_length`` of 0 means no limit.
 
         Raises:
             ModelError: the rule has no such values: it is static, or the generator is a LlamaGen.
@@ -277,17 +276,3 @@ class DPARPipeline:
 
 def _as_list(classes: Label | Sequence[Label]) -> list[Label]:
     return [classes] if isinstance(classes, (str, int, np.integer)) else list(classes)
-
-
-def _central_square(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
-    """The middle of a picture, (height, width, 3) uint8, on white where it is transparent."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    image = image.convert("RGB")
-    scale = max(height / image.height, width / image.width)
-    resized = image.resize(
-        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BICUBIC
-    )
-    left, top = (resized.width - width) // 2, (resized.height - height) // 2
-    return np.array(resized.crop((left, top, left + width, top + height)))

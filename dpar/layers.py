@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ class Layer(nn.Module):
     """
 
     # Not nn.Module.compile: it compiles hooks with the forward pass, and calls the compiled function in eval too.
+    compute: ClassVar[Callable[..., Any]]  # the forward pass of a kind of layer
     compiled = False  # in training; sampling and evaluation have other shapes at every step
 
     def forward(self, *args: Any) -> Any:
@@ -47,10 +48,6 @@ class Layer(nn.Module):
         if self.compiled and self.training:
             compute = compiled(compute)
         return compute(self, *args)
-
-    def compute(self, *args: Any) -> Any:
-        """The forward pass."""
-        raise NotImplementedError
 
 
 @functools.cache

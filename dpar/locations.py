@@ -2,7 +2,7 @@
 
 weights_path("runs/dpar-b")                          # "runs/dpar-b/model"
 local_folder("owner/name")                           # the snapshot, downloaded by huggingface_hub
-bundle_folder("builtin:emoji")                       # dpar/weights/emoji
+bundle_folder("owner/name")                          # likewise, if it is a bundle; else None
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dpar.bundle import BUILTIN_PREFIX, BUNDLE, PARTS, Bundle, Part
+from dpar.bundle import BUNDLE, PARTS, Bundle, Part
 from dpar.errors import ModelError
 from dpar.tensors import shown
 
@@ -36,10 +36,10 @@ def weights_path(name: str | os.PathLike[str], part: Part = "generator") -> str:
         ModelError: an unknown built-in name, a run without weights yet, or a bundle without that part.
     """
     name = os.fspath(name)
-    if name.startswith(BUILTIN_PREFIX):
+    if name.startswith("builtin:"):
         if name not in BUILTIN:
             raise ModelError(f"no weights are called {name!r}; built in are {', '.join(BUILTIN)}")
-        return _part_path(Path(__file__).parent / "weights" / BUILTIN[name], part)
+        return str(Path(__file__).parent / "weights" / BUILTIN[name])
     if (Path(name) / RUN).is_file():
         if not (Path(name) / RUN_WEIGHTS / CONFIG).is_file():
             raise ModelError(f"the run {name} has no weights yet: its first checkpoint is still to come")
@@ -51,19 +51,15 @@ def _part_path(folder: Path, part: Part) -> str:
     """Return the directory of a bundle's part; ``folder`` itself if it is not a bundle."""
     if not (folder / BUNDLE).is_file():
         return str(folder)
-    origin = Bundle.read(folder).parts.get(part)
-    if origin is None:
+    if part not in Bundle.read(folder).parts:
         raise ModelError(f"the bundle {folder} has no {part.replace('_', ' ')}")
-    return str(folder / part) if origin.path == part else weights_path(origin.path, part)
+    return str(folder / part)
 
 
 def bundle_folder(name: str | os.PathLike[str]) -> Path | None:
     """Return the directory of a bundle (of a Hub repository, a snapshot); None if ``name`` is not one."""
     name = os.fspath(name)
-    if name in BUILTIN:
-        folder = Path(__file__).parent / "weights" / BUILTIN[name]
-    else:
-        folder = _snapshot(name) if not Path(name).exists() and _is_hub_name(name) else Path(name)
+    folder = _snapshot(name) if not Path(name).exists() and _is_hub_name(name) else Path(name)
     return folder if (folder / BUNDLE).is_file() else None
 
 
@@ -76,7 +72,7 @@ def local_folder(path: str | os.PathLike[str], part: Part = "generator") -> Path
     if folder.exists():
         raise ModelError(f"{folder} is a file; a directory with {CONFIG} and {WEIGHTS} is needed")
     if folder.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
-        raise ModelError(f"no model at {folder}: there is no such file")
+        raise ModelError(f"no model at {folder}: the file does not exist")
     if _is_hub_name(path):
         return Path(_part_path(_snapshot(path), part))
     raise ModelError(f"no model at {shown(path, quote=False)}: there is no such directory")

@@ -6,8 +6,6 @@ pipe = DPARPipeline.from_pretrained("bundle")
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dpar.bundle import BUILTIN_PREFIX, BUNDLE, Bundle, Part, PartOrigin
+from dpar.bundle import BUNDLE, Bundle, Part
 from dpar.locations import CARD, bundle_folder
 from dpar.model import DPAR
 from dpar.pretrained import fingerprint
@@ -64,17 +62,10 @@ def export(run: Path, out: Path, settings: ExportSettings, progress: Progress | 
     dtype = DTYPES[settings.weights_dtype]
 
     (out / BUNDLE).unlink(missing_ok=True)  # last to be written, so that no half of a bundle is taken for one
-    shared = None if settings.share_with is None else _parts_of(settings.share_with)
     models: dict[Part, Any] = {"generator": generator.model, "tokenizer": generator.tokenizer}
     if generator.entropy_model is not None:
         models["entropy_model"] = generator.entropy_model
-    parts: dict[Part, PartOrigin] = {}
-    for part, model in models.items():
-        model.save_pretrained(out / part, dtype=dtype)
-        parts[part] = PartOrigin(path=part, fingerprint=fingerprint(out / part))
-        if shared is not None and part in shared and shared[part].fingerprint == parts[part].fingerprint:
-            parts[part] = PartOrigin(path=str(settings.share_with), fingerprint=parts[part].fingerprint)
-            shutil.rmtree(out / part)
+    parts = {part: fingerprint(model.save_pretrained(out / part, dtype=dtype)) for part, model in models.items()}
     bundle = Bundle(class_names=generator.class_names, parts=parts, rule=generator.trained_rule)
 
     if settings.samples:
@@ -90,16 +81,6 @@ def export(run: Path, out: Path, settings: ExportSettings, progress: Progress | 
         parts=tuple(parts),
         pushed_to=None if settings.push_to is None else push(out, settings.push_to),
     )
-
-
-def _parts_of(name: str) -> Mapping[Part, PartOrigin]:
-    """The parts of the bundle called ``name``, which ships with the package."""
-    folder = bundle_folder(name) if name.startswith(BUILTIN_PREFIX) else None
-    if folder is None:
-        raise StageError(
-            f"--share-with is {name!r}; it must be a bundle that ships with the package, {BUILTIN_PREFIX}…"
-        )
-    return Bundle.read(folder).parts
 
 
 def _sample_sheet(generator: Generator, settings: ExportSettings) -> Image.Image | None:

@@ -2,12 +2,12 @@
 
     settings.json        the settings that decide the bytes
     NNNNN.json           the record of a finished shard
-    NNNNN.unchecked      the record of a shard from an earlier session, until its SHA-256 has been verified
+    NNNNN.unchecked      the record of a shard that an earlier run wrote, until its SHA-256 has been verified
     NNNNN.lock           locked by the process that writes or verifies the shard
     *.process            one per process at work, locked while it lives
 
-A session begins when a process finds no other one at work: all records become unchecked, and the processes of the
-session share the verification.
+A process that finds no other one at work makes all records unchecked; it and those that join it share the
+verification.
 """
 
 from __future__ import annotations
@@ -91,16 +91,16 @@ class BuildRecords:
         return len(busy)
 
     def join(self, settings: dict[str, Any], *, first: bool) -> None:
-        """Register this process as one at work; the ``first`` of a session makes all records unchecked."""
+        """Register this process as one at work; the ``first`` makes all records unchecked."""
         self.folder.mkdir(exist_ok=True)
         if not (self.folder / "settings.json").exists():
             write_json(self.folder / "settings.json", settings)
         if first:
             remove_parts(self.artifact)
-            self._start_session()
+            self._uncheck()
         self.claims.claim(f"{uuid.uuid4().hex}.process")
 
-    def _start_session(self) -> None:
+    def _uncheck(self) -> None:
         """Make all records unchecked; those of a finished artifact come from its manifest."""
         for path in self.folder.glob("*.process"):
             path.unlink()

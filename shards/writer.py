@@ -81,7 +81,7 @@ class ArtifactBuild:
         return disk_errors(path, lambda: self.n_shards - self.remaining())
 
     def _join(self, overwrite: bool) -> None:
-        """Join the processes at work, and start a session if this is the only one. Runs exclusively."""
+        """Join the processes at work, and make all records unchecked if it is the only one. Runs exclusively."""
         n_others = self.records.count_processes()
         before = self.records.settings()
         if before is not None and before != self.settings:
@@ -111,7 +111,7 @@ class ArtifactBuild:
         return f"{index:05d}{EXTENSION[self.container]}"
 
     def done(self, index: int) -> ShardInfo | None:
-        """Return the record of shard ``index`` if it was written or verified in this session."""
+        """Return the record of shard ``index`` if it was written, or verified since this build was opened."""
         return self.records.read(index)
 
     def remaining(self) -> int:

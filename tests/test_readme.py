@@ -13,7 +13,7 @@ from typer.main import get_command
 
 import cli
 from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, PatchRule, VQConfig, VQTokenizer, fingerprint
-from dpar.bundle import Bundle, Part, PartOrigin
+from dpar.bundle import Bundle, Part
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -87,7 +87,7 @@ def test_the_readme_is_short_and_its_python_runs_as_it_stands(tmp_path: Path, mo
     parts: dict[Part, str] = {"generator": "run", "entropy_model": "entropy", "tokenizer": "vq"}
     for part, name in parts.items():
         models[name].save_pretrained(tmp_path / "bundle" / part)
-    origins = {part: PartOrigin(path=part, fingerprint=fingerprint(tmp_path / "bundle" / part)) for part in parts}
+    origins = {part: fingerprint(tmp_path / "bundle" / part) for part in parts}
     Bundle(class_names=("cat", "dog"), parts=origins, rule=PatchRule(threshold=4.0)).write(tmp_path / "bundle")
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     Image.new("RGB", (140, 150), (200, 10, 10)).save(tmp_path / "photos" / "cat" / "1.jpg")

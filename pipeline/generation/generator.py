@@ -107,7 +107,7 @@ class Generator:
             return cls._of_weights(run, settings, reference)
         name = weights or str(run)
         if bundle is not None:
-            inputs = bundle_inputs(bundle, name)
+            inputs = bundle_inputs(bundle)
             model = load_model(name)
         else:
             record = read_run(home)

@@ -7,11 +7,10 @@ entropy_model = load_entropy_model("runs/entropy", fingerprint=manifest.entropy_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpar.bundle import BUILTIN_PREFIX, BUNDLE, Bundle, Part
+from dpar.bundle import BUNDLE, Bundle, Part
 from dpar.llamagen import LlamaGen, SequenceConfig
 from dpar.locations import local_folder, weights_path
 from dpar.model import DPAR
@@ -89,7 +88,8 @@ def check_same_tokenizer(name: str, tokenizer: Mapping[str, str], codes: str) ->
 def _recorded_tokenizer(weights: Path) -> dict[str, str]:
     """Return the tokenizer of a model's training data, as its run or its bundle records it; empty without either."""
     if (weights.parent / BUNDLE).is_file():
-        return asdict(Bundle.read(weights.parent).parts["tokenizer"])
+        tokenizer = weights.parent / "tokenizer"
+        return {"path": str(tokenizer), "fingerprint": Bundle.read(weights.parent).parts["tokenizer"]}
     folders = list(weights.absolute().parents)[:2] if weights.exists() else []  # the Hub has no runs
     run = next((folder for folder in folders if (folder / "run.json").is_file()), None)
     try:
@@ -99,21 +99,12 @@ def _recorded_tokenizer(weights: Path) -> dict[str, str]:
         raise StageError(f"{run}/run.json is damaged: it names no tokenizer of its data") from error
 
 
-def bundle_inputs(folder: Path, name: str) -> dict[str, Any]:
-    """Return what a bundle says of its training data, in the form of a run's record.
-
-    Args:
-        folder: the bundle's directory.
-        name: what the user calls it; its parts are recorded by this name where it ships with the package.
-    """
+def bundle_inputs(folder: Path) -> dict[str, Any]:
+    """Return what the bundle in ``folder`` says of its training data, in the form of a run's record."""
     bundle = Bundle.read(folder)
 
     def origin(part: Part) -> dict[str, str] | None:
-        recorded = bundle.parts.get(part)
-        if recorded is None:
-            return None
-        own = name if name.startswith(BUILTIN_PREFIX) else str(folder / part)
-        return {"path": own if recorded.path == part else recorded.path, "fingerprint": recorded.fingerprint}
+        return {"path": str(folder / part), "fingerprint": bundle.parts[part]} if part in bundle.parts else None
 
     return {
         "tokenizer": origin("tokenizer"),

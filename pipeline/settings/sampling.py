@@ -213,9 +213,6 @@ class ExportSettings(SamplingSettings):
     weights_dtype: Annotated[Literal["fp32", "bf16"], "Of the weights written.", OUTPUT] = "fp32"
     title: Annotated[str | None, "Of the model card. (default: the run's name)", OUTPUT] = None
     note: Annotated[str, "A paragraph for the model card.", OUTPUT] = ""
-    share_with: Annotated[
-        str | None, "A bundle that ships, builtin:…: parts that are the same are named there, not copied.", OUTPUT
-    ] = None
     push_to: Annotated[str | None, "Upload to this repository of the Hugging Face Hub, owner/name.", OUTPUT] = None
 
     def __post_init__(self) -> None:

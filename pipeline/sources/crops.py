@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
+from dpar import images
+from dpar.errors import ModelError
 from pipeline.runtime.errors import StageError
-from pipeline.sources.decode import MAX_PIXELS, to_rgb
+from pipeline.sources.decode import to_rgb
 from pipeline.sources.source import UnusableImage
 
 if TYPE_CHECKING:
@@ -101,21 +103,11 @@ def _check_size(size: int) -> None:
 
 
 def _center_crop(halvings: list[Image.Image], size: int) -> NDArray[np.uint8]:
-    """Return the centre crop; ``halvings`` caches the image and its halvings for further crop ranges."""
-    step = 0
-    while min(halvings[step].size) >= 2 * size:
-        if step + 1 == len(halvings):
-            width, height = halvings[step].size
-            halvings.append(halvings[step].resize((width // 2, height // 2), resample=Image.Resampling.BOX))
-        step += 1
-    image = halvings[step]
-    scale = size / min(image.size)
-    width, height = (round(x * scale) for x in image.size)
-    if width * height > max(MAX_PIXELS, size * size):
-        raise UnusableImage(f"too long and thin: {image.width}×{image.height} would become {width}×{height}")
-    pixels = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
+    """Return the centre crop; see :func:`dpar.images.center_crop`."""
+    try:
+        return images.center_crop(halvings, size)
+    except ModelError as error:
+        raise UnusableImage(str(error)) from error
 
 
 def _five_crops(square: NDArray[Any], size: int) -> list[NDArray[np.uint8]]:

@@ -16,14 +16,15 @@ import threading
 import warnings
 from typing import BinaryIO
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dpar import images
+from dpar.errors import ModelError
+from dpar.images import MAX_PIXELS
 from pipeline.sources.pixel_budget import PixelBudget
 from pipeline.sources.source import UnusableImage, source_lost
 from shards.files import open_regular
 
-MAX_PIXELS = 178_000_000  # maximum pixels of an image by its header; larger images are not decoded
 MAX_BYTES = 512 * 2**20  # maximum bytes of an image file; larger files are not read
 TOO_MANY_BYTES = f"too large: more than {MAX_BYTES // 2**20} MiB"
 """The reason for leaving out a file of more than `MAX_BYTES`."""
@@ -42,7 +43,6 @@ budget = PixelBudget(MAX_PIXELS)
 """Pixels that all threads of this process decode at once: as many as one image of the largest size."""
 
 _ORIENTATION = 0x0112
-_BITS_PER_SAMPLE = 0x0102
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -101,38 +101,15 @@ def decode_image(stream: BinaryIO) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a copy in mode RGB: transparency composed on white, 16-bit grey scaled to 8 bit, not clipped.
+    """Return a copy in mode RGB; see :func:`dpar.images.to_rgb`.
 
     Raises:
         UnusableImage: a colour mode without a defined range or conversion (floats, LAB, 32-bit integers).
     """
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _grey16_to_rgb(image)
-    if image.mode == "F":
-        raise UnusableImage("floating-point pixels, whose range is unknown")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
     try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise UnusableImage(f"colour mode {image.mode} cannot be converted to RGB") from error
-
-
-def _grey16_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    # Pillow loads 12-bit TIFF unscaled in a 16-bit mode.
-    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
-    peak = 4095 if bits == 12 else 65535
-    if values.min() < 0 or values.max() > peak:
-        raise UnusableImage(f"grey values outside 0..{peak}, whose range is unknown")
-    scaled = (np.arange(peak + 1) * 255 + peak // 2) // peak
-    grey = scaled.astype(np.uint8)[values]
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+        return images.to_rgb(image)
+    except ModelError as error:
+        raise UnusableImage(str(error)) from error
 
 
 def _check_size(image: Image.Image) -> None:

@@ -24,7 +24,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dpar.llamagen import LlamaGen
-from dpar.locations import WEIGHTS
 from dpar.model import DPAR, DPARConfig
 from dpar.packing import to_device
 from dpar.pretrained import write_weights
@@ -367,11 +366,7 @@ class _Loop:
         values = dataclasses.asdict(self.model.config)
         for prefix, folder in (("model.", self.run.model), ("ema.", self.run.model_ema)):
             if tensors := load_full_tensors(checkpoint, prefix):
-                try:
-                    write_weights(folder, self.model.model_type, values, tensors)
-                except BaseException:
-                    (folder / f"{WEIGHTS}.part").unlink(missing_ok=True)  # a full disk needs the space
-                    raise
+                write_weights(folder, self.model.model_type, values, tensors)
 
 
 def _open_trackers(run: RunFolder, settings: OptimSettings) -> Trackers:

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
 
+from dpar.images import MAX_PIXELS
 from pipeline.sources import decode
 from pipeline.sources.pixel_budget import PixelBudget
 
@@ -61,9 +62,9 @@ def test_an_image_is_not_decoded_before_there_is_room_for_its_pixels() -> None:
     buffer = io.BytesIO()
     Image.new("L", (100, 100)).save(buffer, "PNG")
     with ThreadPoolExecutor(1) as pool:
-        with decode.budget.in_use(), decode.budget.take(decode.MAX_PIXELS - 9999):
+        with decode.budget.in_use(), decode.budget.take(MAX_PIXELS - 9999):
             waiting = pool.submit(decode.decode_image, io.BytesIO(buffer.getvalue()))
             assert not threading.Event().wait(0.1)
             assert not waiting.done()
         assert waiting.result().size == (100, 100)
-    assert decode.budget._free == decode.MAX_PIXELS
+    assert decode.budget._free == MAX_PIXELS

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpar.images import MAX_PIXELS
 from pipeline.runtime.errors import StageError
 from pipeline.sources import Folder, IndexedSource, Item, LeftOut, Photos, UnusableImage, open_indexed
-from pipeline.sources.decode import MAX_BYTES, MAX_PIXELS, decode_image, read_image
+from pipeline.sources.decode import MAX_BYTES, decode_image, read_image
 from pipeline.sources.imagenet import synsets
 from pipeline.sources.photos import CROPS
 

@@ -1,0 +1,79 @@
+"""Pictures as the tokenizer takes them: RGB, and ADM's centre crop.
+
+pixels = center_crop([to_rgb(image)], 256)               # (256, 256, 3) uint8
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dpar.errors import ModelError
+
+_BITS_PER_SAMPLE = 0x0102
+MAX_PIXELS = 178_000_000  # of a picture, as it is stored or resized; Pillow refuses more
+
+
+def center_crop(halvings: list[Image.Image], size: int) -> NDArray[np.uint8]:
+    """Return ADM's ``center_crop_arr``: halve with BOX while large, resize with BICUBIC, crop the centre.
+
+    Args:
+        halvings: a picture of mode RGB; its halvings are appended, for crops of other sizes.
+        size: side of the crop in pixels.
+
+    Returns:
+        (size, size, 3) uint8.
+
+    Raises:
+        ModelError: so long and thin that it would have more than `MAX_PIXELS` at this size.
+    """
+    step = 0
+    while min(halvings[step].size) >= 2 * size:
+        if step + 1 == len(halvings):
+            width, height = halvings[step].size
+            halvings.append(halvings[step].resize((width // 2, height // 2), resample=Image.Resampling.BOX))
+        step += 1
+    image = halvings[step]
+    scale = size / min(image.size)
+    width, height = (round(x * scale) for x in image.size)
+    if width * height > max(MAX_PIXELS, size * size):
+        raise ModelError(f"too long and thin: {image.width}×{image.height} would become {width}×{height}")
+    pixels = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a copy in mode RGB: transparency composed on white, 16-bit grey scaled to 8 bit, not clipped.
+
+    Raises:
+        ModelError: a colour mode without a defined range or conversion (floats, LAB, 32-bit integers).
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _grey16_to_rgb(image)
+    if image.mode == "F":
+        raise ModelError("floating-point pixels, whose range is unknown")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ModelError(f"colour mode {image.mode} cannot be converted to RGB") from error
+
+
+def _grey16_to_rgb(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    # Pillow loads 12-bit TIFF unscaled in a 16-bit mode.
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
+    peak = 4095 if bits == 12 else 65535
+    if values.min() < 0 or values.max() > peak:
+        raise ModelError(f"grey values outside 0..{peak}, whose range is unknown")
+    scaled = (np.arange(peak + 1) * 255 + peak // 2) // peak
+    grey = scaled.astype(np.uint8)[values]
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
