@@ -30,8 +30,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, PatchRule, SamplingOptions, patch_starts, preset, sample
-from dpar.cpu_kernels import prepare_forward, prepare_steps
+from dpar import (
+    DPAR,
+    DPARConfig,
+    LlamaGen,
+    LlamaGenConfig,
+    PatchRule,
+    SamplingOptions,
+    patch_starts,
+    preset,
+    sample,
+    sampling,
+)
+from dpar.cpu_kernels import prepare_forward
 from dpar.flops import count
 from dpar.guidance import uniforms
 
@@ -106,8 +117,8 @@ def serve(run: Run, pipe: Connection) -> None:
         held = sum(p.numel() * p.element_size() for one in models for p in one.parameters())
         first = partial(sample, model, labels[: run.batch], entropy_model, run.rule, options)
         memory = held + memory_of(first, device)
-        model = prepare_steps(model)
-        entropy_model = None if entropy_model is None else prepare_steps(entropy_model)
+        sampler = sampling.Sampler(model, entropy_model)
+        sampler.sample(labels[: run.batch], run.rule, options)  # prepares weights; on CUDA captures graphs
         pipe.send(memory)
         pipe.recv()
         steps, began = 0, clock()
@@ -125,7 +136,7 @@ def serve(run: Run, pipe: Connection) -> None:
                 pipe.recv()
                 began = clock()
 
-        _, starts = sample(model, labels, entropy_model, run.rule, options, batch=run.batch, observe=observe)
+        _, starts = sampler.sample(labels, run.rule, options, batch=run.batch, observe=observe)
         pipe.send((spent(), starts.cpu().numpy()))
 
 

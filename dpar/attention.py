@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from dpar.errors import ModelError
 from dpar.packing import PatchLayout, segment_softmax, segment_sum, spread
+from dpar.xformers_loading import xformers_hindrance
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 PackedBackend = Literal["varlen", "xformers", "flex", "sdpa"]
@@ -76,8 +78,8 @@ def _hindrance(backend: PackedBackend, device: torch.device, dtype: torch.dtype)
         return None
     if device.type != "cuda":
         return "it has no backward pass on the CPU" if backend == "flex" else "it needs a CUDA GPU"
-    needs = {"varlen": "torch.nn.attention.varlen", "xformers": "xformers", "flex": "triton"}[backend]
-    if importlib.util.find_spec(needs) is None:
+    needs = {"varlen": "torch.nn.attention.varlen", "flex": "triton"}.get(backend)
+    if needs is not None and importlib.util.find_spec(needs) is None:
         return f"{needs} is not installed"
     if backend == "flex":
         return None
@@ -85,7 +87,7 @@ def _hindrance(backend: PackedBackend, device: torch.device, dtype: torch.dtype)
         return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if torch.version.cuda and torch.cuda.get_device_capability(device) < FLASH_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than flash attention supports"
-    return None
+    return xformers_hindrance() if backend == "xformers" else None
 
 
 def packed_attention(
@@ -123,7 +125,7 @@ def packed_causal(layout: PatchLayout, backend: PackedBackend) -> Attend:
 
 def _attend_with(backend: PackedBackend, cu_seqlens: Tensor, longest: int, host: Tensor) -> Attend:
     if backend == "varlen":
-        return functools.partial(_varlen, cu_seqlens, longest)
+        return functools.partial(_varlen, cu_seqlens, longest, **_varlen_causal())
     if backend == "xformers":
         return functools.partial(_outside_graphs(_xformers), _xformers_mask(cu_seqlens, host))
     if backend == "flex":
@@ -143,11 +145,18 @@ def _outside_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return alone
 
 
-def _varlen(cu_seqlens: Tensor, longest: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _varlen_causal() -> dict[str, Any]:
+    """How `varlen_attn` is told to be causal: by `is_causal` in PyTorch 2.10, by a window in later versions."""
+    from torch.nn.attention import varlen
+
+    is_old = "is_causal" in inspect.signature(varlen.varlen_attn).parameters
+    return {"is_causal": True} if is_old else {"window_size": (-1, 0)}
+
+
+def _varlen(cu_seqlens: Tensor, longest: int, q: Tensor, k: Tensor, v: Tensor, **causal: Any) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    causal = (-1, 0)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=causal)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal)
     assert isinstance(out, Tensor)  # it gives a pair only where more is asked for
     return out
 

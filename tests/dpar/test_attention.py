@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from typing import get_args
 
@@ -162,3 +164,35 @@ def test_a_backend_of_no_known_name_is_refused_with_the_names() -> None:
 def test_auto_on_a_gpu_takes_no_half_precision_backend_for_float32() -> None:
     assert choose_backend(torch.device("cuda"), torch.float32)[0] == "sdpa"
     assert choose_backend(torch.device("cuda"), torch.bfloat16)[0] in ("varlen", "xformers")
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_varlen_is_causal_under_the_signature_of_either_version(is_old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+
+    def of_2_10(q: Tensor, k: Tensor, v: Tensor, *lengths: object, is_causal: bool = False) -> Tensor:
+        given["is_causal"] = is_causal
+        return v
+
+    def later(q: Tensor, k: Tensor, v: Tensor, *lengths: object, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+        given["window_size"] = window_size
+        return v
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_2_10 if is_old else later)
+    q, k, v = inputs([3, 2], torch.float32)
+    packed_attention(q, k, v, cumulative([3, 2]), 3, "varlen")
+    assert given == ({"is_causal": True} if is_old else {"window_size": (-1, 0)})
+
+
+def test_xformers_finds_the_cuda_runtime_that_it_is_linked_to() -> None:
+    pytest.importorskip("xformers")
+    code = "from dpar.xformers_loading import xformers_hindrance; print(xformers_hindrance())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
+
+
+def test_xformers_is_not_offered_without_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("dpar.attention.xformers_hindrance", lambda: "xformers has no CUDA kernels here")
+    with pytest.raises(ModelError, match="xformers cannot run here: xformers has no CUDA kernels here"):
+        choose_backend(torch.device("cuda"), torch.bfloat16, "xformers")
