@@ -264,7 +264,7 @@ def test_other_formats_and_other_models_are_named_in_one_line(tmp_path: Path, vq
             with pytest.raises(ModelError, match=f"{name} {says}") as caught:
                 model.from_pretrained(tmp_path / name)
             assert "\n" not in str(caught.value), name
-    with pytest.raises(ModelError, match=r"no model at .*c2i_B_256\.pt: there is no such file"):
+    with pytest.raises(ModelError, match=r"no model at .*c2i_B_256\.pt: the file does not exist"):
         LlamaGen.from_pretrained(tmp_path / "c2i_B_256.pt")
 
 
