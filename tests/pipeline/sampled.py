@@ -6,7 +6,7 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -87,25 +87,29 @@ def everything(out: Path) -> dict[str, bytes]:
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.stat().st_size}
 
 
-def start(work: Callable[[], object], rank: int = 0, world_size: int = 1) -> multiprocessing.process.BaseProcess:
-    """A process of its own that does the work, as one of ``torchrun``'s would."""
-
-    def target() -> None:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        torch.set_num_threads(1)
-        work()
-
-    process = multiprocessing.get_context("fork").Process(target=target)
+def start(
+    work: Callable[[], object], rank: int = 0, world_size: int = 1, method: Literal["fork", "spawn"] = "fork"
+) -> multiprocessing.process.BaseProcess:
+    """A process that does the work as one of ``torchrun``'s would; work that calls backward needs ``spawn``."""
+    process = multiprocessing.get_context(method).Process(target=_work_as, args=(work, rank, world_size))
     process.start()
     return process
 
 
-def killed_again_and_again(work: Callable[[], object], out: Path, kills: int) -> int:
+def _work_as(work: Callable[[], object], rank: int, world_size: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    torch.set_num_threads(1)
+    work()
+
+
+def killed_again_and_again(
+    work: Callable[[], object], out: Path, kills: int, method: Literal["fork", "spawn"] = "fork"
+) -> int:
     """Kills the work each time it has left a new file or two in ``out``, then lets it end; gives the kills that hit."""
     chance, hits = random.Random(0), 0
     for _ in range(kills):
         seen = files(out)
-        process = start(work)
+        process = start(work, method=method)
         more = chance.randint(1, 3)
         while process.is_alive() and len(files(out) - seen) < more:
             pass
@@ -114,7 +118,7 @@ def killed_again_and_again(work: Callable[[], object], out: Path, kills: int) ->
             os.kill(process.pid, signal.SIGKILL)
         process.join()
         hits += process.exitcode == -signal.SIGKILL
-    process = start(work)
+    process = start(work, method=method)
     process.join()
     assert process.exitcode == 0
     return hits
