@@ -16,18 +16,15 @@ import inspect
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
-from dpar.errors import ModelError
-from pipeline.runtime.errors import StageError, claim_error_report
-from pipeline.runtime.terminal import Terminal
+from pipeline.runtime.errors import KEPT, StageError, claim_error_report, one_message
+from pipeline.runtime.terminal import Terminal, grid
 from pipeline.settings.artifacts import InspectSettings, PatchifySettings, TokenizeSettings
 from pipeline.settings.examples import EXAMPLES
 from pipeline.settings.fields import OUTPUT
@@ -35,7 +32,6 @@ from pipeline.settings.models import ConvertSettings, FlopsSettings, ProbeSettin
 from pipeline.settings.options import Command, Commands, build_settings, option_parameters
 from pipeline.settings.sampling import EvalSettings, ExportSettings, SampleSettings
 from pipeline.settings.training import EntropySettings, TrainSettings, TrainTokenizerSettings
-from shards.errors import ArtifactError
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -53,7 +49,6 @@ app = typer.Typer(
 )
 console = Terminal(quiet=os.environ.get("RANK", "0") != "0")  # one of the processes of torchrun speaks for all
 errors = Terminal(stderr=True)
-KEPT = "Finished work is kept; run the same command again to resume"
 
 Data = Annotated[
     str,
@@ -118,17 +113,12 @@ class readable_errors:
             fail(str(error), error.status, lead="")
         if isinstance(error, (Exception, KeyboardInterrupt)) and not claim_error_report(error):
             raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 1)
-        if isinstance(error, (StageError, ArtifactError, ModelError)):
-            fail(str(error), 1)
         if isinstance(error, KeyboardInterrupt):
             fail(f"Stopped. {KEPT}.", 130, lead="")
-        if isinstance(error, OSError):
-            where = f": {error.filename}" if error.filename else ""
-            fail(f"{error.strerror or error}{where}. {KEPT}", 1)
-        if isinstance(error, Exception) and type(error).__module__.startswith(("typer", "click")):
+        if type(error).__module__.startswith(("typer", "click")):
             return  # wrong usage, which Typer reports
         if isinstance(error, Exception):
-            fail(f"{type(error).__name__}: {error} (a bug in dpar; DPAR_DEBUG=1 shows the traceback)", 1)
+            fail(one_message(error), 1)
 
 
 def fail(message: str, status: int, lead: str = "Error: ") -> typing.NoReturn:
@@ -364,18 +354,6 @@ def in_this_process(arguments: list[str]) -> None:
 def show(*lines: str) -> None:
     """Print lines as they are."""
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-
-
-def grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> Table:
-    """A table for the terminal; with ``numbers`` all columns but the first are aligned on the right."""
-    table = Table(
-        title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=0 if numbers else (0, 1, 0, 0)
-    )
-    for i, name in enumerate(header):
-        table.add_column(escape(name), justify="right" if numbers and i else "left", no_wrap=numbers)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table
 
 
 def summary(manifest: Manifest | None, out: Path) -> None:

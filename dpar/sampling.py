@@ -252,20 +252,20 @@ def _on_device(
             raise ModelError(f"{name} is {tuple(tensor.shape)}; ({batch}, {n_tokens}) is needed: images, tokens")
     if keep.dtype != torch.bool:
         raise ModelError(f"keep is {keep.dtype}; bool is needed")
-    held = known[keep]
-    if len(held) and not 0 <= int(held.min()) <= int(held.max()) < codebook_size:
-        raise ModelError(
-            f"known codes reach from {int(held.min())} to {int(held.max())}; this model has 0 to {codebook_size - 1}"
-        )
+    kept_codes = known[keep]
+    if len(kept_codes):
+        lowest, highest = int(kept_codes.min()), int(kept_codes.max())
+        if lowest < 0 or highest >= codebook_size:
+            raise ModelError(f"known codes reach from {lowest} to {highest}; this model has 0 to {codebook_size - 1}")
     return known.to(device), keep.to(device)
 
 
 def check_same_tokens(model: DPAR | LlamaGen, entropy_model: LlamaGen) -> None:
     """Raises ModelError where an entropy model reads another grid or codebook than the model."""
-    ours, theirs = model.config, entropy_model.config
+    expected, actual = model.config, entropy_model.config
     for name in ("codebook_size", "grid_height", "grid_width"):
-        if getattr(ours, name) != getattr(theirs, name):
+        if getattr(expected, name) != getattr(actual, name):
             raise ModelError(
-                f"the entropy model's {name} is {getattr(theirs, name)}, the model's {getattr(ours, name)}; "
+                f"the entropy model's {name} is {getattr(actual, name)}, the model's {getattr(expected, name)}; "
                 "both must come from the same codes"
             )

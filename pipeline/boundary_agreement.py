@@ -66,17 +66,17 @@ def compare(codes: Path, out: Path, settings: PatchifySettings, progress: Progre
     for described, entropy in measured:
         rule = settings.rule
         if settings.target_length is not None:
-            found_threshold = find_threshold(entropy, settings.target_length, rule, grid_width)
-            rule = dataclasses.replace(rule, threshold=found_threshold.value)
-        found = rule.starts(entropy, grid_width)
-        starts.append(found)
+            chosen = find_threshold(entropy, settings.target_length, rule, grid_width)
+            rule = dataclasses.replace(rule, threshold=chosen.value)
+        model_starts = rule.starts(entropy, grid_width)
+        starts.append(model_starts)
         models.append(
             described
             | {
                 "mean_entropy": float(entropy[:, 1:].astype(np.float64).mean()),
                 "threshold": rule.threshold,
-                "mean_length": found.size / int(found.sum()),
-                "patches_per_image": int(found.sum()) / len(found),
+                "mean_length": model_starts.size / int(model_starts.sum()),
+                "patches_per_image": int(model_starts.sum()) / len(model_starts),
             }
         )
     result: dict[str, Any] = {
@@ -108,12 +108,12 @@ def _measure(
     check_compatible(model, artifact.manifest, str(artifact.folder), unconditional=True)
     cost = count(model.config)
     model = prepared(model.to(choose_device(settings.device)), settings.precision)
-    found = np.empty((len(rows), artifact.manifest.n_tokens), np.float16)
+    entropy = np.empty((len(rows), artifact.manifest.n_tokens), np.float16)
     with stops_with("Stopped. Nothing was written."), progress.task(name, len(rows), "sequences") as task:
         for begin in range(0, len(rows), settings.batch):
             here = slice(begin, begin + settings.batch)
             codes = artifact.gather(rows[here], views[here]).codes
-            found[here] = entropies(model, codes, batch=settings.batch, precision=settings.precision)
+            entropy[here] = entropies(model, codes, batch=settings.batch, precision=settings.precision)
             task.advance(len(codes))
     described = {
         "model": name,
@@ -121,7 +121,7 @@ def _measure(
         "parameters": cost.parameters,
         "gmacs_per_image": cost.linear / 1e9,
     }
-    return described, found
+    return described, entropy
 
 
 def _agreement(
@@ -130,7 +130,7 @@ def _agreement(
     decided = np.arange(starts[0].shape[1]) > 0
     if row_reset:
         decided &= np.arange(starts[0].shape[1]) % grid_width != 0
-    first, second = (found[:, decided] for found in starts)
+    first, second = (each[:, decided] for each in starts)
     rates = float(first.mean()), float(second.mean())
     either = int((first | second).sum())
     levels = [found[:, 1:].astype(np.float64).ravel() for found in entropy]

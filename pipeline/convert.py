@@ -101,8 +101,8 @@ def _holds(dst: Path, weights: Weights, values: dict[str, Any]) -> bool:
         there = read_weights(dst, weights.model_type)
     except ValueError as error:
         raise StageError(refusal) from error
-    ours, theirs = (json.loads(json.dumps(held)) for held in (values, there.values))
-    same = all(ours.get(name) == value for name, value in theirs.items()) and all(
+    wanted, existing = (json.loads(json.dumps(config)) for config in (values, there.values))
+    same = all(wanted.get(name) == value for name, value in existing.items()) and all(
         name in there.tensors and there.tensors[name].dtype == tensor.dtype and torch.equal(there.tensors[name], tensor)
         for name, tensor in weights.tensors.items()
     )

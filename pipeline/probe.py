@@ -61,10 +61,10 @@ def probe(run: Path, out: Path, settings: ProbeSettings, progress: Progress | No
     for artifact in artifacts.values():
         check_compatible(model, artifact.manifest, str(artifact.folder), unconditional=True)
     names = artifacts["train"].manifest.class_names
-    theirs = artifacts["test"].manifest.class_names
-    if len(names) != len(theirs):
-        raise StageError(f"{settings.train} has {len(names)} classes, {settings.test} {len(theirs)}")
-    check_same_classes(names, theirs, str(settings.train), str(settings.test))
+    test_names = artifacts["test"].manifest.class_names
+    if len(names) != len(test_names):
+        raise StageError(f"{settings.train} has {len(names)} classes, {settings.test} {len(test_names)}")
+    check_same_classes(names, test_names, str(settings.train), str(settings.test))
     layers = len(model.layers)
     if settings.layer is not None and settings.layer > layers:
         raise StageError(f"--layer is {settings.layer}; this model has {layers} layers to choose from")
@@ -81,7 +81,7 @@ def probe(run: Path, out: Path, settings: ProbeSettings, progress: Progress | No
     claim_folder(out, "features.json", identity, "holds features of other weights, images or settings")
     model = prepared(model.to(device), settings.precision)
     with stops_with(f"Stopped. Features are kept in {out}; run the same command again to resume."):
-        held = {
+        parts = {
             name: _measure(model, artifact, layer, out / name, settings, progress)
             for name, artifact in artifacts.items()
         }
@@ -89,7 +89,7 @@ def probe(run: Path, out: Path, settings: ProbeSettings, progress: Progress | No
         def fit() -> dict[str, Any]:
             progress.say(f"fitting a classifier of {len(names)} classes on {len(artifacts['train'])} images")
             x, y, test_x, test_y = (
-                torch.from_numpy(held[name].joined(column))
+                torch.from_numpy(parts[name].joined(column))
                 for name in ("train", "test")
                 for column in ("features", "labels")
             )
@@ -118,15 +118,15 @@ def _measure(
     parts = Parts(folder, -(-len(artifact) // CHUNK))
     with progress.task(f"features, {folder.name}", len(artifact), "images") as task:
         for index in parts.missing():
-            found, labels = [], []
+            chunks, labels = [], []
             end = min((index + 1) * CHUNK, len(artifact))
             for first in range(index * CHUNK, end, settings.batch):
                 rows = np.arange(first, min(first + settings.batch, end))
                 batch = artifact.gather(rows, np.zeros_like(rows))
-                found.append(features(model, batch, layer, settings.precision))
+                chunks.append(features(model, batch, layer, settings.precision))
                 labels.append(batch.labels)
                 task.advance(len(rows))
-            parts.save(index, features=np.concatenate(found), labels=np.concatenate(labels))
+            parts.save(index, features=np.concatenate(chunks), labels=np.concatenate(labels))
     return parts
 
 

@@ -83,8 +83,8 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
             save_picture(picture, out / "sheet.png")
         if training is not None:
             _write_nearest(generator, artifact, labels, training, out)
-    held = artifact.manifest.statistics.get("patches_per_image", artifact.manifest.n_tokens)
-    return {"sheet": str(out / "sheet.png"), "images": len(labels), "patches_per_image": float(held)}
+    patches = artifact.manifest.statistics.get("patches_per_image", artifact.manifest.n_tokens)
+    return {"sheet": str(out / "sheet.png"), "images": len(labels), "patches_per_image": float(patches)}
 
 
 def _write_pngs(
@@ -154,13 +154,13 @@ def row_of_pictures(
     generator: Generator, artifact: Artifact, rows: NDArray[np.int64], patches: bool
 ) -> list[Image.Image]:
     """Some of the sampled images side by side, with their patches drawn on if asked."""
-    held = artifact.gather(rows, np.zeros_like(rows))
-    pixels = generator.decode(held.codes)
+    batch = artifact.gather(rows, np.zeros_like(rows))
+    pixels = generator.decode(batch.codes)
     scale = max(1, round((320 if patches else 128) / pixels.shape[1]))  # lines need room
-    if not patches or held.starts is None:
+    if not patches or batch.starts is None:
         return [enlarge(image, scale) for image in pixels]
     return [
-        draw_patches(image, starts, generator.grid, scale) for image, starts in zip(pixels, held.starts, strict=True)
+        draw_patches(image, starts, generator.grid, scale) for image, starts in zip(pixels, batch.starts, strict=True)
     ]
 
 

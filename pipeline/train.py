@@ -241,9 +241,9 @@ def begin_from(model: DPAR | LlamaGen, name: str) -> dict[str, str]:
     path = weights_path(name)
     weights = read_weights(path, model.model_type)
     load_tensors(model, weights.tensors, weights.source)
-    theirs = dataclasses.asdict(weights.make_config(model.config_class))
-    ours = dataclasses.asdict(model.config)
-    other = [f"{key} {value} is not {ours[key]}" for key, value in theirs.items() if value != ours[key]]
+    stored = dataclasses.asdict(weights.make_config(model.config_class))
+    wanted = dataclasses.asdict(model.config)
+    other = [f"{key} {value} is not {wanted[key]}" for key, value in stored.items() if value != wanted[key]]
     other = [text for text in other if not text.startswith("dropout ")]
     if other:
         raise StageError(f"--init {name} does not fit this run's model: {'; '.join(other)}")
@@ -270,9 +270,9 @@ def _open_validation(
         return None
     artifact = _open(path, settings)
     check_compatible(model, artifact.manifest, str(path), unconditional)
-    ours, theirs = training.tokenizer["fingerprint"], artifact.manifest.tokenizer["fingerprint"]
-    if ours != theirs:
-        raise StageError(f"{path} was made by tokenizer {theirs[:12]}, the training data by {ours[:12]}")
+    wanted, given = training.tokenizer["fingerprint"], artifact.manifest.tokenizer["fingerprint"]
+    if wanted != given:
+        raise StageError(f"{path} was made by tokenizer {given[:12]}, the training data by {wanted[:12]}")
     if not unconditional:
         check_same_classes(training.class_names, artifact.manifest.class_names, "the training data", str(path))
     return artifact

@@ -76,8 +76,8 @@ class Edit:
 
     def record(self) -> dict[str, Any]:
         """What of it decides the samples."""
-        held = np.where(self.known.kept, self.known.codes, -1).astype("<i8")
-        return {"kept": int(self.known.kept.sum()), "tokens": hashlib.sha256(held.tobytes()).hexdigest()[:16]}
+        codes = np.where(self.known.kept, self.known.codes, -1).astype("<i8")
+        return {"kept": int(self.known.kept.sum()), "tokens": hashlib.sha256(codes.tobytes()).hexdigest()[:16]}
 
 
 def edit_sheet(generator: Generator, edit: Edit, results: list[Image.Image]) -> Image.Image:

@@ -298,15 +298,15 @@ def decode(
     bicubic without antialiasing, which is how LlamaGen's sampling script brings 384 px to 256 px for FID.
     """
     device = tokenizer.quantize.embedding.weight.device
-    found = []
+    chunks = []
     for begin in range(0, len(codes), batch):
         chunk = torch.from_numpy(codes[begin : begin + batch].astype(np.int64)).to(device)
         with autocast(device, precision):
             images = tokenizer.decode(chunk, grid)
         if size is not None and images.shape[-2:] != (size, size):
             images = F.interpolate(images.float(), size=(size, size), mode="bicubic")
-        found.append(to_uint8(images).cpu().numpy())
-    return np.concatenate(found)
+        chunks.append(to_uint8(images).cpu().numpy())
+    return np.concatenate(chunks)
 
 
 def trained_rule(inputs: dict[str, Any]) -> PatchRule:
@@ -361,9 +361,9 @@ def _load_weights(run: Path, name: str) -> DPAR | LlamaGen:
 
 
 def _same_codebook(tokenizer: VQTokenizer, model: DPAR | LlamaGen) -> None:
-    ours, theirs = tokenizer.config.codebook_size, model.config.codebook_size
-    if ours != theirs:
-        raise StageError(f"the tokenizer has {ours} codes, the model {theirs}")
+    wanted, given = tokenizer.config.codebook_size, model.config.codebook_size
+    if wanted != given:
+        raise StageError(f"the tokenizer has {wanted} codes, the model {given}")
 
 
 def _moved(origin: dict[str, str] | None, given: str | None, part: Part) -> dict[str, str]:

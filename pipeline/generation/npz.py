@@ -94,10 +94,10 @@ class NpzImages:
         each = int(np.prod(self.shape[1:]))
         with self._open() as (file, _):
             file.seek(file.tell() + first * each)
-            held = file.read((end - first) * each)
-        if len(held) != (end - first) * each:
+            data = file.read((end - first) * each)
+        if len(data) != (end - first) * each:
             raise StageError(f"{self.path} is cut short: images {first} to {end - 1} are not all there")
-        return np.frombuffer(bytearray(held), np.uint8).reshape(
+        return np.frombuffer(bytearray(data), np.uint8).reshape(
             end - first, *self.shape[1:]
         )  # writable, as torch wants
 
@@ -177,10 +177,10 @@ def read_floats(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> 
         if kind.kind != "f":
             raise StageError(f"{archive.filename}: {name} holds {kind}; floating-point numbers are needed")
         wanted = math.prod(shape) * kind.itemsize
-        held = file.read(wanted)
-    if len(held) != wanted:
+        data = file.read(wanted)
+    if len(data) != wanted:
         raise StageError(f"{archive.filename} is cut short: {name} is not all there")
-    values = np.frombuffer(held, kind).reshape(shape, order="F" if in_columns else "C").astype(np.float64)
+    values = np.frombuffer(data, kind).reshape(shape, order="F" if in_columns else "C").astype(np.float64)
     if not np.isfinite(values).all():
         raise StageError(f"{archive.filename}: {name} holds numbers that are not finite")
     return values

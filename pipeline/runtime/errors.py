@@ -11,6 +11,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dpar.errors import ModelError
+from shards.errors import ArtifactError
+
+KEPT = "Finished work is kept; run the same command again to resume"
+
 
 class StageError(ValueError):
     """A user's input cannot be used: the message says what, where, and what to do."""
@@ -38,3 +43,13 @@ def claim_error_report(error: BaseException) -> bool:
     except OSError:
         return True
     return True
+
+
+def one_message(error: Exception) -> str:
+    """Return what the user is told of an error that ended a command."""
+    if isinstance(error, (StageError, ArtifactError, ModelError)):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{where}. {KEPT}"
+    return f"{type(error).__name__}: {error} (a bug in dpar; DPAR_DEBUG=1 shows the traceback)"

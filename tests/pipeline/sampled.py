@@ -6,7 +6,7 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,10 +88,11 @@ def everything(out: Path) -> dict[str, bytes]:
 
 
 def start(
-    work: Callable[[], object], rank: int = 0, world_size: int = 1, method: Literal["fork", "spawn"] = "fork"
+    work: Callable[[], object], rank: int = 0, world_size: int = 1, fresh: bool = False
 ) -> multiprocessing.process.BaseProcess:
-    """A process that does the work as one of ``torchrun``'s would; work that calls backward needs ``spawn``."""
-    process = multiprocessing.get_context(method).Process(target=_work_as, args=(work, rank, world_size))
+    """A process that does the work as one of ``torchrun``'s would; work that calls backward needs a ``fresh`` one."""
+    context = multiprocessing.get_context("spawn") if fresh else multiprocessing.get_context("fork")
+    process = context.Process(target=_work_as, args=(work, rank, world_size))
     process.start()
     return process
 
@@ -102,14 +103,12 @@ def _work_as(work: Callable[[], object], rank: int, world_size: int) -> None:
     work()
 
 
-def killed_again_and_again(
-    work: Callable[[], object], out: Path, kills: int, method: Literal["fork", "spawn"] = "fork"
-) -> int:
+def killed_again_and_again(work: Callable[[], object], out: Path, kills: int, fresh: bool = False) -> int:
     """Kills the work each time it has left a new file or two in ``out``, then lets it end; gives the kills that hit."""
     chance, hits = random.Random(0), 0
     for _ in range(kills):
         seen = files(out)
-        process = start(work, method=method)
+        process = start(work, fresh=fresh)
         more = chance.randint(1, 3)
         while process.is_alive() and len(files(out) - seen) < more:
             pass
@@ -118,7 +117,7 @@ def killed_again_and_again(
             os.kill(process.pid, signal.SIGKILL)
         process.join()
         hits += process.exitcode == -signal.SIGKILL
-    process = start(work, method=method)
+    process = start(work, fresh=fresh)
     process.join()
     assert process.exitcode == 0
     return hits

@@ -128,7 +128,7 @@ def test_a_probe_writes_accuracies_and_what_made_them(home: Path, tmp_path: Path
 
 def test_a_probe_that_is_killed_goes_on_to_the_same_numbers(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "whole")
-    killed_again_and_again(partial(run, home, tmp_path / "killed"), tmp_path / "killed", kills=3, method="spawn")
+    killed_again_and_again(partial(run, home, tmp_path / "killed"), tmp_path / "killed", kills=3, fresh=True)
     assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
 
 
