@@ -334,7 +334,7 @@ def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory for everything it makes.")] = Path("demo"),
     tiny: Annotated[bool, typer.Option("--tiny", help="A minute's worth, to see that everything works.")] = False,
 ) -> None:
-    """Run all stages on photographs. In minutes, on those that ship with scikit-image; ends with a report."""
+    """Run all stages on emoji. In minutes, on those that ship here; ends with a report."""
     from pipeline.demo import demo as run
 
     report = run(out, run_command=in_this_process, tiny=tiny)

@@ -3,7 +3,7 @@
     bundle = Bundle.read(Path("bundle"))
     bundle.class_names, bundle.rule, bundle.parts["tokenizer"]
 
-    bundle.json          class names, patch rule, and the SHA-256 of each part
+    bundle.json          class names, patch rule, what the training cost, and the SHA-256 of each part
     generator/           the DPAR or LlamaGen: config.json, model.safetensors, README.md
     entropy_model/       the LlamaGen without classes that places patches; a LlamaGen generator has none
     tokenizer/           the VQ tokenizer
@@ -14,6 +14,7 @@ Wherever the name of weights is asked for, a bundle's name stands for the part t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,12 +34,23 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingCost:
+    """How long the generator was trained."""
+
+    model: str  # preset
+    steps: int
+    batch: int  # images per step
+    gflops_per_image: float  # forward and backward
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bundle:
     """What ``bundle.json`` says."""
 
     class_names: tuple[str, ...]
     parts: Mapping[Part, str]  # SHA-256 of their weights; without an entropy model where boundaries need none
     rule: PatchRule | None  # of the training data; None for a LlamaGen
+    training: TrainingCost | None = None  # where it is known
 
     def write(self, folder: Path) -> None:
         """Write ``bundle.json`` into ``folder``, which holds the parts already."""
@@ -46,6 +58,7 @@ class Bundle:
             "format": FORMAT,
             "class_names": list(self.class_names),
             "patch_rule": None if self.rule is None else self.rule.to_dict(),
+            "training": None if self.training is None else dataclasses.asdict(self.training),
             "parts": {name: self.parts[name] for name in PARTS if name in self.parts},
         }
         with atomic_path(folder / BUNDLE) as part:
@@ -75,6 +88,7 @@ class Bundle:
                 class_names=_class_names(values["class_names"]),
                 parts=_parts(values["parts"]),
                 rule=None if values["patch_rule"] is None else PatchRule.from_dict(values["patch_rule"]),
+                training=_training(values.get("training")),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -85,6 +99,20 @@ def _class_names(names: Any) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise TypeError("class_names must be a list of strings")
     return tuple(names)
+
+
+def _training(values: Any) -> TrainingCost | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise TypeError("training must be an object")
+    cost = TrainingCost(**values)
+    if not isinstance(cost.model, str) or any(
+        isinstance(number, bool) or not isinstance(number, (int, float))
+        for number in (cost.steps, cost.batch, cost.gflops_per_image)
+    ):
+        raise TypeError("training must have a model's name and three numbers")
+    return cost
 
 
 def _parts(values: Any) -> dict[Part, str]:

@@ -1,7 +1,8 @@
-"""``dpar demo``: the whole chain on the photographs that ship with scikit-image, and a report of it.
+"""``dpar demo``: the whole chain on twelve classes of the emoji that ship here, and a report of it.
 
 Every step is a ``dpar`` command, run as a user would run it and printed before it runs; the commands differ from those
-for ImageNet in sizes alone. A demo that was stopped resumes when run again.
+for ImageNet in sizes alone. Samples of the shipped models stand beside those of the demo's own, which the same commands
+made with fewer steps. A demo that was stopped resumes when run again.
 
     demo(Path("demo"), run_command=lambda arguments: subprocess.run(["dpar", *arguments], check=True))
 """
@@ -18,6 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dpar.bundle import Bundle
+from dpar.locations import bundle_folder
+from pipeline.export import training_cost
 from pipeline.generation.generator import decode
 from pipeline.reports.charts import histogram
 from pipeline.reports.page import Picture, Section, Table, render
@@ -33,23 +37,37 @@ from shards.manifest import Manifest
 from shards.reader import Artifact, open_artifact
 
 RunCommand = Callable[[list[str]], None]
-TOKENIZER = "builtin:photos"
-COLUMNS = 8  # classes side by side on a sheet
+SHIPPED = "builtin:emoji"  # the data, and the models trained on all of them
+CLASSES = (
+    "animal mammal",
+    "face happy",
+    "flag",
+    "food fruit vegetable",
+    "hand open",
+    "heart",
+    "letter number",
+    "person sport",
+    "place building",
+    "shape",
+    "sport equipment",
+    "transport ground",
+)
+COLUMNS = 12  # classes side by side on a sheet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """How much of everything the demo makes."""
 
-    train_images: int  # over all classes
+    train_images: int  # over all classes; of each, its mirror image too
     validation_images: int
     steps: int  # of each of the three models
     samples: int
     guidance: tuple[float, ...] = (1.0, 2.0)
 
 
-FULL = Size(train_images=1920, validation_images=240, steps=60, samples=60)
-TINY = Size(train_images=60, validation_images=30, steps=12, samples=15)
+FULL = Size(train_images=960, validation_images=120, steps=60, samples=72)
+TINY = Size(train_images=60, validation_images=30, steps=12, samples=12)
 
 
 def demo(out: Path, *, run_command: RunCommand, tiny: bool = False, progress: Progress | None = None) -> Path:
@@ -72,10 +90,12 @@ def demo(out: Path, *, run_command: RunCommand, tiny: bool = False, progress: Pr
         run_command(command)
         timings[f"dpar {shlex.join(command)}"] = time.monotonic() - began
 
-    encode = ("--tokenizer", TOKENIZER, "--image-size", 128)
-    run("tokenize", "builtin:photos", out / "codes", *encode, "--limit", size.train_images)
+    classes = [item for name in CLASSES for item in ("--classes", name)]
+    encode = ("--tokenizer", SHIPPED, "--image-size", 128, *classes)
+    training = ("--split", "train", "--views", "flip", "--limit", size.train_images)
+    run("tokenize", SHIPPED, out / "codes", *encode, *training)
     validation = ("--split", "validation", "--limit", size.validation_images)
-    run("tokenize", "builtin:photos", out / "codes-validation", *encode, *validation)
+    run("tokenize", SHIPPED, out / "codes-validation", *encode, *validation)
 
     # no dropout: so few steps cannot overfit
     recipe = ["--steps", size.steps, "--batch", 32, "--lr", 2e-3, "--warmup", 10, "--schedule", "cosine"]
@@ -105,6 +125,12 @@ def demo(out: Path, *, run_command: RunCommand, tiny: bool = False, progress: Pr
             "--labels",
             "balanced",
         )
+    per_class = size.samples // len(CLASSES)
+    shipped_rule = _shipped().rule
+    assert shipped_rule is not None  # of a DPAR
+    shipped = ("--entropy-model", SHIPPED, "--threshold", shipped_rule.threshold)
+    run("patchify", out / "codes-validation", out / "shipped-patches", *shipped)
+    run("sample", SHIPPED, out / "shipped", *classes, "--per-class", per_class, "--cfg-scale", size.guidance[-1])
     run("inspect", out / "patches-validation", "--out", out / "inspect", "--images", 6)
 
     progress.say("writing the report")
@@ -119,23 +145,22 @@ def write_report(out: Path, size: Size, timings: dict[str, float]) -> Path:
     training = Manifest.read(out / "patches")
     held_out = open_artifact(out / "patches-validation")
     scores = {name: Results.read(out / f"eval-{name}" / "results.json") for name in ("dpar", "llamagen")}
-    chosen = one_a_class(held_out)
+    chosen = one_per_class(held_out)
     sections = [
         _comparison(out, scores, training),
         _reconstructions(held_out, chosen, scores, pictures),
-        _patches(held_out, chosen[::3], training, pictures),
-        *(_samples(out, name, size, pictures) for name in ("dpar", "llamagen")),
+        _patches(open_artifact(out / "shipped-patches"), held_out, chosen[::3], pictures),
+        _samples(out, size, pictures),
         _commands(timings),
     ]
     report = out / "report.html"
     render(
         "report.html",
         report,
-        title="DPAR on fifteen photographs",
+        title="DPAR on emoji",
         subtitle=(
-            f"Square crops of the photographs that ship with scikit-image, one class a photograph, "
-            f"{len(training.class_names)} classes; {training.rows} crops to train on, {len(held_out)} held out from "
-            "parts of the photographs that no training crop touches."
+            f"{len(training.class_names)} classes of Microsoft's 3D Fluent emoji; {training.rows} images and their "
+            f"mirror images to train on, {len(held_out)} held out, none of them a variant of a training image."
         ),
         sections=sections,
         made_by=made_by(),
@@ -143,7 +168,7 @@ def write_report(out: Path, size: Size, timings: dict[str, float]) -> Path:
     return report
 
 
-def one_a_class(artifact: Artifact) -> NDArray[np.int64]:
+def one_per_class(artifact: Artifact) -> NDArray[np.int64]:
     """The first row of each class, in order of labels."""
     labels = artifact.gather(np.arange(len(artifact)), np.zeros(len(artifact), np.int64)).labels
     return np.array([int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)])
@@ -163,7 +188,7 @@ def _comparison(out: Path, scores: dict[str, Results], training: Manifest) -> Se
         ["GFLOPs per image (MACs, as the paper counts)", *(f"{row.gmacs_per_image:.3f}" for row in both)],
         ["parameters", *(f"{row.parameters / 1e6:.2f} M" for row in both if row.parameters)],
         ["images trained on", seen("dpar"), seen("llamagen")],
-        ["bits per token, held-out crops", *(f"{row.bits_per_token:.3f}" for row in both)],
+        ["bits per token, held-out images", *(f"{row.bits_per_token:.3f}" for row in both)],
     ]
     for pair in zip(scores["dpar"].cells, scores["llamagen"].cells, strict=True):
         name = f"{DISTANCE[pair[0].features]} at guidance {pair[0].cfg_scale:g} ({pair[0].samples} samples)"
@@ -174,15 +199,15 @@ def _comparison(out: Path, scores: dict[str, Results], training: Manifest) -> Se
     return Section(
         title="DPAR beside LlamaGen",
         text=(
-            "Both have six layers of the same width and saw the same crops in the same order. DPAR's patch transformer "
+            "Both have six layers of one width and saw the same images in the same order. DPAR's patch transformer "
             f"worked on {statistics['patches_per_image']:.1f} patches per image in place of 256 tokens: mean length "
-            f"{statistics['mean_length']:.2f}, set by --target-length 1.81. Models this small, trained for a minute, "
-            "show that the chain works, not how good the method is."
+            f"{statistics['mean_length']:.2f}, set by --target-length 1.81. Models trained for a minute show that "
+            "the chain works, not how good the method is."
         ),
         tables=[
             Table(caption="Cost and likelihood", header=["", "dpar-tiny", "llamagen-tiny"], rows=rows),
             Table(
-                caption="Patches of the training crops by length",
+                caption="Patches of the training images by length",
                 header=["tokens in the patch", "patches", "share"],
                 rows=[[str(n), f"{count}", f"{count / total:.1%}"] for n, count in lengths.items()],
             ),
@@ -209,52 +234,83 @@ def _reconstructions(
             column_titles=names[part],
         )
         path = pictures / f"reconstructions-{first // COLUMNS + 1}.png"
-        shown.append(_keep(picture, path, "Held-out crops, and what the tokenizer makes of their codes"))
+        shown.append(_keep(picture, path, "Held-out images, and what the tokenizer makes of their codes"))
     reconstruction = scores["dpar"].reconstruction
     assert reconstruction is not None  # the reference is an artifact
     return Section(
         title="What the tokenizer keeps",
-        text=f"Held-out crops above their reconstructions from 16×16 codes. PSNR over all held-out crops: "
+        text=f"Held-out images above their reconstructions from 16×16 codes. PSNR over all held-out images: "
         f"{reconstruction.psnr_db:.2f} dB.",
         pictures=shown,
     )
 
 
-def _patches(held_out: Artifact, rows: NDArray[np.int64], training: Manifest, pictures: Path) -> Section:
-    originals, decoded = _originals_and_decoded(held_out, rows)
-    batch = held_out.gather(rows, np.zeros_like(rows))
-    assert batch.entropy is not None  # this is a patches artifact
-    assert batch.starts is not None
-    threshold, longest = (training.settings[name] for name in ("threshold", "max_length"))
-    picture = patches_sheet(
-        decoded,
-        batch.entropy,
-        {"patches": batch.starts},
-        held_out.manifest.grid,
-        _names(held_out, rows),
-        originals=originals,
-    )
+def _patches(shipped: Artifact, own: Artifact, rows: NDArray[np.int64], pictures: Path) -> Section:
+    originals, decoded = _originals_and_decoded(own, rows)
+    shown = []
+    for name, artifact in (("shipped", shipped), ("own", own)):
+        batch = artifact.gather(rows, np.zeros_like(rows))
+        assert batch.entropy is not None  # these are patches artifacts
+        assert batch.starts is not None
+        picture = patches_sheet(
+            decoded,
+            batch.entropy,
+            {"patches": batch.starts},
+            artifact.manifest.grid,
+            _names(artifact, rows),
+            originals=originals,
+        )
+        threshold = artifact.manifest.settings["threshold"]
+        model = "the shipped entropy model" if name == "shipped" else "the entropy model of this demo"
+        shown.append(_keep(picture, pictures / f"patches-{name}.png", f"By {model}, threshold {threshold:.2f} nats"))
     return Section(
         title="Where the patches are",
         text=(
-            "The entropy model's entropy at each token, in nats, and the patches that follow from it. A token starts "
-            f"a patch if its entropy is above the threshold of {threshold:.2f} nats, if {longest} tokens are in "
+            "The entropy at each token of held-out images, in nats, and the patches that follow from it. A token starts "
+            f"a patch if its entropy is above the threshold, if {own.manifest.settings['max_length']} tokens are in "
             "the open patch already, or if a new row begins."
         ),
-        pictures=[_keep(picture, pictures / "patches.png", "Held-out crops, their entropy maps and their patches")],
+        pictures=shown,
     )
 
 
-def _samples(out: Path, name: str, size: Size, pictures: Path) -> Section:
-    shown = []
-    for scale in size.guidance:
-        picture = Image.open(out / f"eval-{name}" / "cells" / f"cfg-{scale:g}" / "samples.png")
-        path = pictures / f"{name}-samples-cfg-{scale:g}.png"
-        shown.append(_keep(picture, path, f"Samples of every class at guidance {scale:g}"))
+def _shipped() -> Bundle:
+    folder = bundle_folder(SHIPPED)
+    assert folder is not None  # it is in the package
+    return Bundle.read(folder)
+
+
+def _samples(out: Path, size: Size, pictures: Path) -> Section:
+    scale = size.guidance[-1]
+    sheets = {
+        "shipped": (f"dpar-mini, as shipped, guidance {scale:g}", out / "shipped" / "sheet.png"),
+        **{
+            name: (
+                f"{name}-tiny of this demo, guidance {scale:g}",
+                out / f"eval-{name}" / "cells" / f"cfg-{scale:g}" / "samples.png",
+            )
+            for name in ("dpar", "llamagen")
+        },
+    }
+    shown = [
+        _keep(Image.open(path), pictures / f"{name}-samples.png", caption) for name, (caption, path) in sheets.items()
+    ]
+    costs = [cost for cost in (_shipped().training, training_cost(out / "dpar")) if cost is not None]
+    rows = [
+        ["model", *(cost.model for cost in costs)],
+        ["steps × images per step", *(f"{cost.steps:,} × {cost.batch}" for cost in costs)],
+        ["training GFLOPs per image", *(f"{cost.gflops_per_image:.2f}" for cost in costs)],
+        ["in all, TFLOPs", *(f"{cost.steps * cost.batch * cost.gflops_per_image / 1000:,.0f}" for cost in costs)],
+    ]
     return Section(
-        title=f"Samples of {name}-tiny",
-        text="One row per class. At guidance 1 the model is sampled as it is; above, away from the unconditional one.",
+        title="Samples",
+        text=(
+            "One row per class. The shipped model was made by the same commands, on all classes and with more steps. "
+            "There are only some 3,000 training images, so a sample may be close to one of them: "
+            "`dpar sample … --show-nearest` shows the nearest."
+        ),
         pictures=shown,
+        tables=[Table(caption="What the models cost to train", header=["", "shipped", "this demo"], rows=rows)],
     )
 
 
@@ -277,7 +333,7 @@ def _originals_and_decoded(artifact: Artifact, rows: NDArray[np.int64]) -> tuple
     first = np.zeros_like(rows)
     originals = load_originals(artifact.manifest, artifact.keys(rows), first)
     codes = artifact.gather(rows, first).codes
-    return originals, decode(load_tokenizer(TOKENIZER), codes, artifact.manifest.grid)
+    return originals, decode(load_tokenizer(SHIPPED), codes, artifact.manifest.grid)
 
 
 def _keep(picture: Image.Image, path: Path, caption: str) -> Picture:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dpar.bundle import BUNDLE, Bundle, Part
+from dpar.bundle import BUNDLE, Bundle, Part, TrainingCost
 from dpar.locations import CARD, bundle_folder
 from dpar.model import DPAR
 from dpar.pretrained import fingerprint
@@ -66,7 +66,9 @@ def export(run: Path, out: Path, settings: ExportSettings, progress: Progress | 
     if generator.entropy_model is not None:
         models["entropy_model"] = generator.entropy_model
     parts = {part: fingerprint(model.save_pretrained(out / part, dtype=dtype)) for part, model in models.items()}
-    bundle = Bundle(class_names=generator.class_names, parts=parts, rule=generator.trained_rule)
+    bundle = Bundle(
+        class_names=generator.class_names, parts=parts, rule=generator.trained_rule, training=training_cost(run)
+    )
 
     if settings.samples:
         progress.say(f"sampling {settings.samples} pictures for the model card")
@@ -80,6 +82,20 @@ def export(run: Path, out: Path, settings: ExportSettings, progress: Progress | 
         bytes=sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
         parts=tuple(parts),
         pushed_to=None if settings.push_to is None else push(out, settings.push_to),
+    )
+
+
+def training_cost(run: Path) -> TrainingCost | None:
+    """What the run recorded at its end; None of a run that has not ended."""
+    ends = [line for line in read_metrics(run) if "training_gflops_per_image" in line]
+    if not ends:
+        return None
+    settings = read_run(run)["settings"]
+    return TrainingCost(
+        model=settings["model"],
+        steps=ends[-1]["step"],
+        batch=settings["batch"],
+        gflops_per_image=ends[-1]["training_gflops_per_image"],
     )
 
 

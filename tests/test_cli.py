@@ -273,7 +273,14 @@ def test_the_demo_makes_its_report_from_the_installed_wheel_outside_the_checkout
     assert "bits per token" in report
     assert len(report) < 4_000_000
     assert "://" not in report.replace("http://www.w3.org", "")  # nothing is fetched; pictures' base64 has no colon
-    for name in ("reconstructions-1", "patches", "dpar-samples-cfg-1", "dpar-samples-cfg-2", "llamagen-samples-cfg-2"):
+    for name in (
+        "reconstructions-1",
+        "patches-shipped",
+        "patches-own",
+        "shipped-samples",
+        "dpar-samples",
+        "llamagen-samples",
+    ):
         assert (tmp_path / "out" / "pictures" / f"{name}.png").is_file()
     assert "$ dpar train out/patches out/dpar --model dpar-tiny" in said
     assert "report.html" in said

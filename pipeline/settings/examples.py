@@ -1,7 +1,7 @@
 """Examples at the end of each command's help, two each."""
 
 EXAMPLES = {
-    "dpar": ("dpar demo", "dpar tokenize photos codes --tokenizer vq --image-size 128"),
+    "dpar": ("dpar demo", "dpar sample builtin:emoji pictures --classes heart --per-class 8"),
     "tokenize": (
         "dpar tokenize photos codes --tokenizer vq --holdout 0.05",
         "torchrun --nproc-per-node 8 -m dpar tokenize imagenet codes --tokenizer vq",
