@@ -266,7 +266,7 @@ def _patches(shipped: Artifact, own: Artifact, rows: NDArray[np.int64], pictures
     return Section(
         title="Where the patches are",
         text=(
-            "The entropy at each token of held-out images, in nats, and the patches that follow from it. A token starts "
+            "The entropy at each token of held-out images, in nats, and the patches that follow. A token starts "
             f"a patch if its entropy is above the threshold, if {own.manifest.settings['max_length']} tokens are in "
             "the open patch already, or if a new row begins."
         ),
