@@ -194,7 +194,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if base == "is_pinned":
         return counts.is_pinned(args[0])
     plain_args, plain_kwargs = tree_map(_value, (args, host))
-    out = ONLY_CUDA.get(base, func)(*plain_args, **plain_kwargs)
+    out = STAND_INS.get(base, func)(*plain_args, **plain_kwargs)
     if pinned:
         counts.pinned.add(out.untyped_storage().data_ptr())
     return _results(out, tensors, on_gpu, base)
@@ -209,7 +209,12 @@ def _rms_norm_backward(
     return for_x.to(x.dtype), (pull * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
 
 
-ONLY_CUDA: dict[str, Callable[..., Any]] = {"_fused_rms_norm_backward": _rms_norm_backward}  # no such kernel for CPUs
+# Kernels that the CPU has not, and views whose bit ("is conjugated") a dispatch mode's operations would not look at.
+STAND_INS: dict[str, Callable[..., Any]] = {
+    "_fused_rms_norm_backward": _rms_norm_backward,
+    "_conj": torch.conj_physical,
+    "_neg_view": torch.neg,
+}
 
 
 def _results(out: Any, tensors: list[torch.Tensor], on_gpu: bool, base: str) -> Any:
