@@ -14,8 +14,8 @@ Whole stages run with their real control flow and their real values. What is fou
   not to block, from or to pinned memory, is not one;
 - waits inside a step that :class:`dpar.graphs.Graphs` would capture: raised as :class:`WaitInGraph`.
 
-Not found: the numbers of CUDA's kernels, NCCL, Triton, compiled code. Gradients are computed for control flow and
-devices; their values are not promised. Private hooks of torch are used, so this belongs in tests only.
+Not found: the numbers of CUDA's kernels, NCCL, Triton, compiled code (``test_graphs.py`` counts its graphs). Under
+autocast numbers are not the CPU's to the bit, because CUDA's keeps other operations in float32. Private hooks of torch are used, so this belongs in tests only.
 """
 
 from __future__ import annotations
