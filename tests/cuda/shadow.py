@@ -15,7 +15,8 @@ Whole stages run with their real control flow and their real values. What is fou
 - waits inside a step that :class:`dpar.graphs.Graphs` would capture: raised as :class:`WaitInGraph`.
 
 Not found: the numbers of CUDA's kernels, NCCL, Triton, compiled code (``test_graphs.py`` counts its graphs). Under
-autocast numbers are not the CPU's to the bit, because CUDA's keeps other operations in float32. Private hooks of torch are used, so this belongs in tests only.
+autocast numbers differ from the CPU's by rounding, because CUDA's keeps other operations in float32. Private hooks of
+torch are used, so this belongs in tests only.
 """
 
 from __future__ import annotations
