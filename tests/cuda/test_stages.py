@@ -1,7 +1,7 @@
 """The stages as they run on a GPU, on a machine without one: no operation mixes devices."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,21 +88,18 @@ def test_a_training_step_waits_for_the_device_at_most_twice(home: Path, tmp_path
 def test_training_lays_patches_out_and_pins_them_beside_the_steps(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here: list[bool] = []
+    in_main_thread: list[bool] = []
 
-    def recorded(work: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            here.append(threading.current_thread() is threading.main_thread())
-            return work(*args)
+    class Recorded(PatchLayout):
+        def pin_memory(self) -> PatchLayout:
+            in_main_thread.append(threading.current_thread() is threading.main_thread())
+            return super().pin_memory()
 
-        return run
-
-    monkeypatch.setattr(PatchLayout, "from_starts", recorded(PatchLayout.from_starts))
-    monkeypatch.setattr(PatchLayout, "pin_memory", recorded(PatchLayout.pin_memory))
+    monkeypatch.setattr("pipeline.training.micro_batches.PatchLayout", Recorded)
     settings = TrainSettings(model="dpar-tiny", batch=2, steps=3, sheet=0, **GPU)
     with shadow_cuda():
         train(home / "patches", tmp_path / "run", settings, QUIET)
-    assert here == [False] * 2 * 3
+    assert in_main_thread == [False] * 3
 
 
 @pytest.mark.parametrize("model", MODELS)
