@@ -109,7 +109,7 @@ def _gaussian(features: NDArray[np.float64], counts: NDArray[np.int64]) -> Gauss
     kept = counts > 0
     mu = counts[kept] @ features[kept] / len(features)
     rows = np.sqrt(counts[kept] / (len(features) - 1))[:, None] * (features[kept] - mu)
-    return mu, rows if len(rows) <= rows.shape[1] else np.linalg.qr(rows, mode="r")
+    return mu, rows if len(rows) <= rows.shape[1] else np.asarray(np.linalg.qr(rows, mode="r"))
 
 
 def _factor(sigma: NDArray[np.floating]) -> NDArray[np.float64]:
