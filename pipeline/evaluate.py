@@ -5,7 +5,8 @@
     OUT/results.json, .csv, .md   all numbers, and what made them
     OUT/quality-vs-*.png          against guidance, patch length and training FLOPs, where there are several of them
     OUT/likelihood/NAME.json      each row of the held-out table: bits per token, patches and GMACs per image
-    OUT/cells/NAME/               each cell of the table: its codes as an artifact, its numbers, its sheets
+    OUT/cells/NAME/               each cell of the table: its codes as an artifact, its numbers, its sheets, and
+                                  samples above their nearest training images
     OUT/reference.npz             the reference's statistics
     OUT/floor/                    the scores of a second set of real images, with ``--floor``
 
@@ -15,8 +16,8 @@ was trained elsewhere: its own file, or a directory of weights without a run.
 
 Bits per token are exact. The distance between samples and reference is FID with ``--features inception``; on the
 tokenizer's own features it goes by another name and compares only with its like. All of them have confidence intervals,
-and the results say how each score was measured. Any number of processes may work on
-one OUT; a killed evaluation resumes, and numbers do not depend on either.
+and the results say how each score was measured. Any number of processes may work on one OUT; a killed evaluation
+resumes, and numbers do not depend on either.
 """
 
 from __future__ import annotations
@@ -121,9 +122,9 @@ class _Evaluation:
         if compares and self.source.measured is None and images is not None and len(images) < 2:
             raise StageError(f"{settings.reference} holds {len(images)} images; a reference needs at least 2")
         self._rules = self._held_out_rules(generator, choices)
+        self.training = self._open_training(generator)
         self.identity = self._identity()
         claim_folder(out, "eval.json", self.identity, "holds results of other weights or settings")
-        self.training = self._open_training(generator)
         self._warn()
 
     def _open_training(self, generator: Generator) -> Artifact | None:

@@ -189,6 +189,7 @@ class EvalSettings(SamplingSettings):
         Protocol | None,
         "paper: number of samples, features, labels and decoding as the paper has them; every deviation is printed.",
         OUTPUT,
+        RUN_TIME,
     ] = None
     dinov2_weights: Annotated[
         Path | None,

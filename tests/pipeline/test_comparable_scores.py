@@ -216,6 +216,7 @@ def test_without_the_training_artifact_there_is_a_message_and_no_sheet(
     assert not (tmp_path / "scores/cells/cfg-1.5/nearest.png").exists()
     with pytest.raises(ArtifactError, match="gone"):
         run(home, tmp_path / "more", training=tmp_path / "gone")
+    assert not (tmp_path / "more").exists()
 
 
 def test_the_papers_protocol_fixes_what_is_not_given_and_lists_what_differs(
