@@ -51,8 +51,8 @@ from pipeline.training.preview import Painter
 from pipeline.training.schedule import learning_rate, total_steps
 from pipeline.training.throughput import Speed, peak_memory
 from pipeline.training.trackers import Trackers
-from shards.dataset import TrainingData
 from shards.reader import Artifact
+from shards.training_data import TrainingData
 
 MEASURED_STEPS = 500  # over which the mean cost of an image is taken
 MOST_SKIPPED = 10  # steps in a row that may give no finite loss or gradient

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dpar.packing import PatchLayout
-from shards.dataset import TrainingData
 from shards.reader import Batch
+from shards.training_data import TrainingData
 
 
 @dataclass(frozen=True, kw_only=True)

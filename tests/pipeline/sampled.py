@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -80,6 +81,36 @@ def save_run(run: Path, data: Path, model: str, seed: int = 3, std: float = 0.2)
         {"format_version": 2, "kind": "train", "settings": {"model": model, "batch": 2}, "inputs": inputs},
     )
     made.save_pretrained(run / "model")
+
+
+def save_inception(folder: Path) -> Path:
+    """A file of seeded random weights of torch-fidelity's Inception, which stand in for the published ones."""
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Newborn(FeatureExtractorInceptionV3):
+        """Keeps the weights that it is made with: there is no other way around its download."""
+
+        def load_state_dict(self, *_: Any) -> None:
+            pass
+
+    torch.save({}, folder / "nothing.pth")
+    torch.manual_seed(0)
+    newborn = Newborn("inception", ["2048"], feature_extractor_weights_path=str(folder / "nothing.pth"))
+    for module in newborn.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    torch.save(newborn.state_dict(), folder / "inception.pth")
+    return folder / "inception.pth"
+
+
+def save_dino(folder: Path) -> Path:
+    """A file of seeded random weights as Meta publishes DINOv2's, of the smallest size."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
+    torch.save(model.state_dict() | {"mask_token": torch.zeros(1, 384)}, folder / "dinov2_vits14_pretrain.pth")
+    return folder / "dinov2_vits14_pretrain.pth"
 
 
 def everything(out: Path) -> dict[str, bytes]:

@@ -200,7 +200,6 @@ def test_a_seal_with_wrong_values_makes_a_damaged_checkpoint(tmp_path: Path, con
     assert says in fault
 
 
-@pytest.mark.slow
 def test_the_shares_of_all_processes_are_one_copy_of_the_state_in_about_equal_parts() -> None:
     sizes = [7, 1, 400, 3, 90, 90, 120, 5, 33, 210]
     tensors = {f"model.{place}": torch.zeros(size) for place, size in enumerate(sizes)}
@@ -212,6 +211,7 @@ def test_the_shares_of_all_processes_are_one_copy_of_the_state_in_about_equal_pa
     assert not own_share(tensors, 15, 16)  # more processes than tensors
 
 
+@pytest.mark.slow
 def test_memory_that_is_full_is_one_message_with_the_settings_to_lower(patches: Path, tmp_path: Path) -> None:
     script = f"""
 import resource, pathlib
