@@ -1,8 +1,8 @@
 """Controls that tabs share, and how a tab says that something went wrong.
 
-    sampling = Sampling(model)                               # sliders, where they are to stand
-    run.click(work, [image, *sampling.inputs], ...)          # work(image, *values): sampling.choices(*values)
-    with told(status): ...
+sampling = Sampling(model)                               # sliders, where they are to stand
+run.click(work, [image, *sampling.inputs], ...)          # work(image, *values): sampling.choices(*values)
+note("133 patches", "31 % saved"), failure(error)        # HTML
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from dpar.errors import ModelError
 from pipeline.app.drawing import Choices
 from pipeline.app.model import Model
 from pipeline.runtime.errors import StageError
+from pipeline.settings.fields import LARGEST
 from shards.errors import ArtifactError
-
-LARGEST_SEED = 2**31 - 1
 
 
 class Sampling:
@@ -29,21 +28,19 @@ class Sampling:
 
     def __init__(self, model: Model) -> None:
         threshold = model.threshold if model.by_entropy else 0.0
-        with gr.Row():
-            self.seed = gr.Number(
-                0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120, scale=2
-            )
-            new_seed = gr.Button("New seed", min_width=90, scale=1)
+        new_seed = gr.Button("New seed")
+        self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST, buttons=[new_seed])
         guidance = gr.Slider(1, 10, 2.0, step=0.1, label="Guidance", info="1 is none", buttons=["reset"])
         limit = gr.Slider(
             0,
-            model.highest_entropy,
+            model.highest_threshold,
             threshold,
             step=0.01,
             label="Threshold, nats",
             info="A token of higher entropy starts a patch",
             visible=model.by_entropy,
             buttons=["reset"],
+            elem_classes="threshold",
         )
         with gr.Accordion("Temperature, top-k, top-p", open=False):
             temperature = gr.Slider(0, 2, 1.0, step=0.05, label="Temperature", info="0 takes the likeliest token")
@@ -53,7 +50,7 @@ class Sampling:
             top_p = gr.Slider(0.01, 1, 1.0, step=0.01, label="Top-p", info="1 is all tokens")
         self._by_entropy = model.by_entropy
         self.inputs = [guidance, temperature, top_k, top_p, limit, self.seed]
-        new_seed.click(lambda: secrets.randbelow(2**31), None, self.seed, api_visibility="private", queue=False)
+        new_seed.click(lambda: secrets.randbelow(LARGEST + 1), None, self.seed, api_visibility="private", queue=False)
 
     def choices(
         self, cfg_scale: float, temperature: float, top_k: int, top_p: float, threshold: float, seed: int
@@ -78,9 +75,17 @@ def image_examples(paths: list[Path], image: Any) -> gr.Examples:
     return gr.Examples([[str(path)] for path in paths], [image], label="Or pick one", examples_per_page=len(paths))
 
 
-def note(text: str) -> str:
-    """A line about a result, as HTML."""
-    return f'<p class="note" role="status">{html.escape(text)}</p>'
+def titled_image(title: str, scale: int) -> gr.Image:
+    """An image to look at, its title above it; Gradio's own label would cover a corner of it."""
+    with gr.Column(scale=scale, min_width=240):
+        gr.Markdown(f"**{title}**")
+        return gr.Image(label=title, show_label=False, interactive=False, buttons=[])
+
+
+def note(text: str, *details: str) -> str:
+    """A line about a result, and smaller ones below it, as HTML."""
+    small = "".join(f"<small>{html.escape(detail)}</small>" for detail in details)
+    return f'<p class="note" role="status"><b>{html.escape(text)}</b>{small}</p>'
 
 
 def failure(error: Exception) -> str:
@@ -90,4 +95,4 @@ def failure(error: Exception) -> str:
     else:
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {error} (a bug in dpar; the terminal has the traceback)"
-    return f'<p class="error" role="alert">{html.escape(message)}</p>'
+    return f'<p class="error" role="alert">Error: {html.escape(message)}</p>'

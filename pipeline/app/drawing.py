@@ -1,9 +1,9 @@
 """What the tabs do, as plain functions of the model: sample, edit, measure an image, place its patches.
 
-    pictures = generate(model, [3], 4, Choices(cfg_scale=2.0))
-    pictures = edit(model, image, 3, 4, Choices(), keep_rows=8)
-    measured = model.pipe.patchify(image)                    # the model runs once
-    view = place_patches(model, measured, threshold=5.0, max_length=4, row_reset=True)
+pictures = generate(model, [3], 4, Choices(cfg_scale=2.0))
+pictures = edit(model, image, 3, 4, Choices(), keep_rows=8)
+measured = model.pipe.patchify(image)                    # the model runs once
+view = place_patches(model, measured, threshold=5.0, max_length=4, row_reset=True)
 """
 
 from __future__ import annotations

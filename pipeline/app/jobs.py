@@ -1,8 +1,8 @@
 """One job of the model at a time, each of which the browser session that started it can stop.
 
-    jobs = Jobs()
-    jobs.run(session, lambda progress: pipe("cat", progress=progress))
-    jobs.stop(session)                                       # from another thread: run raises Cancelled
+jobs = Jobs()
+jobs.run(session, lambda progress: pipe("cat", progress=progress))
+jobs.stop(session)                                       # from another thread: run raises Cancelled
 """
 
 from __future__ import annotations

@@ -52,38 +52,37 @@ class Model:
         return self.pipe.rule is not None and self.pipe.rule.strategy == "entropy"
 
     @property
-    def highest_entropy(self) -> float:
-        """ln V, nats: no token's entropy is above it."""
-        return math.log(self.pipe.generator.config.codebook_size)
+    def highest_threshold(self) -> float:
+        """ln V, nats, rounded up: no token's entropy is above it."""
+        return math.ceil(100 * math.log(self.pipe.generator.config.codebook_size)) / 100
 
     @property
     def threshold(self) -> float:
-        """The threshold of the training data, nats; where it is infinite, ln V, which no entropy exceeds either."""
+        """The threshold of the training data, nats; if infinite, the highest, which no entropy exceeds either."""
         known = None if self.pipe.rule is None else self.pipe.rule.threshold
-        return self.highest_entropy if known is None else min(known, self.highest_entropy)
+        return self.highest_threshold if known is None else min(known, self.highest_threshold)
 
-    def patches_text(self, patches: float, guided: bool | None) -> str:
-        """How many patches there are and what they save.
+    def patches_text(self, patches: float, guided: bool | None) -> tuple[str, str]:
+        """What a mean of ``patches`` per image saves, and compared with what.
 
         Args:
             patches: mean per image.
             guided: whether images were sampled with guidance; None for one forward pass of a given image.
         """
         if self.compute is None:
-            return f"Every token is its own patch: {self.tokens} per image."
+            return f"{self.tokens} tokens per image.", "This model has no patches: every token is processed on its own."
         saved = self.compute.saved(patches, bool(guided))
         baseline = self.compute.baseline
-        of = "in one forward pass" if guided is None else "to sample an image"
         return (
-            f"{patches:.1f} patches per image, {self.tokens / patches:.2f} of {self.tokens} tokens each. "
-            f"Compute saved: {_percent(saved.generator)} by the generator alone, {_percent(saved.total)} with the "
-            f"entropy model counted. Compared: multiply-accumulates of linear layers {of}, against a LlamaGen of the "
-            f"same depth and width ({baseline.layers} layers, width {baseline.width})."
+            f"{self.tokens / patches:.2f} tokens per patch. Compute saved: {_percent(saved.generator)} in the "
+            f"generator, {_percent(saved.total)} with the entropy model counted.",
+            f"Compared with a LlamaGen of the same depth and width ({baseline.layers} layers, width {baseline.width}), "
+            f"by multiply-accumulates of linear layers {'in one forward pass' if guided is None else 'of sampling'}.",
         )
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %".replace("-", "−")
+    return f"{100 * share:.0f}\u00a0%".replace("-", "−")  # no line break before the sign
 
 
 def load_model(name: str, settings: AppSettings) -> Model:

@@ -14,7 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from dpar.image_pipeline import PatchedImage
-from pipeline.app.controls import Sampling, failure, image_examples, note
+from pipeline.app.controls import Sampling, failure, image_examples, note, titled_image
 from pipeline.app.drawing import (
     MOST_IMAGES,
     edit,
@@ -30,13 +30,17 @@ from pipeline.app.pictures import Picture
 from pipeline.app.results import Results, Updates
 
 CSS = """
-.note { color: var(--body-text-color); }
+.note small { display: block; opacity: 0.75; }
 .error { color: var(--error-text-color); border: 1px solid var(--error-border-color);
   background: var(--error-background-fill); border-radius: var(--radius-md); padding: 0.5rem 0.75rem; }
+.pictures .grid-wrap { min-height: 0 !important; }
+.pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)) !important; }
+.pictures .caption-label { max-width: 100%; white-space: normal; font-size: var(--text-xs); }
+.threshold input[type="number"] { width: 7rem; }
 """
 FONTS = ("system-ui", "sans-serif")  # nothing is fetched: the page works without a network
 LAUNCH: dict[str, Any] = {
-    "theme": gr.themes.Soft(font=FONTS, font_mono=("ui-monospace", "monospace")),
+    "theme": gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=("ui-monospace", "monospace")),
     "css": CSS,
     "footer_links": [],
     "run_history": False,
@@ -80,7 +84,7 @@ def _generate_tab(model: Model, jobs: Jobs, folder: Path) -> None:
             sampling = Sampling(model)
             with gr.Row():
                 run = gr.Button("Generate", variant="primary", min_width=120)
-                cancel = gr.Button("Cancel", variant="stop", min_width=120)
+                cancel = gr.Button("Cancel", min_width=120)
         with gr.Column(scale=8, min_width=300):
             results = Results(model, folder)
 
@@ -97,6 +101,7 @@ def _edit_tab(model: Model, jobs: Jobs, folder: Path, examples: list[Path]) -> N
         with gr.Column(scale=5, min_width=300):
             editor = gr.ImageEditor(
                 label="Image",
+                show_label=False,
                 type="pil",
                 sources=("upload", "clipboard"),
                 transforms=(),
@@ -113,10 +118,12 @@ def _edit_tab(model: Model, jobs: Jobs, folder: Path, examples: list[Path]) -> N
             sampling = Sampling(model)
             with gr.Row():
                 run = gr.Button("Edit", variant="primary", min_width=120)
-                cancel = gr.Button("Cancel", variant="stop", min_width=120)
+                cancel = gr.Button("Cancel", min_width=120)
         with gr.Column(scale=7, min_width=300):
             results = Results(model, folder)
-    mode.change(lambda chosen: gr.Slider(visible=chosen == ROWS), mode, keep_rows, api_visibility="private", queue=False)
+    mode.change(
+        lambda chosen: gr.Slider(visible=chosen == ROWS), mode, keep_rows, api_visibility="private", queue=False
+    )
 
     def sample(
         progress: Any, drawing: dict[str, Any] | None, mode: str, kept: int, label: int, count: int, *values: Any
@@ -137,7 +144,7 @@ def _edit_tab(model: Model, jobs: Jobs, folder: Path, examples: list[Path]) -> N
             progress=progress,
         )
         kept_tokens = pictures[0].settings["kept_tokens"]
-        return pictures, choices.cfg_scale != 1, f"{kept_tokens} of {model.tokens} tokens kept. "
+        return pictures, choices.cfg_scale != 1, f"{kept_tokens} of {model.tokens} tokens kept, "
 
     _wire(jobs, results, run, cancel, [editor, mode, keep_rows, label, count, *sampling.inputs], sample)
 
@@ -149,35 +156,43 @@ def _patchify_tab(model: Model, jobs: Jobs, examples: list[Path]) -> None:
     rule = model.pipe.rule
     assert rule is not None  # those with an entropy model have one
     with gr.Row():
-        with gr.Column(scale=4, min_width=300):
+        with gr.Column(scale=3, min_width=300):
             image = gr.Image(
-                label="Image", type="pil", image_mode=None, sources=["upload", "clipboard"], height=280, buttons=[]
+                label="Image",
+                show_label=False,
+                type="pil",
+                image_mode=None,
+                sources=["upload", "clipboard"],
+                height=280,
+                buttons=[],
             )
             image_examples(examples, image)
             threshold = gr.Slider(
                 0,
-                model.highest_entropy,
+                model.highest_threshold,
                 model.threshold,
                 step=0.01,
                 label="Threshold, nats",
                 info="A token of higher entropy starts a patch",
                 buttons=["reset"],
+                elem_classes="threshold",
             )
             limit = gr.Slider(
-                0, 16, rule.max_length or 0, step=1, label="Most tokens in a patch", info="0 is no limit", buttons=["reset"]
+                0,
+                16,
+                rule.max_length or 0,
+                step=1,
+                label="Most tokens in a patch",
+                info="0 is no limit",
+                buttons=["reset"],
             )
             row_reset = gr.Checkbox(rule.row_reset, label="Each row starts a patch")
-        with gr.Column(scale=8, min_width=300):
+        with gr.Column(scale=9, min_width=300):
             status = gr.HTML(note("Pick an image, or upload one."), show_label=False)
             with gr.Row():
-                patches = gr.Image(label="Patches", interactive=False, buttons=["fullscreen", "download"], min_width=280)
-                entropy = gr.Image(
-                    label="Entropy of each token", interactive=False, buttons=["fullscreen", "download"], min_width=280
-                )
-            with gr.Row():
-                decoded = gr.Image(
-                    label="Reconstruction", interactive=False, buttons=["fullscreen", "download"], min_width=280
-                )
+                decoded = titled_image("Reconstruction", scale=20)
+                patches = titled_image("Patches", scale=20)
+                entropy = titled_image("Entropy of each token", scale=23)
     measured = gr.State(None)
     settings = [threshold, limit, row_reset]
 
@@ -188,7 +203,10 @@ def _patchify_tab(model: Model, jobs: Jobs, examples: list[Path]) -> None:
             placed = place_patches(model, measured, *values)
         except Exception as error:
             return {status: failure(error)}
-        return {patches: placed.picture, status: note(model.patches_text(placed.patches, None))}
+        return {
+            patches: placed.picture,
+            status: note(f"{placed.patches} patches", *model.patches_text(placed.patches, None)),
+        }
 
     def measure(request: gr.Request, picture: Image.Image | None, *values: Any) -> Updates:
         empty = {patches: None, entropy: None, decoded: None, measured: None}

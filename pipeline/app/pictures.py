@@ -1,7 +1,7 @@
 """Sampled pictures with what belongs to them, as the page draws them and as files.
 
-    thumbnail(picture, patches=True), entropy_picture(picture, scale)
-    write_png(picture, folder)                               # a PNG whose text chunk "parameters" has the settings
+thumbnail(picture, patches=True), entropy_picture(picture, scale)
+write_png(picture, folder)                               # a PNG whose text chunk "parameters" has the settings
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from pipeline.app.controls import note
+from pipeline.app.controls import note, titled_image
 from pipeline.app.drawing import mean_patches
 from pipeline.app.model import Model
 from pipeline.app.pictures import LARGE, THUMBNAIL, Picture, drawn, entropy_picture, shared_scale, write_png
@@ -31,6 +31,7 @@ class Results:
         self.draw = gr.Checkbox(patches, label="Draw the patches", visible=patches, container=False)
         self.gallery = gr.Gallery(
             label="Pictures",
+            show_label=False,
             columns=4,
             height="auto",
             object_fit="contain",
@@ -40,18 +41,22 @@ class Results:
             elem_classes="pictures",
         )
         with gr.Row(visible=False) as self.detail:
-            with gr.Column(min_width=280, scale=10):
-                self.image = gr.Image(label="Picture", interactive=False, buttons=["fullscreen"])
-            with gr.Column(min_width=280, scale=12, visible=model.pipe.entropy_model is not None):
-                self.entropy = gr.Image(label="Entropy of each token", interactive=False, buttons=["fullscreen"])
-        self.download = gr.DownloadButton("Download PNG with its settings", visible=False)
-        self.settings = gr.JSON(label="Settings of this picture", open=True, buttons=["copy"], visible=False)
+            self.image = titled_image("Selected picture", scale=20)
+            if model.pipe.entropy_model is None:
+                self.entropy = gr.Image(visible=False)
+            else:
+                self.entropy = titled_image("Entropy of each token", scale=23)
+        with gr.Column(visible=False) as self.files:
+            self.download = gr.DownloadButton("Download PNG with its settings")
+            with gr.Accordion("Settings of this picture", open=False):
+                self.settings = gr.JSON(show_label=False, open=True, buttons=["copy"])
         self.pictures = gr.State([])
         self.selected = gr.State(0)
         self.outputs = [
             self.status,
             self.gallery,
             self.detail,
+            self.files,
             self.image,
             self.entropy,
             self.download,
@@ -60,9 +65,7 @@ class Results:
             self.selected,
         ]
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        self.draw.change(
-            self._redraw, [self.pictures, self.selected, self.draw], [self.gallery, self.image], **hidden
-        )
+        self.draw.change(self._redraw, [self.pictures, self.selected, self.draw], [self.gallery, self.image], **hidden)
         self.gallery.select(
             self._select,
             [self.pictures, self.draw],
@@ -72,11 +75,12 @@ class Results:
 
     def show(self, pictures: list[Picture], patches: bool, guided: bool, more: str = "") -> Updates:
         """The outputs for new pictures, the first of them selected."""
-        text = self._model.patches_text(mean_patches(pictures), guided)
+        mean = mean_patches(pictures)
         return {
-            self.status: note(f"{more}{text}"),
+            self.status: note(f"{more}{mean:.1f} patches per image", *self._model.patches_text(mean, guided)),
             self.gallery: gr.Gallery(_gallery(pictures, patches), selected_index=0),
             self.detail: gr.Row(visible=True),
+            self.files: gr.Column(visible=True),
             **self._details(pictures, 0, patches),
             self.pictures: pictures,
             self.selected: 0,
@@ -88,8 +92,8 @@ class Results:
         return {
             self.image: drawn(picture, patches, LARGE),
             self.entropy: entropy_picture(picture, shared_scale(pictures)),
-            self.download: gr.DownloadButton(value=path, visible=True),
-            self.settings: gr.JSON(picture.settings, visible=True),
+            self.download: gr.DownloadButton(value=path),
+            self.settings: picture.settings,
         }
 
     def _select(self, pictures: list[Picture], patches: bool, chosen: gr.SelectData) -> Updates:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline.app.model import load_model
 from pipeline.runtime.errors import StageError
 from pipeline.settings.app import AppSettings
 
@@ -29,13 +29,16 @@ def serve(name: str, settings: AppSettings, ready: Callable[[str], None]) -> Non
     Raises:
         StageError, ModelError: Gradio is not installed, the model cannot be loaded, or the port is taken.
     """
-    with tempfile.TemporaryDirectory(prefix="dpar-app-") as folder:
+    if settings.port is not None:
+        _check_port(settings.host, settings.port)
+    with _sigterm_like_ctrl_c(), tempfile.TemporaryDirectory(prefix="dpar-app-") as folder:
         # Gradio reads these when it is imported or answers its first request.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder, "HF_HUB_DISABLE_TELEMETRY": "1"}
         try:
             import gradio  # noqa: F401
         except ImportError as error:
             raise StageError("dpar app needs Gradio: pip install 'dpar[app]'") from error
+        from pipeline.app.model import load_model
         from pipeline.app.page import LAUNCH, build
 
         page = build(load_model(name, settings), Path(folder))
@@ -48,20 +51,31 @@ def serve(name: str, settings: AppSettings, ready: Callable[[str], None]) -> Non
                 quiet=True,
                 **LAUNCH,
             )
-        except OSError as error:
-            raise StageError(
-                f"cannot listen at {settings.host}, port {settings.port or '7860 and up'}: name a free one with --port"
-            ) from error
-        ready(address)
-        try:
-            _wait()
-        finally:
-            page.close(verbose=False)
+        except OSError as error:  # of the ports from 7860 none is free
+            raise StageError(f"cannot listen at {settings.host}: {error}; name a free port with --port") from error
+        with contextlib.closing(page), contextlib.suppress(KeyboardInterrupt):
+            ready(address)
+            threading.Event().wait()
 
 
-def _wait() -> None:
-    """Return at Ctrl-C or SIGTERM."""
-    with contextlib.suppress(KeyboardInterrupt):
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        threading.Event().wait()
+@contextlib.contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Have SIGTERM raise KeyboardInterrupt, so that the temporary directory is deleted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise StageError if nothing can listen there; Gradio would find out after the model is loaded."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise StageError(
+            f"cannot listen at {host}, port {port}: {error.strerror}; name another one with --port, or leave it out"
+        ) from error

@@ -22,6 +22,4 @@ class AppSettings:
     device: Device = "auto"
 
     def __post_init__(self) -> None:
-        require(
-            self.port is None or 1 <= self.port <= 65535, f"--port is {self.port}; it must be from 1 to 65535"
-        )
+        require(self.port is None or 1 <= self.port <= 65535, f"--port is {self.port}; it must be from 1 to 65535")
