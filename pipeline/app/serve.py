@@ -53,9 +53,10 @@ def serve(name: str, settings: AppSettings, ready: Callable[[str], None]) -> Non
             )
         except OSError as error:  # of the ports from 7860 none is free
             raise StageError(f"cannot listen at {settings.host}: {error}; name a free port with --port") from error
-        with contextlib.closing(page), contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):
             ready(address)
             threading.Event().wait()
+        page.close(verbose=False)
 
 
 @contextlib.contextmanager
