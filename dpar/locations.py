@@ -37,14 +37,18 @@ def weights_path(name: str | os.PathLike[str], part: Part = "generator") -> str:
     """
     name = os.fspath(name)
     if name.startswith("builtin:"):
-        if name not in BUILTIN:
-            raise ModelError(f"no weights are called {name!r}; built in are {', '.join(BUILTIN)}")
-        return str(Path(__file__).parent / "weights" / BUILTIN[name])
+        return _part_path(_builtin(name), part)
     if (Path(name) / RUN).is_file():
         if not (Path(name) / RUN_WEIGHTS / CONFIG).is_file():
             raise ModelError(f"the run {name} has no weights yet: its first checkpoint is still to come")
         return str(Path(name) / RUN_WEIGHTS)
     return _part_path(Path(name), part)
+
+
+def _builtin(name: str) -> Path:
+    if name not in BUILTIN:
+        raise ModelError(f"no weights are called {name!r}; built in are {', '.join(BUILTIN)}")
+    return Path(__file__).parent / "weights" / BUILTIN[name]
 
 
 def _part_path(folder: Path, part: Part) -> str:
@@ -59,7 +63,10 @@ def _part_path(folder: Path, part: Part) -> str:
 def bundle_folder(name: str | os.PathLike[str]) -> Path | None:
     """Return the directory of a bundle (of a Hub repository, a snapshot); None if ``name`` is not one."""
     name = os.fspath(name)
-    folder = _snapshot(name) if not Path(name).exists() and _is_hub_name(name) else Path(name)
+    if name.startswith("builtin:"):
+        folder = _builtin(name)
+    else:
+        folder = _snapshot(name) if not Path(name).exists() and _is_hub_name(name) else Path(name)
     return folder if (folder / BUNDLE).is_file() else None
 
 

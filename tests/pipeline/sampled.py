@@ -18,9 +18,11 @@ from dpar import DPAR, LlamaGen, LlamaGenConfig
 from dpar.model import DPARConfig
 from dpar.presets import preset
 from dpar.tokenizer import VQConfig, VQTokenizer
+from pipeline.export import export
 from pipeline.patchify import patchify
 from pipeline.runtime.progress import Progress
 from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
+from pipeline.settings.sampling import ExportSettings
 from pipeline.tokenize import tokenize
 from pipeline.train import lineage
 from shards.files import write_json
@@ -111,6 +113,19 @@ def save_dino(folder: Path) -> Path:
     model = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
     torch.save(model.state_dict() | {"mask_token": torch.zeros(1, 384)}, folder / "dinov2_vits14_pretrain.pth")
     return folder / "dinov2_vits14_pretrain.pth"
+
+
+BUNDLE_CLASSES = ("bird", "cat", "fish")
+
+
+def save_bundles(home: Path) -> Path:
+    """`save_home` with a run of DPAR and one of LlamaGen, and a bundle of each."""
+    save_home(home, BUNDLE_CLASSES, a_class=2)
+    save_run(home / "dpar", home / "patches", "dpar-tiny")
+    save_run(home / "llama", home / "codes", "llamagen-tiny", std=0.05)
+    for name in ("dpar", "llama"):
+        export(home / name, home / f"{name}-bundle", ExportSettings(samples=0, **CPU), QUIET)
+    return home
 
 
 def everything(out: Path) -> dict[str, bytes]:
