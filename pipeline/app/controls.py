@@ -70,9 +70,9 @@ class Sampling:
         )
 
 
-def image_examples(paths: list[Path], image: Any) -> gr.Examples:
+def image_examples(paths: list[Path], image: gr.Image | gr.ImageEditor) -> None:
     """Images to pick into a component."""
-    return gr.Examples([[str(path)] for path in paths], [image], label="Or pick one", examples_per_page=len(paths))
+    gr.Examples([[str(path)] for path in paths], [image], label="Or pick one", examples_per_page=len(paths))
 
 
 def titled_image(title: str, scale: int) -> gr.Image:

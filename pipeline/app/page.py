@@ -194,7 +194,7 @@ def _patchify_tab(model: Model, jobs: Jobs, examples: list[Path]) -> None:
                 patches = titled_image("Patches", scale=20)
                 entropy = titled_image("Entropy of each token", scale=23)
     measured = gr.State(None)
-    settings = [threshold, limit, row_reset]
+    settings: list[Any] = [threshold, limit, row_reset]
 
     def place(measured: PatchedImage | None, *values: Any) -> Updates:
         if measured is None:

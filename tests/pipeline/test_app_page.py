@@ -148,10 +148,10 @@ def page(request: Any, browser: Any, app: str) -> Iterator[Any]:
     """The page in a new browser session, which ends without errors, requests elsewhere or sideways scrolling."""
     context = browser.new_context(viewport={"width": request.param, "height": 900})
     context.set_default_timeout(PATIENCE)
-    page, problems = context.new_page(), []
-    page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+    page, problems = context.new_page(), list[str]()
+    page.on("console", lambda message: problems.extend([message.text] if message.type == "error" else []))
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda asked: asked.url.startswith("http") and problems.append(asked.url))
+    page.on("request", lambda asked: problems.extend([asked.url] if asked.url.startswith("http") else []))
     page.goto(app)
     page.get_by_role("button", name="Generate", exact=True).wait_for()
     yield page
