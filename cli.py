@@ -109,7 +109,7 @@ class readable_errors:
         if error is None or isinstance(error, (typer.Exit, typer.Abort, SystemExit)) or os.environ.get("DPAR_DEBUG"):
             return
         if isinstance(error, Stopped):
-            if not first_process():  # all stopped at the same step, and one reports it
+            if console.quiet:  # all stopped at the same step, and the first process reports it
                 raise typer.Exit(error.status)
             fail(str(error), error.status, lead="")
         if isinstance(error, (Exception, KeyboardInterrupt)) and not claim_error_report(error):
@@ -126,11 +126,6 @@ def fail(message: str, status: int, lead: str = "Error: ") -> typing.NoReturn:
     """Prints one message on standard error and ends with this status."""
     errors.print(f"[bold red]{lead}[/]{escape(message)}" if lead else escape(message), soft_wrap=True, highlight=False)
     raise typer.Exit(status)
-
-
-def first_process() -> bool:
-    """Whether this process speaks for all that ``torchrun`` started."""
-    return not console.quiet
 
 
 def show_version(asked: bool) -> None:
