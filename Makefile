@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,eval,vqgan]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,eval,vqgan,app]"
 	touch $@ $(VENV)/.installed
 
 clean:

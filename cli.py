@@ -1,7 +1,7 @@
 """The command line: parses, calls a stage, renders what it returns. No logic lives here.
 
     dpar tokenize | entropy | patchify | train | eval        the five stages, in order
-    dpar train-tokenizer | sample | probe | inspect | convert | flops | demo   what people need around them
+    dpar train-tokenizer | sample | app | probe | inspect | convert | flops | demo   what people need around them
 
 Options and their headings come from the stages' settings (``pipeline/settings/``); ``--config FILE.toml`` takes
 the same names.
@@ -25,6 +25,7 @@ from rich.markup import escape
 
 from pipeline.runtime.errors import KEPT, StageError, claim_error_report, one_message
 from pipeline.runtime.terminal import Terminal, grid
+from pipeline.settings.app import AppSettings
 from pipeline.settings.artifacts import InspectSettings, PatchifySettings, TokenizeSettings
 from pipeline.settings.examples import EXAMPLES
 from pipeline.settings.fields import OUTPUT
@@ -108,7 +109,7 @@ class readable_errors:
         if error is None or isinstance(error, (typer.Exit, typer.Abort, SystemExit)) or os.environ.get("DPAR_DEBUG"):
             return
         if isinstance(error, Stopped):
-            if not first_process():  # all stopped at the same step, and one reports it
+            if console.quiet:  # all stopped at the same step, and the first process reports it
                 raise typer.Exit(error.status)
             fail(str(error), error.status, lead="")
         if isinstance(error, (Exception, KeyboardInterrupt)) and not claim_error_report(error):
@@ -125,11 +126,6 @@ def fail(message: str, status: int, lead: str = "Error: ") -> typing.NoReturn:
     """Prints one message on standard error and ends with this status."""
     errors.print(f"[bold red]{lead}[/]{escape(message)}" if lead else escape(message), soft_wrap=True, highlight=False)
     raise typer.Exit(status)
-
-
-def first_process() -> bool:
-    """Whether this process speaks for all that ``torchrun`` started."""
-    return not console.quiet
 
 
 def show_version(asked: bool) -> None:
@@ -233,6 +229,19 @@ def sample(
 
     done = sample_pictures(run, out, settings)
     show(f"{done['images']} images, {done['patches_per_image']:.1f} patches per image: {done['sheet']}")
+
+
+@command("app", AppSettings)
+def serve_app(
+    settings: AppSettings,
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="A bundle, a run of `dpar train`, or owner/name on the Hub.")
+    ] = "builtin:emoji",
+) -> None:
+    """Sample, patchify and edit in the browser. A local page; it needs the extra app."""
+    from pipeline.app.serve import serve
+
+    serve(model, settings, lambda address: show(f"The page is at {address}\nCtrl-C stops it."))
 
 
 @command("probe", ProbeSettings)

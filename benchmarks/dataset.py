@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.dataset import TrainingData
 from shards.manifest import Container, Manifest, ShardInfo
 from shards.reader import Batch, open_artifact
 from shards.rows import Rows
+from shards.training_data import TrainingData
 from shards.writer import ArtifactBuild
 
 SHARD = 4096

@@ -3,6 +3,7 @@
     pipe = DPARPipeline.from_pretrained("bundle")            # a directory, or "owner/name" on the Hub
     pictures = pipe(["animal mammal", 7], cfg_scale=2.0, seed=0).images
     patched = pipe.patchify(Image.open("cat.png"))           # entropies (nats), patch starts, reconstruction
+    edited = pipe("cat", image=Image.open("cat.png"), keep_rows=8).images     # the upper rows of tokens stay
 
 It loads a bundle (:mod:`dpar.bundle`) and keeps one :class:`dpar.sampling.Sampler` between calls.
 """
@@ -10,7 +11,7 @@ It loads a bundle (:mod:`dpar.bundle`) and keeps one :class:`dpar.sampling.Sampl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -23,7 +24,7 @@ from dpar.bundle import Bundle
 from dpar.class_names import find_class, nearest_class
 from dpar.errors import ModelError
 from dpar.guidance import GuidanceSchedule, SamplingOptions
-from dpar.images import center_crop, to_rgb
+from dpar.images import center_crop, kept_tokens, to_rgb
 from dpar.llamagen import LlamaGen
 from dpar.locations import bundle_folder
 from dpar.model import DPAR
@@ -44,6 +45,7 @@ class PipelineImages:
     codes: NDArray[np.int64]  # (n, N)
     starts: NDArray[np.bool_]  # (n, N), True where a token starts a patch; everywhere for a LlamaGen
     entropies: NDArray[np.float16] | None  # (n, N) nats, +inf for token 0; where they were asked for
+    kept: NDArray[np.bool_] | None = None  # (N,), True where a token is the given image's; None without one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +156,15 @@ class DPARPipeline:
         seed: int = 0,
         batch: int = 32,
         entropies: bool = False,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        keep_rows: int | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> PipelineImages:
         """Sample pictures; image i is a function of the seed, i and its class, whatever the batch.
+
+        With ``image`` a part of that picture stays and the rest is sampled: tokens in raster order, each after those
+        above it and to its left. The picture is cropped as in :meth:`patchify`.
 
         Args:
             classes: names or numbers.
@@ -169,6 +178,10 @@ class DPARPipeline:
             seed: all randomness comes from it.
             batch: images sampled at once.
             entropies: also give the entropies of the sampled tokens.
+            image: a picture to keep a part of; it goes with ``mask`` or ``keep_rows``.
+            mask: of the image's size; a token with any pixel that is white in it is sampled.
+            keep_rows: rows of tokens that stay, from the top.
+            progress: called after each token with the share of the work that is done; what it raises ends the sampling.
 
         Raises:
             ModelError: an unknown class, or a setting that means nothing.
@@ -182,13 +195,34 @@ class DPARPipeline:
             top_p=top_p,
             seed=seed,
         )
-        codes, starts = self._sampler.sample(torch.from_numpy(labels), self.rule_at(threshold), options, batch=batch)
+        known = keep = None
+        if image is not None:
+            known, keep = (part.expand(len(labels), -1) for part in self._kept(image, mask, keep_rows))
+        elif mask is not None or keep_rows is not None:
+            raise ModelError("mask and keep_rows belong to an image")
+        tokens = len(labels) * self.generator.config.n_tokens
+
+        def observe(images: slice, position: int, _: torch.Tensor) -> None:
+            assert progress is not None
+            size = images.stop - images.start
+            progress((images.start * self.generator.config.n_tokens + size * (position + 1)) / tokens)
+
+        codes, starts = self._sampler.sample(
+            torch.from_numpy(labels),
+            self.rule_at(threshold),
+            options,
+            batch=batch,
+            known=known,
+            keep=keep,
+            observe=None if progress is None else observe,
+        )
         return PipelineImages(
             images=self.decode(codes, batch),
             labels=labels,
             codes=codes.cpu().numpy(),
             starts=starts.cpu().numpy(),
             entropies=self._entropy(codes, batch).cpu().numpy() if entropies else None,
+            kept=None if keep is None else keep[0].numpy(),
         )
 
     @torch.no_grad()
@@ -212,11 +246,7 @@ class DPARPipeline:
             ModelError: the pipeline has no entropy model, its grid is not square, or the rule has no such values; or
                 the picture has a mode without a defined range.
         """
-        if self.grid[0] != self.grid[1]:
-            raise ModelError(f"the grid has {self.grid[0]}×{self.grid[1]} tokens; pictures need a square one")
-        side = self.grid[0] * self.tokenizer.config.downsampling
-        pixels = torch.from_numpy(center_crop([to_rgb(image)], side).copy()).to(self.device)
-        codes = self.tokenizer.encode(from_uint8(pixels).unsqueeze(0))
+        codes = self._encode(image)
         entropy = self._entropy(codes, 1)[0].cpu().numpy()
         rule = self.rule_at(threshold, max_length, row_reset) or PatchRule()
         return PatchedImage(
@@ -265,6 +295,42 @@ class DPARPipeline:
             max_length=self.rule.max_length if max_length is None else max_length or None,
             row_reset=self.rule.row_reset if row_reset is None else row_reset,
         )
+
+    def _crop(self, image: Image.Image) -> NDArray[np.uint8]:
+        """The square centre (H, W, 3) of a picture, at the size that the tokenizer takes."""
+        if self.grid[0] != self.grid[1]:
+            raise ModelError(f"the grid has {self.grid[0]}×{self.grid[1]} tokens; pictures need a square one")
+        return center_crop([to_rgb(image)], self.grid[0] * self.tokenizer.config.downsampling)
+
+    @torch.no_grad()
+    def _encode(self, image: Image.Image) -> torch.Tensor:
+        """Codes (1, N) of a picture."""
+        pixels = torch.from_numpy(self._crop(image).copy()).to(self.device)
+        return self.tokenizer.encode(from_uint8(pixels).unsqueeze(0))
+
+    def _kept(
+        self, image: Image.Image, mask: Image.Image | None, keep_rows: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (1, N) of a picture, and which of them stay, (1, N) bool."""
+        rows, columns = self.grid
+        if (mask is None) == (keep_rows is None):
+            raise ModelError("an image needs one of mask and keep_rows: what of it stays")
+        if mask is not None:
+            if mask.size != image.size:
+                raise ModelError(
+                    f"the mask is {mask.width}×{mask.height} pixels, the image {image.width}×{image.height}; "
+                    "both must have the same size"
+                )
+            keep = kept_tokens(self._crop(mask), self.grid)
+            nothing = "the mask has no white pixel in the part of the image that is used, a square at its centre"
+        else:
+            if not 0 <= (keep_rows or 0) <= rows:
+                raise ModelError(f"keep_rows is {keep_rows}; the image has {rows} rows of tokens")
+            keep = np.repeat(np.arange(rows) < (keep_rows or 0), columns)
+            nothing = f"keep_rows {keep_rows} keeps all {rows} rows of tokens"
+        if keep.all():
+            raise ModelError(f"there is nothing to sample: {nothing}")
+        return self._encode(image), torch.from_numpy(keep)[None]
 
     @torch.no_grad()
     def _entropy(self, codes: torch.Tensor, batch: int) -> torch.Tensor:

@@ -44,6 +44,19 @@ def center_crop(halvings: list[Image.Image], size: int) -> NDArray[np.uint8]:
     return pixels[top : top + size, left : left + size]
 
 
+def kept_tokens(mask: NDArray[np.uint8], grid: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return which tokens a mask keeps, (N,) bool: those without a white pixel.
+
+    Args:
+        mask: (H, W, 3), cropped as its image; white where a channel is at least 128.
+        grid: rows and columns of tokens.
+    """
+    rows, columns = grid
+    white = mask.max(axis=2) >= 128
+    cells = white.reshape(rows, mask.shape[0] // rows, columns, mask.shape[1] // columns)
+    return ~cells.any(axis=(1, 3)).reshape(-1)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return a copy in mode RGB: transparency composed on white, 16-bit grey scaled to 8 bit, not clipped.
 

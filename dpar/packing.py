@@ -9,6 +9,7 @@ Everything here touches each token once; there is no mask of tokens against patc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -68,13 +69,20 @@ class PatchLayout:
 
     def to(self, device: torch.device | str) -> PatchLayout:
         """Return the layout with its tensors on ``device``, except ``host_cu_seqlens``; see :func:`to_device`."""
+        return self._with(lambda tensor: to_device(tensor, device))
+
+    def pin_memory(self) -> PatchLayout:
+        """Return the layout in pinned memory, for a CUDA device; :meth:`to` then has nothing to copy on the host."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> PatchLayout:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {
-            name: to_device(value, device)
+        changed = {
+            name: change(value)
             for name, value in values.items()
             if isinstance(value, Tensor) and name != "host_cu_seqlens"
         }
-        return PatchLayout(**{**values, **moved})
+        return PatchLayout(**{**values, **changed})
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

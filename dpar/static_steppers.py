@@ -7,7 +7,8 @@ A decoding step is hundreds of small kernels, and launching them takes longer th
 writes tensors that are allocated beforehand, positions are tensors on the device, and on CUDA a step is captured as a
 graph, which is launched as one (:class:`dpar.graphs.Graphs`). Three things follow:
 
-1. Attention reads all N keys of a cache, with a mask made of positions (:class:`dpar.static_cache.StaticCache`).
+1. Attention reads a cache in one of four lengths, the next behind the token at hand, with a mask made of positions
+   (:class:`dpar.static_cache.StaticCache`); there is a graph of a step for each.
 2. The patch transformer runs on 1, 2, 4, … or all images, the next size at or above the number that begin a patch.
    Rows of padding belong to a scratch image behind the others, whose cache nobody reads.
 3. The host has to know that number: one copy per token, the only time it waits for the device.
@@ -17,7 +18,9 @@ A batch may have fewer images than its stepper; the rest is padding that begins 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -122,8 +125,7 @@ class StaticTokenStepper:
 
     def logits(self, position: int) -> Tensor:
         """See :class:`dpar.steppers.Stepper`; float32."""
-        self.position.fill_(position - self.lag)
-        self.graphs.run("logits", self._logits)
+        self._run("logits", self._logits, position - self.lag)
         return self.out[: self.images * self.copies].to(torch.float32, copy=True)  # the next step writes there again
 
     def accept(self, position: int, codes: Tensor) -> None:
@@ -135,19 +137,23 @@ class StaticTokenStepper:
         """See :class:`dpar.steppers.TokenStepper`."""
         if position < self.lag:
             return None
-        self.position.fill_(position - self.lag)
-        self.graphs.run("entropy", self._entropy)
+        self._run("entropy", self._entropy, position - self.lag)
         return self.entropies[: self.images]
 
-    def _logits(self) -> None:
-        places, x = self.cache[0].together_at(self.position), self.input
+    def _run(self, name: str, step: Callable[[int], None], position: int) -> None:
+        self.position.fill_(position)
+        keys = self.cache[0].length(position)
+        self.graphs.run((name, keys), functools.partial(step, keys))
+
+    def _logits(self, keys: int) -> None:
+        places, x = self.cache[0].together_at(self.position, keys), self.input
         table = self.model.table[self.position].expand(len(x), -1, -1)
         for layer, cache in zip(self.model.layers, self.cache, strict=True):
             x = _step(layer, x, table, cache.attend(places))
         self.out.copy_(self.model.output(self.model.norm(x)))
 
-    def _entropy(self) -> None:
-        self._logits()
+    def _entropy(self, keys: int) -> None:
+        self._logits(keys)
         self.entropies.copy_(token_entropy(self.out))
 
 
@@ -198,19 +204,23 @@ class StaticPatchStepper:
             return
         size = next(size for size in self.sizes if size >= count)
         self.position.fill_(position)
-        self.graphs.run(("patches", position == 0, size), lambda: self._patches(size, position == 0))
+        keys, leading = self.patch_cache[0].length(position), position == 0  # no image has more patches than tokens
+        self.graphs.run(("patches", leading, size, keys), lambda: self._patches(size, leading, keys))
 
     def logits(self, position: int) -> Tensor:
         """See :class:`dpar.steppers.Stepper`; float32."""
-        self.position.fill_(position)
-        self.graphs.run("logits", self._logits)
+        self._run("logits", self._logits, position, self.decoder_cache[0])
         return self.out[: self.images * self.copies].to(torch.float32, copy=True)  # the next step writes there again
 
     def accept(self, position: int, codes: Tensor) -> None:
         """See :class:`dpar.steppers.Stepper`."""
         self.codes[: self.images].copy_(codes)
+        self._run("encode", self._encode, position, self.encoder_cache[0])
+
+    def _run(self, name: str, step: Callable[[int], None], position: int, cache: StaticCache) -> None:
         self.position.fill_(position)
-        self.graphs.run("encode", self._encode)
+        keys = cache.length(position)
+        self.graphs.run((name, keys), functools.partial(step, keys))
 
     def _count(self) -> int:
         self.host_starts.copy_(self.starts, non_blocking=True)
@@ -218,15 +228,15 @@ class StaticPatchStepper:
             torch.cuda.current_stream(self.device).synchronize()
         return int(np.count_nonzero(self.host_starts.numpy()))
 
-    def _logits(self) -> None:
-        places, x = self.decoder_cache[0].together_at(self.position), self.stream
+    def _logits(self, keys: int) -> None:
+        places, x = self.decoder_cache[0].together_at(self.position, keys), self.stream
         table = self.model.stream_table[self.position].expand(len(x), -1, -1)
         for i, (layer, cache) in enumerate(zip(self.model.decoder_layers(), self.decoder_cache, strict=True)):
             x = _step(layer.block, x + self.received[: len(x), i], table, cache.attend(places))
         self.out.copy_(self.model.output(self.model.norm(x)))
 
-    def _encode(self) -> None:
-        places = self.encoder_cache[0].together_at(self.position)
+    def _encode(self, keys: int) -> None:
+        places = self.encoder_cache[0].together_at(self.position, keys)
         x = self.model.tok_embeddings(self.codes)
         table = self.model.token_table[self.position].expand(len(x), -1, -1)
         for layer, tokens, cache in zip(self.model.encoder_layers(), self.tokens, self.encoder_cache, strict=True):
@@ -234,7 +244,7 @@ class StaticPatchStepper:
             tokens[: self.batch].index_copy_(1, self.position, x.unsqueeze(1).to(tokens.dtype))
         self.stream.copy_(_repeated(x, self.copies))
 
-    def _patches(self, size: int, leading: bool) -> None:
+    def _patches(self, size: int, leading: bool, keys: int) -> None:
         """The patch transformer, for at most ``size`` images that begin a patch; ``leading``: their first."""
         images = self._beginning(size)
         rows = (images.unsqueeze(1) * self.copies + torch.arange(self.copies, device=self.device)).flatten()
@@ -246,7 +256,7 @@ class StaticPatchStepper:
             x = _repeated(self._closed_patches(images, first), self.copies)
             last = (self.position - 1).expand(size)
             table = _repeated(self.positions.of(first, last), self.copies)
-        places = self.patch_cache[0].at_own(rows, _repeated(self.patches[images], self.copies))
+        places = self.patch_cache[0].at_own(rows, _repeated(self.patches[images], self.copies), keys)
         for layer, cache in zip(self.model.patch_layers(), self.patch_cache, strict=True):
             x = _step(layer, x, table, cache.attend(places))
         projected = torch.stack([layer.project(x) for layer in self.model.decoder_layers()], dim=1)

@@ -5,7 +5,8 @@
     OUT/results.json, .csv, .md   all numbers, and what made them
     OUT/quality-vs-*.png          against guidance, patch length and training FLOPs, where there are several of them
     OUT/likelihood/NAME.json      each row of the held-out table: bits per token, patches and GMACs per image
-    OUT/cells/NAME/               each cell of the table: its codes as an artifact, its numbers, its sheets
+    OUT/cells/NAME/               each cell of the table: its codes as an artifact, its numbers, its sheets, and
+                                  samples above their nearest training images
     OUT/reference.npz             the reference's statistics
     OUT/floor/                    the scores of a second set of real images, with ``--floor``
 
@@ -14,8 +15,9 @@ anew by its rule, from their stored entropies. A cell is a row with a guidance s
 was trained elsewhere: its own file, or a directory of weights without a run.
 
 Bits per token are exact. The distance between samples and reference is FID with ``--features inception``; on the
-tokenizer's own features it goes by another name and compares only with its like. Any number of processes may work on
-one OUT; a killed evaluation resumes, and numbers do not depend on either.
+tokenizer's own features it goes by another name and compares only with its like. All of them have confidence intervals,
+and the results say how each score was measured. Any number of processes may work on one OUT; a killed evaluation
+resumes, and numbers do not depend on either.
 """
 
 from __future__ import annotations
@@ -33,34 +35,32 @@ from numpy.typing import NDArray
 from dpar.llamagen import LlamaGen
 from dpar.patching import PatchRule
 from pipeline.generation.generator import Generator, weights_fingerprint
+from pipeline.generation.nearest import open_training, recorded_training, shown_rows
 from pipeline.generation.sampled_artifact import Plan, labels_like, labels_of, write_sampled
-from pipeline.runtime.device import precision_name, rank, world_size
+from pipeline.runtime.device import choose_device, precision_name, rank, world_size
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, stops_with
 from pipeline.runtime.work_sharing import Parts, claim_folder, claim_parts, write_once
-from pipeline.sample import sample_sheet, save_picture, shard_pixels
+from pipeline.sample import sample_sheet, save_picture, write_nearest
+from pipeline.scoring.bootstrap import Bootstrap
 from pipeline.scoring.candidates import Candidate, Row, candidates, training_flops
-from pipeline.scoring.efficientnet import EfficientNetFeatures
-from pipeline.scoring.features import (
-    Extractor,
-    InceptionFeatures,
-    Statistics,
-    TokenizerFeatures,
-    frechet_distance,
-)
+from pipeline.scoring.comparison import open_comparisons
+from pipeline.scoring.features import Statistics, frechet_distance
 from pipeline.scoring.floor import RealImages, measure_floor, scores_of
 from pipeline.scoring.held_out import check_held_out, held_out_rule, measure_held_out
 from pipeline.scoring.likelihood import check_same_classes
+from pipeline.scoring.protocol import deviations
 from pipeline.scoring.reconstruction import reconstruct
-from pipeline.scoring.records import Cell, Floor, HeldOutRow, Reconstruction, Results
-from pipeline.scoring.reference import CHUNK, Originals, Reference, measure_reference, open_reference
+from pipeline.scoring.records import Cell, Floor, HeldOutRow, Measure, Reconstruction, Results, Scores
+from pipeline.scoring.reference import CHUNK, NEEDED, Originals, Reference
 from pipeline.scoring.results import write_results
 from pipeline.settings.fields import identity as settings_identity
 from pipeline.settings.sampling import EvalSettings
+from shards.errors import ArtifactError
 from shards.manifest import MANIFEST
 from shards.reader import Artifact, open_artifact
 
-FORMAT = 2  # of OUT's files; in 1 bits per token were by the stored boundaries in every row
+FORMAT = 3  # of OUT's files; in 2 there were no intervals, and in 1 bits per token were by the stored boundaries
 
 
 def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | None = None) -> Results:
@@ -80,7 +80,15 @@ def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | 
         likelihoods = [job.likelihood(row) for row in job.rows]
         reconstruction = job.reconstruction()
         job.sample_cells(likelihoods)
-        return write_results(out, likelihoods[0], reconstruction, job.identity, job.floor())
+        return write_results(
+            out,
+            likelihoods[0],
+            reconstruction,
+            job.identity,
+            job.floor(),
+            job.measures(),
+            (settings.protocol, job.deviations),
+        )
 
 
 class _Evaluation:
@@ -101,19 +109,38 @@ class _Evaluation:
         generator = self.generator(self.rows[0])
         if self.artifact is not None:
             check_held_out(self.artifact, generator, run)
-        self.extract = _extractor(settings, generator)
-        self.source = open_reference(settings.reference, self.extract, settings.fetch_originals)
+        self.comparisons = open_comparisons(settings, generator, out)
+        self.first = self.comparisons[0]
+        self.extract, self.source = self.first.extract, self.first.source
+        self.bootstrap = Bootstrap(seed=settings.seed, resamples=settings.bootstrap)
+        self.deviations = deviations(settings, generator, self.source) if settings.protocol == "paper" else []
         self.floor_source = None
         if settings.floor is not None:
             self.floor_source = RealImages.open(settings.floor, self.extract, settings.fetch_originals)
         self.labels = self._labels(generator)
-        images, compares = self.source.images, settings.samples > 0 or settings.save_reference is not None
+        images, compares = self.source.images, settings.images > 0 or settings.save_reference is not None
         if compares and self.source.measured is None and images is not None and len(images) < 2:
             raise StageError(f"{settings.reference} holds {len(images)} images; a reference needs at least 2")
         self._rules = self._held_out_rules(generator, choices)
+        self.training = self._open_training(generator)
         self.identity = self._identity()
         claim_folder(out, "eval.json", self.identity, "holds results of other weights or settings")
         self._warn()
+
+    def _open_training(self, generator: Generator) -> Artifact | None:
+        """What the nearest training images are looked for in; None, with a message, if it is not at hand."""
+        path = self.settings.training or recorded_training(self.run)
+        if not self.settings.images:
+            return None
+        try:
+            if path is None:
+                raise StageError(f"{self.run} does not record its training artifact; name it with --training")
+            return open_training(path, generator, "--training")
+        except (ArtifactError, StageError) as error:
+            if self.settings.training is not None:
+                raise
+            self.progress.say(f"no sheet of nearest training images: {error}")
+            return None
 
     def generator(self, row: Row) -> Generator:
         """The model of a row, with all that sampling needs, and its rule."""
@@ -127,12 +154,12 @@ class _Evaluation:
         """Classes (samples,) of a cell's images."""
         s, names, artifact = self.settings, generator.class_names, self.source.artifact
         if s.labels != "reference":
-            return labels_of(list(range(len(names))), s.samples, s.labels, s.seed)
+            return labels_of(list(range(len(names))), s.images, s.labels, s.seed)
         if artifact is None:
             raise StageError(f"--labels reference needs the classes of an artifact; {s.reference} has none")
         check_same_classes(names, artifact.manifest.class_names, str(self.run), str(s.reference))
         rows = np.arange(len(artifact))
-        return labels_like(artifact.gather(rows, np.zeros_like(rows)).labels, s.samples)
+        return labels_like(artifact.gather(rows, np.zeros_like(rows)).labels, s.images)
 
     def _held_out_rules(
         self, generator: Generator, choices: list[tuple[float | None, int | None]]
@@ -153,17 +180,19 @@ class _Evaluation:
         identity: dict[str, Any] = {"run": str(self.run), "weights": newest, "reference": self.source.fingerprint}
         identity["format"] = FORMAT
         identity["held_out"] = None if self.artifact is None else self.artifact.manifest.fingerprint()
-        identity["features_of"] = self.extract.weights
+        identity["features_of"] = {c.extract.name: c.extract.weights for c in self.comparisons}
         as_json: dict[str, Any] = json.loads(json.dumps(identity | chosen, default=str))
         return as_json
 
     def _warn(self) -> None:
-        """Warn about distances that are not FID, or are of too few images."""
+        """Warn about deviations from a protocol, and about distances that are not FID or are of too few images."""
+        for line in self.deviations:
+            self.progress.say(f"not as in the paper: {line}")
         if self.settings.features == "tokenizer":
             self.progress.say("distances on the tokenizer's own features compare only among themselves; none is FID")
         known = self.source.measured
         in_reference = known.statistics.images if known is not None else len(self.source.images or ())
-        counts = {"reference": in_reference, "samples": self.settings.samples}
+        counts = {"reference": in_reference, "samples": self.settings.images}
         few = [f"{n} {name}" for name, n in counts.items() if n is not None and 0 < n <= self.extract.dimension]
         if few:
             self.progress.say(
@@ -208,66 +237,69 @@ class _Evaluation:
                 )
         except StageError as error:
             self.progress.say(f"no originals: {error}")
-            return Reconstruction(features=self.settings.features, originals=0)
+            return Reconstruction(features=self.settings.network, originals=0)
 
         def finish() -> Reconstruction:
-            originals = parts.joined("pool")
+            originals = {name: parts.joined(name) for name in NEEDED if name in parts.load(0)}
             images, several = self.source.images, len(artifact) > 1  # one image has no covariance
             if several and isinstance(images, Originals) and images.artifact.folder == artifact.folder:
-                self._save(Reference.of(originals))
-            distance = None
+                Reference.of(originals).save(self.first.path, self.first.provenance())
+            distance = interval = None
             if several:
-                distance = frechet_distance(Statistics.of(originals), Statistics.of(parts.joined("decoded")))
+                decoded = parts.joined("decoded")
+                distance = frechet_distance(Statistics.of(originals["pool"]), Statistics.of(decoded))
+                interval = self.bootstrap.frechet(decoded, originals["pool"], distance)
             return Reconstruction(
-                features=self.settings.features,
+                features=self.settings.network,
                 originals=len(artifact),
                 psnr_db=float(parts.joined("psnr").mean()),
                 ssim=float(parts.joined("ssim").mean()),
                 distance=distance,
+                distance_interval=interval,
             )
 
         values = write_once(path, lambda: finish().to_json())
         shutil.rmtree(folder, ignore_errors=True)
-        return Reconstruction.from_json(values, self.settings.features, str(path))
-
-    def reference(self) -> Reference | None:
-        """The reference's features, measured once; None if its originals are unavailable."""
-        path = self.out / "reference.npz"
-        return measure_reference(self.source, self.extract, path, self._provenance(), self.progress)
-
-    def _save(self, reference: Reference) -> None:
-        reference.save(self.out / "reference.npz", self._provenance())
-
-    def _provenance(self) -> dict[str, Any]:
-        s = self.settings
-        return {"features": self.extract.name, "weights": self.extract.weights, "reference": str(s.reference)}
+        return Reconstruction.from_json(values, self.settings.network, str(path))
 
     def sample_cells(self, likelihoods: list[HeldOutRow]) -> None:
         """Sample and score the cells that are missing."""
         s = self.settings
-        reference = self.reference() if s.samples or s.save_reference is not None else None
+        references = [c.reference(self.progress) for c in self.comparisons] if s.images else []
         if s.save_reference is not None:
-            if reference is None:
+            measured = self.first.reference(self.progress)
+            if measured is None:
                 raise StageError(f"--save-reference: nothing could be measured of {s.reference}")
-            target, measured = s.save_reference, reference
             for _ in claim_parts(self.out / "save-reference", 1, lambda _: False):
-                measured.save(target, self._provenance())
-        if not s.samples:
+                measured.save(s.save_reference, self.first.provenance())
+        if not s.images:
             return
         for row, likelihood in zip(self.rows, likelihoods, strict=True):
             for scale in s.cfg_scale:
                 folder = self.out / "cells" / row.cell_name(scale)
                 if not (folder / "cell.json").is_file():
-                    self._cell(folder, row.candidate, self.generator(row), scale, likelihood, reference)
-                for parts in ("seconds", "features"):
-                    shutil.rmtree(folder / parts, ignore_errors=True)
+                    self._cell(folder, row.candidate, self.generator(row), scale, likelihood, references)
+                for parts in (folder / "seconds", *(c.folder(folder) for c in self.comparisons)):
+                    shutil.rmtree(parts, ignore_errors=True)
 
     def floor(self) -> Floor | None:
         """The scores of the second set of real images, measured once; None if there is none or no reference."""
-        source, samples = self.floor_source, self.settings.samples
-        if source is None or (reference := self.reference()) is None:
+        source, samples = self.floor_source, self.settings.images
+        if source is None or (reference := self.first.reference(self.progress)) is None:
             return None
-        return measure_floor(self.out / "floor", source, samples, reference, self.extract, self.progress)
+        return measure_floor(
+            self.out / "floor", source, samples, reference, self.extract, self.bootstrap, self.progress
+        )
+
+    def measures(self) -> list[Measure]:
+        """How each score of the samples is measured."""
+        s, measures = self.settings, []
+        if s.images:
+            precision = precision_name(choose_device(s.device), s.decode_precision)
+            for comparison in self.comparisons:
+                if (reference := comparison.reference(self.progress)) is not None:
+                    measures += comparison.measures(reference, s.images, s.labels, precision)
+        return measures
 
     def _cell(
         self,
@@ -276,12 +308,12 @@ class _Evaluation:
         generator: Generator,
         scale: float,
         likelihood: HeldOutRow,
-        reference: Reference | None,
+        references: list[Reference | None],
     ) -> None:
-        """One combination of settings: its samples, their scores, and two sheets."""
+        """One combination of settings: its samples, their scores, and its sheets."""
         s, path = self.settings, folder / "cell.json"
         labels = self.labels
-        n_shards = -(-s.samples // s.shard_size)
+        n_shards = -(-s.images // s.shard_size)
         seconds = Parts(folder / "seconds", n_shards, path.is_file)
         artifact = write_sampled(
             generator,
@@ -291,14 +323,11 @@ class _Evaluation:
             f"sample {folder.name}",
             sampled=lambda index, took: seconds.save(index, seconds=np.array([took])),
         )
-        features = Parts(folder / "features", n_shards, path.is_file)
-        side = self.extract.side(generator.image_size[0])
-        if reference is not None:
-            with self.progress.task(f"score {folder.name}", s.samples, "images") as task:
-                for index in features.missing():
-                    pixels = shard_pixels(generator, artifact, index, side)
-                    features.save(index, **self.extract(pixels))
-                    task.advance(len(pixels))
+        scored = [
+            (c.extract.name, c.features_of(folder, generator, artifact, path.is_file, self.progress), reference)
+            for c, reference in zip(self.comparisons, references, strict=True)
+            if reference is not None
+        ]
 
         def finish() -> Cell:
             n_tokens = artifact.manifest.n_tokens
@@ -309,7 +338,12 @@ class _Evaluation:
                     continue
                 drawn = sample_sheet(generator, artifact, labels, patches=with_patches, columns=s.sheet_per_class)
                 save_picture(drawn, folder / f"{picture}.png")
-            names = ("pool", "logits") if s.features == "inception" else ("pool",)
+            if self.training is not None:
+                write_nearest(generator, artifact, shown_rows(s.images), labels, self.training, folder)
+            scores: dict[str, Scores] = {
+                name: scores_of({part: parts.joined(part) for part in parts.load(0)}, reference, self.bootstrap)
+                for name, parts, reference in scored
+            }
             return Cell(
                 name=folder.name,
                 checkpoint=candidate.name or None,
@@ -319,30 +353,24 @@ class _Evaluation:
                 cfg_schedule=s.cfg_schedule,
                 threshold=None if generator.rule is None else generator.rule.threshold,
                 max_length=None if generator.rule is None else generator.rule.max_length,
-                samples=s.samples,
+                samples=s.images,
                 labels=s.labels,
-                features=s.features,
+                features=s.network,
                 decode_precision=precision_name(generator.device, s.decode_precision),
                 tokens_per_image=n_tokens,
                 patches_per_image=patches,
                 mean_length=n_tokens / patches,
                 bits_per_token=likelihood.bits_per_token,
+                bits_per_token_interval=likelihood.bits_per_token_interval,
                 held_out_patches_per_image=likelihood.patches_per_image,
                 held_out_mean_length=likelihood.mean_length,
                 gmacs_per_image=likelihood.gmacs_per_image,
-                images_per_second=s.samples / float(seconds.joined("seconds").sum()) if complete else None,
-                scores=None if reference is None else scores_of({n: features.joined(n) for n in names}, reference),
+                images_per_second=s.images / float(seconds.joined("seconds").sum()) if complete else None,
+                scores=scores.pop(s.network, None),
+                also=scores,
             )
 
         write_once(path, lambda: finish().to_json())
-
-
-def _extractor(settings: EvalSettings, generator: Generator) -> Extractor:
-    if settings.features == "inception":
-        return InceptionFeatures(settings.inception_weights, generator.device, settings.scoring_batch)
-    if settings.features == "efficientnet":
-        return EfficientNetFeatures(generator.device, settings.scoring_batch)
-    return TokenizerFeatures(generator.tokenizer, generator.tokenizer_origin["fingerprint"], settings.scoring_batch)
 
 
 def _open(place: Path) -> Artifact:

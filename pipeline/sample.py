@@ -61,7 +61,8 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
     else:
         labels = labels_of(classes, settings.count, settings.labels, settings.seed)
     edit = None if settings.image is None else Edit.of(generator, settings)
-    training = None if settings.show_nearest is None else open_training(settings.show_nearest, generator)
+    place = settings.show_nearest
+    training = None if place is None else open_training(place, generator, "--show-nearest")
     plan = Plan(labels=labels, cfg_scale=settings.cfg_scale, edit=edit)
     with stops_with(f"Stopped. What was sampled is kept in {out}; run the same command again to resume."):
         if settings.overwrite:
@@ -82,7 +83,7 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
                 )
             save_picture(picture, out / "sheet.png")
         if training is not None:
-            _write_nearest(generator, artifact, labels, training, out)
+            write_nearest(generator, artifact, np.arange(len(labels)), labels, training, out)
     patches = artifact.manifest.statistics.get("patches_per_image", artifact.manifest.n_tokens)
     return {"sheet": str(out / "sheet.png"), "images": len(labels), "patches_per_image": float(patches)}
 
@@ -115,15 +116,21 @@ def _write_npz(
                 task.advance(len(pixels))
 
 
-def _write_nearest(
-    generator: Generator, artifact: Artifact, labels: NDArray[np.int64], training: Artifact, out: Path
+def write_nearest(
+    generator: Generator,
+    artifact: Artifact,
+    rows: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    training: Artifact,
+    out: Path,
 ) -> None:
-    codes = np.concatenate([artifact.shard_rows(i).codes[:, 0] for i in range(len(artifact.manifest.shards))])
+    """Find the training images nearest to samples ``rows`` (n,) of all ``labels``; write nearest.png and .json."""
+    codes = artifact.gather(rows, np.zeros_like(rows), entropy=False).codes
     for _ in claim_parts(out / "nearest.png", 1, lambda _: False):
         nearest = find_nearest(codes, training, generator.tokenizer)
-        pairs = zip(artifact.keys(np.arange(len(codes))), nearest.keys, nearest.distance.tolist(), strict=True)
+        pairs = zip(artifact.keys(rows), nearest.keys, nearest.distance.tolist(), strict=True)
         write_json(out / "nearest.json", [{"sample": s, "nearest": n, "distance": d} for s, n, d in pairs])
-        save_picture(nearest_sheet(generator, codes, labels, nearest), out / "nearest.png")
+        save_picture(nearest_sheet(generator, codes, labels[rows], nearest), out / "nearest.png")
 
 
 def shard_pixels(generator: Generator, artifact: Artifact, index: int, size: int | None = None) -> NDArray[np.uint8]:

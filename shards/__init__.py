@@ -4,5 +4,5 @@
     batch = artifact.gather(rows=np.array([0, 7]), views=np.array([0, 0]))
 
 A directory holds shards (Arrow IPC or WebDataset tar) and a ``manifest.json`` that is written last. This package
-depends on neither torch nor the models.
+does not depend on the models, and only `shards.dataset` depends on torch.
 """

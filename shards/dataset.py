@@ -1,126 +1,158 @@
-"""The training data of one process: its share of every global batch, prefetched.
+"""An artifact as `torch.utils.data` datasets, to train without ``dpar train``.
 
-    with TrainingData(artifact, batch=256, seed=0, rank=rank, world_size=8) as data:
-        batch = data.batch(step)                             # 32 images; the next batch is prefetched
+    dataset = ArtifactDataset("patches")                     # map-style: any sampler, any number of workers
+    loader = DataLoader(dataset, batch_size=256, shuffle=True, num_workers=4, collate_fn=collate, drop_last=True)
+    for batch in loader:
+        batch["codes"], batch["labels"], batch["starts"]     # (B, N) int64, (B,) int64, (B, N) bool
 
-Arrow shards are read in a global random order (:class:`shards.order.TrainingOrder`). WebDataset shards are streamed:
-each is read sequentially once per epoch, and its images are mixed with those of a few other shards
-(:class:`shards.order.StreamingOrder`). Either way a batch is a function of (seed, step), and the shares of any number
-of processes add up to the same global batch.
+    stream = StreamingDataset("patches", seed=0)             # iterable: shuffles by itself
+    loader = DataLoader(stream, batch_size=256, num_workers=4, collate_fn=collate)
+    stream.set_epoch(1)                                      # before each epoch after the first
+
+This is the only module of the package that needs torch.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
 
-from shards.order import StreamingOrder, TrainingOrder
-from shards.reader import Artifact, Batch, Drawn, concatenated
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from shards.order import StreamingOrder
+from shards.reader import Artifact, open_artifact
+
+READ = 256  # images that a stream reads at once
 
 
-class TrainingData:
-    """An artifact's images in the order of one run."""
+class Sample(TypedDict, total=False):
+    """An image in one of its views; of a batch, the same with a leading dimension B."""
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        *,
-        batch: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        streaming: bool | None = None,
-    ) -> None:
-        """Args:
-            artifact: codes or patches, with at least one row.
-            batch: images per global batch.
-            seed: of the order.
+    codes: Tensor  # (N,) int64
+    labels: Tensor  # () int64
+    starts: Tensor  # (N,) bool, whether a patch starts at the token; only of patches
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """Stack samples into a batch: codes (B, N), labels (B,), and starts (B, N) if they have them."""
+    batch: dict[str, Tensor] = {
+        name: torch.stack([sample[name] for sample in samples])  # type: ignore[literal-required]
+        for name in samples[0]
+    }
+    return Sample(**batch)  # type: ignore[typeddict-item]
+
+
+class _Reader:
+    """An artifact that may be copied to other processes, which open its shards for themselves."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        artifact = open_artifact(self.folder)
+        self.manifest = artifact.manifest
+        self._open: tuple[int, Artifact] | None = (os.getpid(), artifact)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}
+
+    @property
+    def artifact(self) -> Artifact:
+        """The artifact, with files that this process has opened."""
+        if self._open is None or self._open[0] != os.getpid():
+            self._open = (os.getpid(), Artifact(self.folder, self.manifest))
+        return self._open[1]
+
+    def samples(self, rows: np.ndarray, views: np.ndarray) -> list[Sample]:
+        """Return view ``views[i]`` of row ``rows[i]``, (B,) int64 each."""
+        batch = self.artifact.gather(rows, views, entropy=False)
+        codes, labels = torch.from_numpy(batch.codes), torch.from_numpy(batch.labels)
+        if batch.starts is None:
+            return [Sample(codes=c, labels=label) for c, label in zip(codes, labels, strict=True)]
+        starts = torch.from_numpy(batch.starts)
+        return [Sample(codes=c, labels=k, starts=s) for c, k, s in zip(codes, labels, starts, strict=True)]
+
+
+class ArtifactDataset(Dataset[Sample]):
+    """Codes or patches by number. Works with any sampler, and with workers that are forked or spawned."""
+
+    def __init__(self, folder: str | os.PathLike[str], view: int | None = None) -> None:
+        """Open an artifact.
+
+        Args:
+            folder: its directory.
+            view: of each image; None draws one at each access by torch's generator, which DataLoader seeds.
+
+        Raises:
+            ArtifactError: it is not an artifact, or is damaged.
+            ValueError: it has no such view.
+        """
+        self._reader = _Reader(folder)
+        self.manifest = self._reader.manifest
+        if view is not None and not 0 <= view < self.manifest.views:
+            raise ValueError(f"view is {view}; {folder} has views 0 to {self.manifest.views - 1}")
+        self.view = view
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """Return several images, read together: DataLoader calls this if it is there."""
+        rows = np.asarray(indices, np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"there are {len(self)} images; {int(rows.min())} to {int(rows.max())} were asked for")
+        if self.view is None:
+            views = torch.randint(self.manifest.views, (len(rows),)).numpy()
+        else:
+            views = np.full_like(rows, self.view)
+        return self._reader.samples(rows, views)
+
+
+class StreamingDataset(IterableDataset[Sample]):
+    """Codes or patches shard by shard, mixed within a few of them, shared by processes and workers.
+
+    An epoch is the same for a seed, whatever shares it. Every process gets equally many images, because DDP
+    waits for all of them: up to ``world_size - 1`` images at the end of an epoch are left out.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        """Open an artifact.
+
+        Args:
+            folder: its directory.
+            seed: of the order and of the views.
             rank: this process.
-            world_size: number of processes that share each batch.
-            streaming: read shards sequentially; None: only WebDataset shards.
+            world_size: number of processes that share each epoch.
 
         Raises:
-            ValueError: the batch is not divisible by the number of processes, or there are no rows.
+            ArtifactError: it is not an artifact, or is damaged.
         """
-        if batch % world_size:
-            raise ValueError(f"a batch of {batch} does not divide by {world_size} processes")
-        manifest = artifact.manifest
-        size = batch // world_size
-        self.share = slice(rank * size, (rank + 1) * size)
-        self.artifact = artifact
-        self.order: TrainingOrder
-        self._windows: _Windows | None = None
-        if manifest.container == "webdataset" if streaming is None else streaming:
-            sizes = [shard.rows for shard in manifest.shards]
-            self.order = order = StreamingOrder(shard_rows=sizes, views=manifest.views, batch=batch, seed=seed)
-            self._windows = _Windows(artifact, order)
-        else:
-            self.order = TrainingOrder(rows=len(artifact), views=manifest.views, batch=batch, seed=seed)
-        self._prefetched: tuple[int, Future[Batch]] | None = None
-        self._thread = ThreadPoolExecutor(1, "training data")
+        self._reader = _Reader(folder)
+        self.manifest = self._reader.manifest
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
 
-    def batch(self, step: int) -> Batch:
-        """Return this process's share of global batch ``step``, and prefetch the next one.
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of another epoch, from the next iteration on."""
+        self._epoch.fill_(epoch)
 
-        Raises:
-            ArtifactError: a shard is missing or damaged.
-        """
-        if self._prefetched is not None and self._prefetched[0] == step:
-            batch = self._prefetched[1]
-        else:
-            batch = self._thread.submit(self._read, step)
-        self._prefetched = (step + 1, self._thread.submit(self._read, step + 1))
-        return batch.result()
-
-    def _read(self, step: int) -> Batch:
-        if self._windows is not None:
-            return self._windows.batch(step, self.share)
-        rows, views = self.order.batch(step)
-        return self.artifact.gather(rows[self.share], views[self.share], entropy=False)
-
-    def close(self) -> None:
-        """Stop prefetching."""
-        self._thread.shutdown(cancel_futures=True)
-        if self._windows is not None:
-            self._windows.close()
-
-    def __enter__(self) -> TrainingData:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class _Windows:
-    """The windows of a streaming order around the last batch; only the drawn views are kept in memory."""
-
-    def __init__(self, artifact: Artifact, order: StreamingOrder) -> None:
-        self.artifact, self.order = artifact, order
-        self._windows: dict[tuple[int, int], Future[Drawn]] = {}
-        self._thread = ThreadPoolExecutor(1, "shards")
-
-    def batch(self, step: int, share: slice) -> Batch:
-        """Return images ``share`` of global batch ``step``, and prefetch the next window."""
-        parts, passed = [], 0
-        places = self.order.places(step)
-        for epoch, window, at in places:
-            selected = at[max(share.start - passed, 0) : max(share.stop - passed, 0)]
-            passed += len(at)
-            self._windows = {place: drawn for place, drawn in self._windows.items() if place >= (epoch, window)}
-            if len(selected):
-                parts.append(self._load(epoch, window).result().batch(selected))
-        epoch, window, _ = places[-1]
-        self._load(epoch, window)  # this process's share may end before it
-        self._load(*((epoch, window + 1) if window + 1 < self.order.n_windows else (epoch + 1, 0)))
-        return concatenated(parts)
-
-    def _load(self, epoch: int, window: int) -> Future[Drawn]:
-        if (epoch, window) not in self._windows:
-            self._windows[epoch, window] = self._thread.submit(self._read, epoch, window)
-        return self._windows[epoch, window]
-
-    def _read(self, epoch: int, window: int) -> Drawn:
-        views = self.order.views_of(epoch, self.order.window_rows(epoch, window))
-        return self.artifact.stream(self.order.window_shards(epoch, window), views)
-
-    def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        sizes = [shard.rows for shard in self.manifest.shards]
+        order = StreamingOrder(shard_rows=sizes, views=self.manifest.views, batch=1, seed=self.seed)
+        epoch, passed, end = int(self._epoch), 0, order.rows - order.rows % self.world_size
+        for window in range(order.n_windows):
+            rows = order.mixed_rows(epoch, window)[: end - passed]
+            turn, rank = np.divmod(np.arange(passed, passed + len(rows)), self.world_size)
+            own = rows[(rank == self.rank) & (turn % workers == number)]
+            passed += len(rows)
+            for begin in range(0, len(own), READ):
+                part = own[begin : begin + READ]
+                yield from self._reader.samples(part, order.views_of(epoch, part))

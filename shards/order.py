@@ -123,6 +123,11 @@ class StreamingOrder(TrainingOrder):
         shards = self.window_shards(epoch, window)
         return np.concatenate([self.first_rows[shard] + np.arange(self.shard_rows[shard]) for shard in shards])
 
+    def mixed_rows(self, epoch: int, window: int) -> NDArray[np.int64]:
+        """Return the rows of a window in the order in which they are drawn."""
+        rows = self.window_rows(epoch, window)
+        return rows[permuted(np.arange(len(rows)), len(rows), draw_keys(self.seed, epoch, 2, window))]
+
     def places(self, step: int) -> list[tuple[int, int, NDArray[np.int64]]]:
         """Return the places of global batch ``step`` in order: epoch, window, and indices into :meth:`window_rows`."""
         places = []

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dpar.images import kept_tokens
 from dpar.tokenizer import from_uint8
 from pipeline.generation.generator import Generator, KeptTokens
 from pipeline.reports.pictures import enlarge, sheet
@@ -60,9 +61,7 @@ class Edit:
                     f"the mask {settings.mask} is {mask.width}×{mask.height} pixels, the image {settings.image} "
                     f"{image.width}×{image.height}; both must have the same size"
                 )
-            anew = _crop(mask, generator.image_size[0]).max(axis=2) >= 128
-            f = generator.tokenizer.config.downsampling
-            kept = ~anew.reshape(rows, f, columns, f).any(axis=(1, 3)).reshape(-1)
+            kept = kept_tokens(_crop(mask, generator.image_size[0]), generator.grid)
             nothing = (
                 f"{settings.mask} has no white pixel in the part of the image that is used, a square at its centre"
             )

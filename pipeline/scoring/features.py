@@ -1,7 +1,7 @@
 """Features of images, and what two sets of them score: FID and its kin on Inception, or on the tokenizer's encoder.
 
     extract = InceptionFeatures(weights, device)             # torch-fidelity; the only ones whose distance is FID
-    extract = TokenizerFeatures(tokenizer)
+    extract = TokenizerFeatures(tokenizer, fingerprint)
     features = extract(pixels)                               # {"pool": (n, d), …} of (n, H, W, 3) uint8
     distance = frechet_distance(Statistics.of(samples["pool"]), Statistics.of(reference["pool"]))
 
@@ -9,6 +9,10 @@ The scores are those of ADM's suite as torch-fidelity computes them: FID, precis
 features, the Inception Score on its logits without biases. torch-fidelity differs from ADM's suite in three small
 ways: its Inception is a port of the TensorFlow graph; it shuffles images (seeded) before it splits them for the
 Inception Score; its distances for precision and recall are float32, where ADM's are partly float16.
+
+sFID (Nash et al., 2021) is the Fréchet distance on spatial features, which torch-fidelity does not return. ADM's suite
+(`evaluations/evaluator.py` of openai/guided-diffusion) takes the first 7 channels of the TensorFlow graph's
+`mixed_6/conv`, 17×17 positions each. torch-fidelity calls that layer `Mixed_6d.branch1x1`; a forward hook reads it.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from numpy.typing import NDArray
 
 from dpar.tokenizer import VQTokenizer, from_uint8
 from pipeline.runtime.errors import StageError
-from pipeline.settings.fields import Features as FeaturesName
+from pipeline.settings.fields import Network
 from shards.files import file_sha256
 
 NEIGHBOURS = 3  # of precision and recall
@@ -33,13 +37,19 @@ NEIGHBOURHOOD_ROWS = 10_000  # compared at once
 SPLITS = 10  # of the Inception Score
 SCORED_SIDE = 256  # px; larger images are brought down to it for Inception, as the paper does
 
-Features = dict[str, NDArray[np.float32]]  # "pool" (n, d); Inception's have "logits" (n, 1008) too
+SPATIAL_CHANNELS = 7  # of Inception's `Mixed_6d.branch1x1`, for sFID
+SPATIAL_FEATURES = SPATIAL_CHANNELS * 17 * 17
+
+# "pool" (n, d); Inception's have "logits" (n, 1008) and "spatial" (n, 2023) too
+Features = dict[str, NDArray[np.float32]]
 
 
 class Extractor(Protocol):
     """Images to features."""
 
-    name: FeaturesName
+    name: Network
+    network: str  # what it is, for people
+    resize: str  # what is done to images before the network sees them, for people
     dimension: int  # of "pool"
     weights: str  # fingerprint, or name, of what computes them
 
@@ -53,7 +63,9 @@ class Extractor(Protocol):
 class InceptionFeatures:
     """Inception's pool features and logits, as torch-fidelity computes them."""
 
-    name: FeaturesName = "inception"
+    name: Network = "inception"
+    network = "Inception-v3 of 2015-12-05 (torch-fidelity)"
+    resize = "above 256 px to 256 (bicubic, not antialiased); to 299 px (bilinear as in TensorFlow 1, not antialiased)"
     dimension = 2048
 
     def __init__(self, weights: Path | None, device: torch.device, batch: int = 32) -> None:
@@ -89,17 +101,24 @@ class InceptionFeatures:
             raise StageError(f"Inception's weights are unavailable {where}: {str(error).splitlines()[0]}") from error
         self.weights = "torch-fidelity's" if weights is None else file_sha256(weights)
         self._model, self._device, self._batch = model.to(device), device, batch
+        self._spatial: torch.Tensor | None = None  # of the last forward pass
+        self._model.Mixed_6d.branch1x1.register_forward_hook(self._see_spatial)
+
+    def _see_spatial(self, module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS]  # (b, 7, 17, 17)
 
     @torch.no_grad()
     def __call__(self, pixels: NDArray[np.uint8]) -> Features:
         """See :class:`Extractor`."""
-        pool, logits = [], []
+        pool, logits, spatial = [], [], []
         for begin in range(0, len(pixels), self._batch):
             images = torch.from_numpy(np.ascontiguousarray(pixels[begin : begin + self._batch])).movedim(-1, 1)
             outputs = self._model(images.to(self._device))
             pool.append(outputs[0].cpu().numpy())
             logits.append(outputs[1].cpu().numpy())
-        return {"pool": np.concatenate(pool), "logits": np.concatenate(logits)}
+            assert self._spatial is not None  # the hook has run
+            spatial.append(self._spatial.movedim(1, -1).flatten(1).cpu().numpy())  # channels last, as in stored mu_s
+        return {name: np.concatenate(of) for name, of in (("pool", pool), ("logits", logits), ("spatial", spatial))}
 
     def side(self, side: int) -> int:
         """See :class:`Extractor`."""
@@ -112,7 +131,9 @@ class TokenizerFeatures:
     Distances on them compare only among themselves, and are not FID.
     """
 
-    name: FeaturesName = "tokenizer"
+    name: Network = "tokenizer"
+    network = "the tokenizer's encoder, mean and deviation over positions"
+    resize = "none"
 
     def __init__(self, tokenizer: VQTokenizer, fingerprint: str, batch: int = 32) -> None:
         """Takes a tokenizer on its device, and the fingerprint of its weights."""

@@ -1,7 +1,7 @@
 """The scores of samples, and of a second set of real images: the floor that samples can be expected to reach.
 
-scores = scores_of(features, reference)
-floor = measure_floor(Path("scores/floor"), source, samples, reference, extract, progress)
+scores = scores_of(features, reference, bootstrap)
+floor = measure_floor(Path("scores/floor"), source, samples, reference, extract, bootstrap, progress)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.work_sharing import Parts, write_once
+from pipeline.scoring.bootstrap import Bootstrap
 from pipeline.scoring.features import (
     Extractor,
     Features,
@@ -27,17 +28,27 @@ from pipeline.scoring.records import Floor, Scores
 from pipeline.scoring.reference import CHUNK, FolderImages, Originals, Reference, open_reference, spread
 
 
-def scores_of(samples: Features, reference: Reference) -> Scores:
+def scores_of(samples: Features, reference: Reference, bootstrap: Bootstrap) -> Scores:
     """All scores of samples' features that can be had; distances need at least 2 images."""
-    score = inception_score(samples["logits"]) if "logits" in samples else None
-    pair, kernel = None, None
+    pool, score = samples["pool"], inception_score(samples["logits"]) if "logits" in samples else None
+    distance = frechet_distance(Statistics.of(pool), reference.statistics)
+    pair = kernel = kernel_interval = spatial = spatial_interval = None
     if reference.features is not None:
-        pair = precision_recall(samples["pool"], reference.features)
+        pair = precision_recall(pool, reference.features)
         if len(reference.features) > 1:
-            kernel = kernel_distance(samples["pool"][spread(len(samples["pool"]))], reference.features)
+            part = pool[spread(len(pool))]
+            kernel = kernel_distance(part, reference.features)
+            kernel_interval = bootstrap.kernel(part, reference.features, kernel[0])
+    if reference.spatial is not None and "spatial" in samples:
+        spatial = frechet_distance(Statistics.of(samples["spatial"]), reference.spatial)
+        spatial_interval = bootstrap.frechet(samples["spatial"], reference.spatial, spatial)
     return Scores(
-        distance=frechet_distance(Statistics.of(samples["pool"]), reference.statistics),
+        distance=distance,
+        distance_interval=bootstrap.frechet(pool, reference.statistics, distance),
+        spatial_distance=spatial,
+        spatial_distance_interval=spatial_interval,
         kernel_distance=None if kernel is None else kernel[0],
+        kernel_distance_interval=kernel_interval,
         kernel_distance_error=None if kernel is None else kernel[1],
         reference_images=reference.statistics.images,
         inception_score=None if score is None else score[0],
@@ -74,6 +85,7 @@ def measure_floor(
     samples: int,
     reference: Reference,
     extract: Extractor,
+    bootstrap: Bootstrap,
     progress: Progress,
 ) -> Floor:
     """The scores of real images against the reference, measured once and shared by processes.
@@ -84,6 +96,7 @@ def measure_floor(
         samples: images to compare, evenly spread over the source; 0 is all.
         reference: what they are held against.
         extract: their features.
+        bootstrap: of their intervals.
         progress: where to report.
 
     Raises:
@@ -101,7 +114,8 @@ def measure_floor(
             task.advance(len(rows))
 
     def finish() -> Floor:
-        scores = scores_of({name: parts.joined(name) for name in parts.load(0)}, reference)
+        assert extract.name != "dinov2"  # which is never the first network
+        scores = scores_of({name: parts.joined(name) for name in parts.load(0)}, reference, bootstrap)
         return Floor(
             source=str(source.path),
             fingerprint=source.fingerprint,

@@ -16,6 +16,7 @@ from pipeline.generation.generator import Generator
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.work_sharing import Parts, write_once
+from pipeline.scoring.bootstrap import Bootstrap
 from pipeline.scoring.candidates import Row
 from pipeline.scoring.likelihood import Likelihood, check_compatible, check_same_classes, nats_per_token
 from pipeline.scoring.records import HeldOutRow
@@ -117,7 +118,8 @@ def measure_held_out(
         generator, names = load(), artifact.manifest.class_names
         model = generator.model
         patches = int(parts.joined("patches").sum())
-        likelihood = Likelihood.of(parts.joined("nats"), parts.joined("labels"), patches, names)
+        nats, bootstrap = parts.joined("nats"), Bootstrap(seed=settings.seed, resamples=settings.bootstrap)
+        likelihood = Likelihood.of(nats, parts.joined("labels"), patches, names)
         if not math.isfinite(likelihood.bits_per_token):
             raise StageError(
                 f"{generator.name} has no finite bits per token on {artifact.folder}: its weights hold NaN or "
@@ -136,6 +138,7 @@ def measure_held_out(
             step=row.candidate.step,
             **{name: applied.get(name) for name in ("threshold", "max_length", "row_reset", "static_length")},
             bits_per_token=likelihood.bits_per_token,
+            bits_per_token_interval=bootstrap.mean(nats / math.log(2)),
             bits_by_class={name: bits for name, bits in by_class if not math.isnan(bits)},
             held_out_images=likelihood.images,
             patches_per_image=likelihood.patches,

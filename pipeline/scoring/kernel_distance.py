@@ -44,6 +44,29 @@ def kernel_distance(a: NDArray[np.floating], b: NDArray[np.floating]) -> tuple[f
     return value, float(np.sqrt((BLOCKS - 1) * np.mean((left - left.mean()) ** 2)))
 
 
+def resampled_kernel_distances(
+    a: NDArray[np.floating], b: NDArray[np.floating], counts: NDArray[np.integer]
+) -> NDArray[np.float64]:
+    """Kernel distances of resamples of ``a`` from ``b``, (resamples,); an image is not paired with its own copies.
+
+    Args:
+        a: features (n, d).
+        b: features (m, d).
+        counts: (resamples, n), how often each row of ``a`` is in a resample.
+    """
+    n, m = len(a), len(b)
+    weights = counts.T.astype(np.float64)  # (n, resamples)
+    within, between = -(weights.T**2 @ _kernel(np.square(a.astype(np.float64)).sum(axis=1), a.shape[1])), 0.0
+    columns = [x.astype(np.float64).T for x in (a, b)]
+    for begin in range(0, n, ROWS):
+        rows, here = a[begin : begin + ROWS].astype(np.float64), weights[begin : begin + ROWS]
+        within += np.einsum("ir,ir->r", here, _kernel(rows @ columns[0], a.shape[1]) @ weights)
+        between = between + here.T @ _kernel(rows @ columns[1], a.shape[1]).sum(axis=1)
+    of_b = (_block_sums(b, b).sum() - _self_sums(b).sum()) / (m * (m - 1))
+    distances: NDArray[np.float64] = within / (n**2 - (weights**2).sum(axis=0)) + of_b - 2 * between / (n * m)
+    return distances
+
+
 def _kernel(products: NDArray[np.float64], d: int) -> NDArray[np.float64]:
     return (products / d + 1) ** 3
 

@@ -17,6 +17,7 @@ from dpar.tokenizer import psnr
 from pipeline.generation.generator import Generator
 from pipeline.runtime.work_sharing import Parts
 from pipeline.scoring.features import Extractor, resize
+from pipeline.scoring.reference import NEEDED
 from pipeline.sources.originals import load_originals
 from shards.reader import Artifact
 
@@ -45,7 +46,8 @@ def reconstruct(
         fetch: fetch originals over the network.
 
     Returns:
-        Parts with ``psnr`` (n,) dB, ``ssim`` (n,), ``pool`` (n, d) of originals and ``decoded`` (n, d).
+        Parts with ``psnr`` (n,) dB, ``ssim`` (n,), ``decoded`` (n, d), and what a reference needs of the originals:
+        ``pool`` (n, d), and ``spatial`` of Inception.
 
     Raises:
         StageError: the originals are unavailable.
@@ -57,12 +59,13 @@ def reconstruct(
         codes = artifact.gather(rows, np.zeros_like(rows)).codes
         decoded = generator.decode(codes)
         side = extract.side(originals.shape[1])
+        features = extract(resize(originals, side))
         parts.save(
             index,
             psnr=psnr(torch.from_numpy(decoded), torch.from_numpy(originals)).numpy(),
             ssim=ssim(decoded, originals),
-            pool=extract(resize(originals, side))["pool"],
             decoded=extract(decoded if side == decoded.shape[1] else generator.decode(codes, side))["pool"],
+            **{name: features[name] for name in NEEDED if name in features},
         )
         advance(len(rows))
     return parts

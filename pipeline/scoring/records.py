@@ -3,8 +3,9 @@
     row = HeldOutRow.from_json(read_json(path), str(path))
     Results.read(Path("scores/results.json")).cells[0].scores
 
-Every file is flat JSON. Keys that name a quantity by its features, such as ``FID``, are those of :data:`DISTANCE`,
-:data:`RECONSTRUCTION` and :data:`PREFIX`.
+Files are flat JSON, but for intervals and for the scores of further networks. Keys that name a quantity by its
+features, such as ``FID``, are those of :data:`DISTANCE`, :data:`RECONSTRUCTION` and :data:`PREFIX`; the confidence
+interval of a quantity is under its key and "_interval".
 """
 
 from __future__ import annotations
@@ -13,24 +14,33 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pipeline.settings.fields import Features
+from pipeline.scoring.bootstrap import Interval
+from pipeline.settings.fields import Features, Network
+from shards.errors import ArtifactError
 from shards.records import parse, read_json
 
 DISTANCE = {
     "inception": "FID",
     "tokenizer": "tokenizer Fréchet distance",
     "efficientnet": "FD (EfficientNet-Lite0)",
+    "dinov2": "FD-DINOv2",
 }
-KERNEL_DISTANCE = {"inception": "KID", "tokenizer": "tokenizer KID", "efficientnet": "KID (EfficientNet-Lite0)"}
+SPATIAL_DISTANCE = "sFID"
+KERNEL_DISTANCE = {
+    "inception": "KID",
+    "tokenizer": "tokenizer KID",
+    "efficientnet": "KID (EfficientNet-Lite0)",
+    "dinov2": "KID-DINOv2",
+}
 RECONSTRUCTION = {
     "inception": "rFID",
     "tokenizer": "tokenizer reconstruction distance",
     "efficientnet": "reconstruction FD (EfficientNet-Lite0)",
 }
 # Of precision and recall
-PREFIX = {"inception": "", "tokenizer": "tokenizer_", "efficientnet": "efficientnet_"}
+PREFIX = {"inception": "", "tokenizer": "tokenizer_", "efficientnet": "efficientnet_", "dinov2": "dinov2_"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +56,7 @@ class HeldOutRow:
     row_reset: bool | None = None
     static_length: float | None = None
     bits_per_token: float | None = None  # None without held-out images, and all below but the tokens
+    bits_per_token_interval: Interval | None = None
     bits_by_class: dict[str, float] = field(default_factory=dict)
     held_out_images: int | None = None
     patches_per_image: float | None = None
@@ -79,16 +90,13 @@ class Reconstruction:
     psnr_db: float | None = None
     ssim: float | None = None
     distance: float | None = None  # None for a single image
+    distance_interval: Interval | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON values by key."""
-        values = {
-            "originals": self.originals,
-            "reconstruction_psnr_db": self.psnr_db,
-            "reconstruction_ssim": self.ssim,
-            RECONSTRUCTION[self.features]: self.distance,
-        }
-        return {key: value for key, value in values.items() if value is not None}
+        values = dataclasses.asdict(self)
+        named = {key: values[name] for name, key in self._keys(self.features).items()}
+        return {key: value for key, value in named.items() if value is not None}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], features: Features, where: str) -> Reconstruction:
@@ -97,13 +105,17 @@ class Reconstruction:
         Raises:
             ArtifactError: a value is missing or of another type.
         """
-        keys = {
+        return parse(cls, {"features": features} | _renamed(values, cls._keys(features)), where)
+
+    @staticmethod
+    def _keys(features: Features) -> dict[str, str]:
+        return {
             "originals": "originals",
             "psnr_db": "reconstruction_psnr_db",
             "ssim": "reconstruction_ssim",
             "distance": RECONSTRUCTION[features],
+            "distance_interval": f"{RECONSTRUCTION[features]}_interval",
         }
-        return parse(cls, {"features": features} | _renamed(values, keys), where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +123,11 @@ class Scores:
     """How far a cell's samples are from the reference."""
 
     distance: float
+    distance_interval: Interval | None = None  # None for few images, and without a bootstrap; the others too
+    spatial_distance: float | None = None  # None without Inception's spatial features on both sides
+    spatial_distance_interval: Interval | None = None
     kernel_distance: float | None = None  # None without the reference's features
+    kernel_distance_interval: Interval | None = None
     kernel_distance_error: float | None = None  # its standard error; None for few images
     reference_images: int | None  # None if the statistics do not say
     inception_score: float | None = None  # None without Inception's logits
@@ -119,7 +135,7 @@ class Scores:
     precision: float | None = None  # None without the reference's features
     recall: float | None = None
 
-    def to_json(self, features: Features) -> dict[str, Any]:
+    def to_json(self, features: Network) -> dict[str, Any]:
         """JSON values by the names that the quantities have on these features."""
         values, name = dataclasses.asdict(self), DISTANCE[features]
         named = {"distance": name, name: self.distance, "reference_images": self.reference_images}
@@ -127,7 +143,7 @@ class Scores:
         return named | {keys[field]: values[field] for field in keys if values[field] is not None}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], features: Features, where: str) -> Scores:
+    def from_json(cls, values: dict[str, Any], features: Network, where: str) -> Scores:
         """The inverse of :meth:`to_json`; other keys of ``values`` are ignored.
 
         Raises:
@@ -137,9 +153,12 @@ class Scores:
         return parse(cls, _renamed(values, keys | cls._keys(features)), where)
 
     @staticmethod
-    def _keys(features: Features) -> dict[str, str]:
+    def _keys(features: Network) -> dict[str, str]:
         prefix, kernel = PREFIX[features], KERNEL_DISTANCE[features]
-        names = {"kernel_distance": kernel, "kernel_distance_error": f"{kernel} error"}
+        names = {"spatial_distance": SPATIAL_DISTANCE, "kernel_distance": kernel}
+        names |= {"kernel_distance_error": f"{kernel} error"}
+        intervals = {"distance": DISTANCE[features], "spatial_distance": SPATIAL_DISTANCE, "kernel_distance": kernel}
+        names |= {f"{field}_interval": f"{name}_interval" for field, name in intervals.items()}
         names |= {"inception_score": "inception_score", "inception_score_std": "inception_score_std"}
         return names | {"precision": f"{prefix}precision", "recall": f"{prefix}recall"}
 
@@ -164,17 +183,27 @@ class Cell:
     patches_per_image: float | None = None
     mean_length: float | None = None  # tokens per patch
     bits_per_token: float | None = None
+    bits_per_token_interval: Interval | None = None
     held_out_patches_per_image: float | None = None
     held_out_mean_length: float | None = None
     gmacs_per_image: float | None = None
     images_per_second: float | None = None  # of one process; None if some codes were sampled by an earlier call
     scores: Scores | None = None  # None without a reference
+    also: dict[str, Scores] = field(default_factory=dict)  # by further networks
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values by key, the scores among them."""
+        """JSON values by key, the scores among them; those by further networks below "also"."""
         values = dataclasses.asdict(self)
         del values["scores"]
+        values["also"] = {name: scores.to_json(network(name)) for name, scores in self.also.items()}
         return values if self.scores is None else values | self.scores.to_json(self.features)
+
+    def row(self) -> dict[str, Any]:
+        """The same in one level, for a table: the scores by further networks have names of their own."""
+        values = self.to_json()
+        further = values.pop("also")
+        shared = ("distance", "reference_images")
+        return values | {key: x for scores in further.values() for key, x in scores.items() if key not in shared}
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> Cell:
@@ -183,7 +212,10 @@ class Cell:
         Raises:
             ArtifactError: a value is missing or of another type.
         """
-        cell = parse(cls, values, where, ignore_unknown=True)
+        further = parse(_Also, values, where, ignore_unknown=True).also
+        also = {name: Scores.from_json(scores, network(name), where) for name, scores in further.items()}
+        own = {key: value for key, value in values.items() if key not in ("scores", "also")}
+        cell = dataclasses.replace(parse(cls, own, where, ignore_unknown=True), also=also)
         if "distance" not in values:
             return cell
         return dataclasses.replace(cell, scores=Scores.from_json(values, cell.features, where))
@@ -218,6 +250,21 @@ class Floor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How a score of the samples was measured: what must be equal before two scores are compared."""
+
+    score: str  # its name
+    network: str  # whose features
+    weights: str  # of the network: a fingerprint, or whose they are
+    resize: str  # what is done to images before the network sees them
+    reference: str | None  # None for a score that has none
+    reference_images: int | None  # None if the reference does not say
+    samples: int
+    labels: str  # how the samples' classes were chosen
+    decode_precision: str  # in which the samples were decoded
+
+
+@dataclass(frozen=True, kw_only=True)
 class Results:
     """All that an evaluation says, ``results.json``."""
 
@@ -228,6 +275,9 @@ class Results:
     held_out: Sequence[HeldOutRow]
     cells: Sequence[Cell]
     floor: Floor | None = None  # None unless asked for
+    measures: Sequence[Measure] = ()
+    protocol: str | None = None  # that was asked for
+    deviations: Sequence[str] = ()  # from it
 
     def to_json(self) -> dict[str, Any]:
         """JSON values by key; those of the first row and of the reconstruction stand at the top."""
@@ -241,6 +291,9 @@ class Results:
             "made_by": self.made_by,
             "held_out": rows,
             "cells": [cell.to_json() for cell in self.cells],
+            "measures": [dataclasses.asdict(measure) for measure in self.measures],
+            "protocol": self.protocol,
+            "deviations": list(self.deviations),
             **({} if self.floor is None else {"floor": self.floor.to_json()}),
         }
 
@@ -262,6 +315,9 @@ class Results:
             held_out=[HeldOutRow.from_json(row, where) for row in values.held_out],
             cells=[Cell.from_json(cell, where) for cell in values.cells],
             floor=Floor.from_json(file["floor"], where) if "floor" in file else None,
+            measures=values.measures,
+            protocol=values.protocol,
+            deviations=values.deviations,
         )
 
 
@@ -276,6 +332,22 @@ class _ResultsFile:
     made_by: dict[str, Any]
     held_out: list[Any]
     cells: list[Any]
+    measures: list[Measure] = field(default_factory=list)
+    protocol: str | None = None
+    deviations: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Also:
+    also: dict[str, Any] = field(default_factory=dict)
+
+
+def network(name: str) -> Network:
+    """The network of this name; raises ArtifactError for others."""
+    for known in get_args(Network):
+        if name == known:
+            return known
+    raise ArtifactError(f"{name!r} is not a network that images are compared by")
 
 
 def _renamed(values: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:

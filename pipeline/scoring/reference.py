@@ -3,13 +3,14 @@
     source = open_reference(Path("VIRTUAL_imagenet256_labeled.npz"), extract)    # checked, nothing computed yet
     reference = source.measured or Reference.of(features, images)
 
-An ``.npz`` holds images (``arr_0``), statistics (``mu``, ``sigma``), both, as ADM's do, or what
-`Reference.save` wrote. Statistics that are there are used as they are; precision and recall need images or their
-features, of at most 10,000 images spread evenly, as ADM's suite takes 10,000.
+An ``.npz`` holds images (``arr_0``), statistics (``mu``, ``sigma``, and for sFID ``mu_s``, ``sigma_s``), both, as ADM's
+do, or what `Reference.save` wrote. Statistics that are there are used as they are; KID, precision and recall need
+images or their features, of at most 10,000 images spread evenly, as ADM's suite takes 10,000.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.provenance import made_by
 from pipeline.runtime.work_sharing import Parts, claim_parts
-from pipeline.scoring.features import Extractor, Statistics, resize
+from pipeline.scoring.features import SPATIAL_FEATURES, Extractor, Features, Statistics, resize
 from pipeline.sources import UnusableImage
 from pipeline.sources.decode import EXTENSIONS, read_image
 from pipeline.sources.originals import load_originals, tokenize_settings
@@ -37,6 +38,7 @@ from shards.manifest import MANIFEST
 from shards.reader import Artifact, open_artifact
 
 CHUNK = 500  # images in memory at the same time
+NEEDED = ("pool", "spatial")  # features of a reference
 NEIGHBOURS_OF = 10_000  # images of the reference that precision and recall look at
 CENTRE_OF_TEN = 4  # the centre crop among the views of a ten-crop
 SYMMETRY = 1e-3  # how far from symmetric a covariance may be, as a part of its numbers; float16 has this precision
@@ -50,15 +52,21 @@ class Reference:
 
     statistics: Statistics
     features: NDArray[np.float32] | None  # (m, d), m at most NEIGHBOURS_OF; None where there are only statistics
+    spatial: Statistics | None = None  # of Inception's spatial features, for sFID
 
     @classmethod
-    def of(cls, features: NDArray[np.float32], statistics: Statistics | None = None) -> Reference:
-        """Of all images' features (n, d); with the statistics where they are known already."""
-        return cls(statistics=statistics or Statistics.of(features), features=features[spread(len(features))])
+    def of(cls, features: Features, stored: Reference | None = None) -> Reference:
+        """Of the features of all images; with the statistics where they are known already."""
+        pool = features["pool"]
+        if stored is None:
+            spatial = Statistics.of(features["spatial"]) if "spatial" in features else None
+            stored = cls(statistics=Statistics.of(pool), features=None, spatial=spatial)
+        return dataclasses.replace(stored, features=pool[spread(len(pool))])
 
     def save(self, path: Path, provenance: dict[str, Any]) -> None:
         """Writes an ``.npz`` that :func:`open_reference` takes, whole or not at all."""
         arrays: dict[str, Any] = {"mu": self.statistics.mu, "sigma": self.statistics.sigma}
+        arrays |= {} if self.spatial is None else {"mu_s": self.spatial.mu, "sigma_s": self.spatial.sigma}
         arrays |= {} if self.features is None else {"features": self.features}
         record = provenance | {"images": self.statistics.images, "made_by": made_by()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,36 +85,66 @@ class Reference:
             StageError: they are other features', or damaged.
         """
         with open_npz(path) as archive:
-            names = archive.namelist()
-            shapes = {}
-            for name in ("mu", "sigma", "features"):
-                if f"{name}.npy" in names:
-                    with open_array(archive, name) as (_, (shape, _, _)):
-                        shapes[name] = shape
-            width, record = (shapes["mu"][0] if shapes["mu"] else 0), _provenance(archive)
-            if shapes["mu"] != (width,) or shapes.get("sigma") != (width, width):
-                raise StageError(
-                    f"{path}: mu is {shapes['mu']} and sigma {shapes.get('sigma')}; (d,) and (d, d) are needed"
-                )
+            record, shapes = _provenance(archive), _shapes(archive)
+            width = _width(shapes, "mu", "sigma", path)
             if extract is not None:
-                stored = (record.get("features", "inception"), width)
-                if stored != (extract.name, extract.dimension):
-                    raise StageError(
-                        f"{path} has statistics of {stored[1]} {stored[0]} features; --features {extract.name} has "
-                        f"{extract.dimension}"
-                    )
-                if (weights := record.get("weights", extract.weights)) != extract.weights:
-                    raise StageError(
-                        f"{path} was measured with other weights of the {extract.name} features "
-                        f"({weights[:12]}, here {extract.weights[:12]}); distances would mean nothing"
-                    )
-            mu, sigma = read_floats(archive, "mu", (width,)), read_floats(archive, "sigma", (width, width))
-            _check_covariance(sigma, path)
+                _check_network(record, width, extract, path)
+            statistics = _read_statistics(archive, "mu", "sigma", width, record.get("images"))
+            spatial = None
+            if {"mu_s", "sigma_s"} <= shapes.keys():
+                spatial_width = _width(shapes, "mu_s", "sigma_s", path)
+                if spatial_width != SPATIAL_FEATURES:
+                    raise StageError(f"{path}: mu_s has {spatial_width} entries; {SPATIAL_FEATURES} are needed")
+                spatial = _read_statistics(archive, "mu_s", "sigma_s", spatial_width, record.get("images"))
             features = None
             if "features" in shapes:
                 rows = min(shapes["features"][0], NEIGHBOURS_OF) if shapes["features"] else 0
                 features = read_floats(archive, "features", (rows, width)).astype(np.float32)
-        return cls(statistics=Statistics(mu, sigma, record.get("images")), features=features)
+        return cls(statistics=statistics, features=features, spatial=spatial)
+
+
+def network_of(path: Path) -> str:
+    """Which network's features the statistics in an ``.npz`` are of; Inception's where the file does not say."""
+    with open_npz(path) as archive:
+        return str(_provenance(archive).get("features", "inception"))
+
+
+def _shapes(archive: zipfile.ZipFile) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for name in ("mu", "sigma", "mu_s", "sigma_s", "features"):
+        if f"{name}.npy" in archive.namelist():
+            with open_array(archive, name) as (_, (shape, _, _)):
+                shapes[name] = shape
+    return shapes
+
+
+def _width(shapes: dict[str, tuple[int, ...]], mu: str, sigma: str, path: Path) -> int:
+    """Entries of a mean; raises StageError unless the covariance fits it."""
+    width = shapes[mu][0] if shapes[mu] else 0
+    if shapes[mu] != (width,) or shapes.get(sigma) != (width, width):
+        raise StageError(f"{path}: {mu} is {shapes[mu]} and {sigma} {shapes.get(sigma)}; (d,) and (d, d) are needed")
+    return width
+
+
+def _read_statistics(archive: zipfile.ZipFile, mu: str, sigma: str, width: int, images: int | None) -> Statistics:
+    mean, covariance = read_floats(archive, mu, (width,)), read_floats(archive, sigma, (width, width))
+    _check_covariance(covariance, Path(str(archive.filename)))
+    return Statistics(mean, covariance, images)
+
+
+def _check_network(record: dict[str, Any], width: int, extract: Extractor, path: Path) -> None:
+    """Raise StageError unless statistics of ``width`` numbers are of the features that ``extract`` gives."""
+    stored = (record.get("features", "inception"), width)
+    if stored != (extract.name, extract.dimension):
+        raise StageError(
+            f"{path} has statistics of {stored[1]} {stored[0]} features; --features {extract.name} has "
+            f"{extract.dimension}"
+        )
+    if (weights := record.get("weights", extract.weights)) != extract.weights:
+        raise StageError(
+            f"{path} was measured with other weights of the {extract.name} features "
+            f"({weights[:12]}, here {extract.weights[:12]}); distances would mean nothing"
+        )
 
 
 def _provenance(archive: zipfile.ZipFile) -> dict[str, Any]:
@@ -178,7 +216,8 @@ def open_reference(path: Path, extract: Extractor, fetch: bool = False) -> Refer
     if path.suffix == ".npz":
         names = array_names(path)
         images = NpzImages(path) if IMAGES in names else None
-        measured = Reference.load(path, extract) if {"mu", "sigma"} <= names else None
+        stored = {"mu", "sigma"} <= names and (images is None or network_of(path) == extract.name)
+        measured = Reference.load(path, extract) if stored else None
         if images is None and measured is None:
             listed = ", ".join(repr(name)[1:-1] for name in sorted(names)[:8]) or "nothing"
             raise StageError(f"{path} has {listed}; a reference needs arr_0, or mu and sigma")
@@ -214,7 +253,8 @@ def measure_reference(
         with progress.task("reference", len(images), "images") as task:
             for index in parts.missing():
                 pixels = images.read(index * CHUNK, min((index + 1) * CHUNK, len(images)))
-                parts.save(index, pool=extract(resize(pixels, extract.side(pixels.shape[1])))["pool"])
+                features = extract(resize(pixels, extract.side(pixels.shape[1])))
+                parts.save(index, **{name: features[name] for name in NEEDED if name in features})
                 task.advance(len(pixels))
     except StageError as error:
         if not isinstance(images, Originals):
@@ -222,8 +262,8 @@ def measure_reference(
         progress.say(f"no distance to the reference: {error}")
         return None
     for _ in claim_parts(path, 1, lambda _: path.is_file()):
-        reference = Reference.of(parts.joined("pool"), None if measured is None else measured.statistics)
-        reference.save(path, provenance)
+        needed = [name for name in NEEDED if name in parts.load(0)]
+        Reference.of({name: parts.joined(name) for name in needed}, measured).save(path, provenance)
     shutil.rmtree(parts.folder, ignore_errors=True)
     return Reference.load(path)
 

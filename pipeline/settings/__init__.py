@@ -5,6 +5,7 @@
     training    train-tokenizer, entropy, train
     sampling    sample, eval
     models      probe, flops, convert
+    app         the page in the browser
     options     the command line's options of all these, --config, and help
     examples    the last lines of each command's help
 

@@ -30,6 +30,7 @@ EXAMPLES = {
         "dpar sample run pictures --cfg-scale 2 --per-class 8 --show-patches",
         "dpar sample run below --image cup.png --keep-rows 8 --classes coffee",
     ),
+    "app": ("dpar app", "dpar app run --port 8080"),
     "probe": (
         "dpar probe run probed --train patches --test patches-holdout",
         "dpar probe run probed --train patches --test patches-holdout --layer 4",

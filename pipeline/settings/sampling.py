@@ -22,6 +22,7 @@ from pipeline.settings.fields import (
     GuidanceSchedule,
     Labels,
     Precision,
+    Protocol,
     ScoredLabels,
     Seed,
     at_least,
@@ -29,6 +30,17 @@ from pipeline.settings.fields import (
 )
 
 SCORING_BATCH = 32
+# What `dpar eval --protocol paper` fixes: section 4 of the paper, and the evaluation of LlamaGen that it takes over.
+PAPER = {
+    "features": "inception",
+    "samples": 50_000,
+    "labels": "random",
+    "decode_precision": "fp32",
+    "cfg_schedule": "constant",
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,13 +174,41 @@ class EvalSettings(SamplingSettings):
         "reference's images.",
         SAMPLING,
     ] = "random"
-    samples: Annotated[int, "Images sampled for each cell of the table; 0 samples none.", SAMPLING] = 1000
+    samples: Annotated[
+        int | None,
+        "Images sampled for each cell of the table; 0 samples none. (default: 1000; 50000 with --protocol paper)",
+        SAMPLING,
+    ] = None
     features: Annotated[
-        Features,
+        Features | None,
         "Of the distance between samples and reference: inception is FID; efficientnet is EfficientNet-Lite0's, whose "
-        "weights are in a package (both of extra eval).",
+        "weights are in a package (both of extra eval). (default: tokenizer; inception with --protocol paper)",
         OUTPUT,
-    ] = "tokenizer"
+    ] = None
+    protocol: Annotated[
+        Protocol | None,
+        "paper: number of samples, features, labels and decoding as the paper has them; every deviation is printed.",
+        OUTPUT,
+        RUN_TIME,
+    ] = None
+    dinov2_weights: Annotated[
+        Path | None,
+        "File of DINOv2's weights, dinov2_vitl14_pretrain.pth: adds FD-DINOv2 to the scores (extra eval).",
+        OUTPUT,
+        RUN_TIME,
+    ] = None
+    bootstrap: Annotated[
+        int | None,
+        "Resamples for confidence intervals; 0 makes none. (default: 1000 for bits per token; 100 for distances, 20 of "
+        "more than 10000 images)",
+        OUTPUT,
+    ] = None
+    training: Annotated[
+        Path | None,
+        "Training artifact, of the sheet of nearest training images. (default: the one that the run records)",
+        DATA,
+        RUN_TIME,
+    ] = None
     inception_weights: Annotated[
         Path | None, "File of Inception's weights. (default: torch-fidelity fetches them)", OUTPUT, RUN_TIME
     ] = None
@@ -185,16 +225,33 @@ class EvalSettings(SamplingSettings):
     sheet_per_class: Annotated[int, "Samples of each class on the sheets.", OUTPUT, RUN_TIME] = 4
     fetch_originals: FetchOriginals = False
 
+    @property
+    def images(self) -> int:
+        """``samples``, which is never None once the settings exist."""
+        assert self.samples is not None
+        return self.samples
+
+    @property
+    def network(self) -> Features:
+        """``features``, which are never None once the settings exist."""
+        assert self.features is not None
+        return self.features
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        paper = self.protocol == "paper"
+        for name, other in (("samples", 1000), ("features", "tokenizer")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, PAPER[name] if paper else other)
         for scale in self.cfg_scale:
             check_cfg_scale(scale)
         for threshold in self.threshold:
             require(math.isfinite(threshold) and threshold >= 0, f"--threshold is {threshold}; it must be at least 0")
         for length in self.max_length:
             require(length >= 0, f"--max-length is {length}; it must be at least 0 (0 is no limit)")
-        at_least(self, 0, "samples")
+        at_least(self, 0, "samples", "bootstrap")
         at_least(self, 1, "sheet_per_class")
+        require(self.bootstrap != 1, "--bootstrap is 1; a spread needs at least 2 resamples (0 makes no intervals)")
         require(self.samples != 1, "--samples is 1; a distance needs at least 2 images (0 samples none)")
         if self.save_reference is not None:
             require(

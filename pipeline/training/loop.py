@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,16 +41,18 @@ from pipeline.runtime.distributed import (
     shard_model,
 )
 from pipeline.runtime.errors import StageError
+from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import Progress, Stopped, stop_between_steps, stops_with
-from pipeline.scoring.likelihood import layout_for, shared_bits_per_token
+from pipeline.scoring.likelihood import shared_bits_per_token
 from pipeline.settings.training import OptimSettings
+from pipeline.training.micro_batches import MicroBatch, micro_batches
 from pipeline.training.optimizer import make_optimizer
 from pipeline.training.preview import Painter
 from pipeline.training.schedule import learning_rate, total_steps
 from pipeline.training.throughput import Speed, peak_memory
 from pipeline.training.trackers import Trackers
-from shards.dataset import TrainingData
-from shards.reader import Artifact, Batch
+from shards.reader import Artifact
+from shards.training_data import TrainingData
 
 MEASURED_STEPS = 500  # over which the mean cost of an image is taken
 MOST_SKIPPED = 10  # steps in a row that may give no finite loss or gradient
@@ -153,6 +156,7 @@ class _Loop:
         )
         self.share = settings.batch // world_size()  # images of this process
         self.micro = min(settings.micro_batch or self.share, self.share)
+        self.batches = self._batches(0)
         self.peak_lr = settings.lr * (settings.batch / 256 if settings.scale_lr else 1.0)
         self.speed = Speed(model.config, self.device, precision_name(self.device, settings.precision), world_size())
         self.spoke, self.images, self.patches = time.monotonic(), 0, 0
@@ -164,6 +168,7 @@ class _Loop:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.batches.close()
         self.data.close()
 
     def restore(self, progress: Progress) -> int:
@@ -171,8 +176,15 @@ class _Loop:
         done, notes = self.checkpoints.restore(self.state, progress)
         self.skipped, self.in_a_row = notes.get("skipped", 0), notes.get("in_a_row", 0)
         self.run.forget_metrics_after(done)
+        self.batches = self._batches(done)
         self.spoke = time.monotonic()
         return done
+
+    def _batches(self, begin: int) -> Generator[list[MicroBatch], None, None]:
+        """The micro-batches of each step from ``begin`` on, prepared one step ahead."""
+        steps, on_gpu = range(begin, self.n_steps), self.device.type == "cuda"
+        packed = isinstance(self.model, DPAR)
+        return prefetch(micro_batches(self.data, steps, micro=self.micro, packed=packed, pin=on_gpu), limit=1)
 
     def step(self, step: int, status: int) -> Step:
         """One optimizer step on global batch ``step``; ``status`` is what a signal asks of this process."""
@@ -180,13 +192,12 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 4_096 + rank())
-        batch = self.data.batch(step)
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        for first in range(0, self.share, self.micro):
-            part = batch.part(first, first + self.micro)
+        parts = next(self.batches)
+        for part in parts:
             weight = len(part.codes) / self.share  # every image has N tokens, so images weigh as tokens do
-            with contextlib.nullcontext() if first + self.micro >= self.share else self._no_sync():
+            with contextlib.nullcontext() if part is parts[-1] else self._no_sync():
                 partial = self._loss(part) * weight
                 partial.backward()
             loss += partial.detach()
@@ -208,15 +219,13 @@ class _Loop:
             status=int(ends),
         )
 
-    def _loss(self, batch: Batch) -> Tensor:
-        codes = to_device(torch.from_numpy(batch.codes), self.device)
-        labels = to_device(self._labels(torch.from_numpy(batch.labels)), self.device)
-        layout = layout_for(self.model, batch, self.device)
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        codes = to_device(batch.codes, self.device)
+        labels = to_device(self._labels(batch.labels), self.device)
         self.images += len(codes)
-        patches = codes.numel() if layout is None else layout.n_patches
-        self.patches += patches
-        self.measured += patches
-        inputs = (codes, labels) if layout is None else (codes, labels, layout)
+        self.patches += batch.n_patches
+        self.measured += batch.n_patches
+        inputs = (codes, labels) if batch.layout is None else (codes, labels, batch.layout.to(self.device))
         with autocast(self.device, self.settings.precision):
             loss: Tensor = self.wrapped(*inputs, loss=True)  # inside, where FSDP has the head's weights
         return loss

@@ -14,8 +14,9 @@ Whole stages run with their real control flow and their real values. What is fou
   not to block, from or to pinned memory, is not one;
 - waits inside a step that :class:`dpar.graphs.Graphs` would capture: raised as :class:`WaitInGraph`.
 
-Not found: the numbers of CUDA's kernels, NCCL, Triton, compiled code. Gradients are computed for control flow and
-devices; their values are not promised. Private hooks of torch are used, so this belongs in tests only.
+Not found: the numbers of CUDA's kernels, NCCL, Triton, compiled code (``test_graphs.py`` counts its graphs). Under
+autocast numbers differ from the CPU's by rounding, because CUDA's keeps other operations in float32. Private hooks of
+torch are used, so this belongs in tests only.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if base == "is_pinned":
         return counts.is_pinned(args[0])
     plain_args, plain_kwargs = tree_map(_value, (args, host))
-    out = ONLY_CUDA.get(base, func)(*plain_args, **plain_kwargs)
+    out = STAND_INS.get(base, func)(*plain_args, **plain_kwargs)
     if pinned:
         counts.pinned.add(out.untyped_storage().data_ptr())
     return _results(out, tensors, on_gpu, base)
@@ -209,7 +210,12 @@ def _rms_norm_backward(
     return for_x.to(x.dtype), (pull * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
 
 
-ONLY_CUDA: dict[str, Callable[..., Any]] = {"_fused_rms_norm_backward": _rms_norm_backward}  # no such kernel for CPUs
+# Kernels that the CPU has not, and views whose bit ("is conjugated") a dispatch mode's operations would not look at.
+STAND_INS: dict[str, Callable[..., Any]] = {
+    "_fused_rms_norm_backward": _rms_norm_backward,
+    "_conj": torch.conj_physical,
+    "_neg_view": torch.neg,
+}
 
 
 def _results(out: Any, tensors: list[torch.Tensor], on_gpu: bool, base: str) -> Any:

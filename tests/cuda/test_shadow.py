@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpar import PatchLayout
 from dpar.graphs import Graphs
 from tests.cuda.backward import backward
 from tests.cuda.shadow import MixedDevices, Shadow, WaitInGraph, shadow_cuda
@@ -77,10 +78,26 @@ def test_a_step_that_waits_is_refused_where_it_would_be_captured() -> None:
             graphs.run("reads", lambda: x.sum().item())  # type: ignore[arg-type]
 
 
+def boundaries() -> Tensor:
+    starts = torch.rand(4, N) < 0.5
+    starts[:, 0] = True
+    return starts
+
+
+def test_gradients_of_shadows_are_those_of_the_cpu() -> None:
+    model, codes, layout = dpar().double(), torch.randint(V, (4, N)), PatchLayout.from_starts(boundaries())
+    gradients = torch.autograd.grad(model(codes, LABELS, layout, loss=True), list(model.parameters()))
+    with shadow_cuda():
+        model = model.to("cuda")
+        model(codes.cuda(), LABELS.cuda(), layout.to("cuda"), loss=True).backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert isinstance(parameter.grad, Shadow)
+        torch.testing.assert_close(parameter.grad.value, gradient, rtol=1e-9, atol=1e-12)
+
+
 def test_backpropagation_node_by_node_gives_the_gradients_of_autograds_engine() -> None:
     model, gradients = dpar(), []
-    codes, starts = torch.randint(V, (4, N)), torch.rand(4, N) < 0.5
-    starts[:, 0] = True
+    codes, starts = torch.randint(V, (4, N)), boundaries()
     for propagate in (torch.Tensor.backward, backward):
         model.zero_grad()
         propagate(model(codes, LABELS, starts, loss=True))

@@ -1,5 +1,6 @@
 """The stages as they run on a GPU, on a machine without one: no operation mixes devices."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpar import PatchLayout
 from pipeline.evaluate import evaluate
 from pipeline.patchify import patchify
 from pipeline.sample import sample_pictures
@@ -81,6 +83,23 @@ def test_a_training_step_waits_for_the_device_at_most_twice(home: Path, tmp_path
         return sum(counts.waits.values())
 
     assert waits(7) - waits(3) <= 2 * 4
+
+
+def test_training_lays_patches_out_and_pins_them_beside_the_steps(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_main_thread: list[bool] = []
+
+    class Recorded(PatchLayout):
+        def pin_memory(self) -> PatchLayout:
+            in_main_thread.append(threading.current_thread() is threading.main_thread())
+            return super().pin_memory()
+
+    monkeypatch.setattr("pipeline.training.micro_batches.PatchLayout", Recorded)
+    settings = TrainSettings(model="dpar-tiny", batch=2, steps=3, sheet=0, **GPU)
+    with shadow_cuda():
+        train(home / "patches", tmp_path / "run", settings, QUIET)
+    assert in_main_thread == [False] * 3
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -54,9 +55,9 @@ class Sizes:
         self.used: list[tuple[int, int]] = []  # begun, size
         run = StaticPatchStepper._patches
 
-        def noted(stepper: StaticPatchStepper, size: int, leading: bool) -> None:
+        def noted(stepper: StaticPatchStepper, size: int, leading: bool, keys: int) -> None:
             self.used.append((int(stepper.starts.sum()), size))
-            run(stepper, size, leading)
+            run(stepper, size, leading, keys)
 
         monkeypatch.setattr(StaticPatchStepper, "_patches", noted)
 
@@ -170,6 +171,20 @@ def test_the_patch_transformer_runs_on_the_next_size_and_no_other(
     assert all(size == next(s for s in sizes if s >= begun) for begun, size in seen.used)
 
 
+@pytest.mark.parametrize("family", [dpar, llamagen])
+def test_steps_read_caches_as_far_as_they_are_filled_and_sample_what_the_cpu_does(
+    family: Callable[..., DPAR | LlamaGen],
+) -> None:
+    model, labels = family(grid_height=6, grid_width=8), labels_of(3)
+    rule, options = PatchRule.static(1.8), SamplingOptions(cfg_scale=2.0)
+    sampler = Sampler(model, static=True)
+    codes, _ = sampler.sample(labels, rule if family is dpar else None, options)
+    assert torch.equal(codes, Sampler(model).sample(labels, rule if family is dpar else None, options)[0])
+    stepper = sampler._static_steppers.stepper
+    assert stepper is not None
+    assert {keys for name, *_, keys in stepper.graphs.warm if name == "logits"} == {16, 32, 48}  # type: ignore[misc]
+
+
 def test_rows_of_padding_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, entropy_model, labels = dpar(encoder_layers=2), unconditional(), labels_of(7)
     rule, options = PatchRule(threshold=usual_entropy(entropy_model)), SamplingOptions(cfg_scale=2.0)
@@ -189,7 +204,7 @@ def test_rows_of_padding_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_token_a_step_attends_as_the_whole_sequence_does() -> None:
     q, k, v = tokens(5, 40)
     cache = StaticCache(5, 40, HEADS, HEAD_DIM, CPU, torch.float32)
-    places = [cache.together_at(torch.tensor([i])) for i in range(40)]
+    places = [cache.together_at(torch.tensor([i]), cache.length(i)) for i in range(40)]
     out = torch.stack([cache.attend(place)(q[i], k[i], v[i]) for i, place in enumerate(places)])
     torch.testing.assert_close(out, causal(q, k, v), atol=1e-5, rtol=0)
 
@@ -202,7 +217,8 @@ def test_rows_at_places_of_their_own_attend_to_their_own_past(walk: list[set[int
     for chosen in walk:
         rows = torch.tensor([*sorted(chosen), *[5] * padding])
         where = at[rows]
-        out = cache.attend(cache.at_own(rows, where))(*(x[where, rows] for x in (q, k, v)))
+        places = cache.at_own(rows, where, cache.length(int(where.max())))
+        out = cache.attend(places)(*(x[where, rows] for x in (q, k, v)))
         count = len(chosen)
         torch.testing.assert_close(out[:count], whole[where, rows][:count], atol=1e-5, rtol=0)
         at[rows[:count]] += 1

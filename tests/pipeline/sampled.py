@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -17,9 +18,11 @@ from dpar import DPAR, LlamaGen, LlamaGenConfig
 from dpar.model import DPARConfig
 from dpar.presets import preset
 from dpar.tokenizer import VQConfig, VQTokenizer
+from pipeline.export import export
 from pipeline.patchify import patchify
 from pipeline.runtime.progress import Progress
 from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
+from pipeline.settings.sampling import ExportSettings
 from pipeline.tokenize import tokenize
 from pipeline.train import lineage
 from shards.files import write_json
@@ -80,6 +83,49 @@ def save_run(run: Path, data: Path, model: str, seed: int = 3, std: float = 0.2)
         {"format_version": 2, "kind": "train", "settings": {"model": model, "batch": 2}, "inputs": inputs},
     )
     made.save_pretrained(run / "model")
+
+
+def save_inception(folder: Path) -> Path:
+    """A file of seeded random weights of torch-fidelity's Inception, which stand in for the published ones."""
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Newborn(FeatureExtractorInceptionV3):
+        """Keeps the weights that it is made with: there is no other way around its download."""
+
+        def load_state_dict(self, *_: Any) -> None:
+            pass
+
+    torch.save({}, folder / "nothing.pth")
+    torch.manual_seed(0)
+    newborn = Newborn("inception", ["2048"], feature_extractor_weights_path=str(folder / "nothing.pth"))
+    for module in newborn.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    torch.save(newborn.state_dict(), folder / "inception.pth")
+    return folder / "inception.pth"
+
+
+def save_dino(folder: Path) -> Path:
+    """A file of seeded random weights as Meta publishes DINOv2's, of the smallest size."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
+    torch.save(model.state_dict() | {"mask_token": torch.zeros(1, 384)}, folder / "dinov2_vits14_pretrain.pth")
+    return folder / "dinov2_vits14_pretrain.pth"
+
+
+BUNDLE_CLASSES = ("bird", "cat", "fish")
+
+
+def save_bundles(home: Path) -> Path:
+    """`save_home` with a run of DPAR and one of LlamaGen, and a bundle of each."""
+    save_home(home, BUNDLE_CLASSES, a_class=2)
+    save_run(home / "dpar", home / "patches", "dpar-tiny")
+    save_run(home / "llama", home / "codes", "llamagen-tiny", std=0.05)
+    for name in ("dpar", "llama"):
+        export(home / name, home / f"{name}-bundle", ExportSettings(samples=0, **CPU), QUIET)
+    return home
 
 
 def everything(out: Path) -> dict[str, bytes]:

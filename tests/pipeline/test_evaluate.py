@@ -57,6 +57,7 @@ from tests.pipeline.sampled import (
     everything,
     killed_again_and_again,
     save_home,
+    save_inception,
     save_patches,
     save_photos,
     save_run,
@@ -178,7 +179,7 @@ def test_scores_are_written_as_numbers_tables_a_plot_and_sheets(home: Path, tmp_
     }
     for scale in ("1", "2.5"):
         held = {path.name for path in (out / "cells" / f"cfg-{scale}").iterdir() if not path.name.startswith(".")}
-        assert held == {"cell.json", "codes", "samples.png", "patches.png"}
+        assert held == {"cell.json", "codes", "samples.png", "patches.png", "nearest.png", "nearest.json"}
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == found
     assert Results.read(out / "results.json").to_json() == found
     assert [(cell["cfg_scale"], cell["samples"], cell["reference_images"]) for cell in found["cells"]] == [
@@ -186,7 +187,7 @@ def test_scores_are_written_as_numbers_tables_a_plot_and_sheets(home: Path, tmp_
         (2.5, 7, 10),
     ]
     table = (out / "results.md").read_text(encoding="utf-8")
-    assert f"| held-out bits per token | {found['bits_per_token']:.4f} |" in table
+    assert f"| held-out bits per token | {found['bits_per_token']:.4f} (" in table
     with open(out / "results.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     for cell, row in zip(found["cells"], rows, strict=True):
@@ -296,7 +297,7 @@ def test_bits_per_token_of_a_row_are_by_its_own_rule(home: Path, tmp_path: Path)
     with open(tmp_path / "scores" / "results.csv", encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     for row, line in zip(found["held_out"], lines, strict=True):
-        assert f"| {row['bits_per_token']:.4f} |" in table
+        assert f"| {row['bits_per_token']:.4f} (" in table
         assert float(line["bits_per_token"]) == row["bits_per_token"]
 
 
@@ -580,25 +581,7 @@ def test_larger_samples_are_brought_to_256_px_as_llamagens_script_does(home: Pat
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of seeded random weights, which stand in for the published ones."""
-    pytest.importorskip("torch_fidelity")
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Newborn(FeatureExtractorInceptionV3):
-        """Keeps the weights that it is made with: there is no other way around its download."""
-
-        def load_state_dict(self, *_: Any) -> None:
-            pass
-
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "nothing.pth")
-    torch.manual_seed(0)
-    newborn = Newborn("inception", ["2048"], feature_extractor_weights_path=str(folder / "nothing.pth"))
-    for module in newborn.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-    torch.save(newborn.state_dict(), folder / "inception.pth")
-    return folder / "inception.pth"
+    return save_inception(tmp_path_factory.mktemp("inception"))
 
 
 def write_images(folder: Path, seed: int, count: int, brightest: int = 256, size: int = SIZE) -> Path:

