@@ -85,8 +85,7 @@ class Comparison:
         whole = (f"statistics stored in {self.name}" if stored else self.name, reference.statistics.images)
         scores: dict[str, tuple[str | None, int | None]] = {DISTANCE[name]: whole}
         if reference.spatial is not None:
-            spatial = stored and self.source.measured is not None and self.source.measured.spatial is not None
-            scores[SPATIAL_DISTANCE] = whole if spatial or not stored else (self.name, reference.spatial.images)
+            scores[SPATIAL_DISTANCE] = whole
         if compared is not None:
             part = (f"images of {self.name}", len(compared))
             scores |= {KERNEL_DISTANCE[name]: part, f"{PREFIX[name]}precision": part, f"{PREFIX[name]}recall": part}
