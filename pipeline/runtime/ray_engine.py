@@ -38,7 +38,7 @@ from pipeline.runtime.provenance import made_by
 
 T = TypeVar("T")
 
-ATTEMPTS = 10  # a piece that has lost so many workers is taken to be what kills them
+ATTEMPTS = 10  # a piece that loses so many workers more than there are is taken to be what kills them
 LOOK_EVERY = 2.0  # seconds between looks at the cluster
 PATIENCE = 60.0  # seconds until a file that another machine has written must be visible here
 STARTING = 0  # the step of a worker that is not there yet
@@ -224,6 +224,9 @@ class RayEngine:
             while waiting and self._idle:
                 worker, (number, item) = self._idle.pop(), waiting.popleft()
                 self._running[start(worker, item)] = worker, self._step, (number, item)
+            if not self._running:  # all that were asked for have failed to start
+                time.sleep(LOOK_EVERY)
+                continue
             done, _ = self._ray.wait(list(self._running), timeout=LOOK_EVERY)
             for reference in done:
                 worker, step, numbered = self._running.pop(reference)
@@ -238,8 +241,8 @@ class RayEngine:
                     self._lose(worker, step)
                     if is_current:
                         losses[numbered[0]] += 1
-                        if losses[numbered[0]] == ATTEMPTS:
-                            raise StageError(f"a piece has lost {ATTEMPTS} workers; the last: {error}") from None
+                        if losses[numbered[0]] == ATTEMPTS + len(self._workers):  # each may have died while idle
+                            raise StageError(f"one piece of work keeps losing its workers; the last: {error}") from None
                         waiting.appendleft(numbered)
                 else:
                     self._idle.append(worker)

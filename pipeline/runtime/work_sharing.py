@@ -90,7 +90,7 @@ class Shards:
 
     def is_done(self, index: int) -> bool:
         """Return whether a shard is finished."""
-        return self.build.done(index) is not None or (self.build.folder / MANIFEST).is_file()
+        return index in self.build.records or (self.build.folder / MANIFEST).is_file()
 
     def missing(self, only: int | None = None) -> Generator[int, None, None]:
         """See :meth:`shards.writer.ArtifactBuild.todo`."""

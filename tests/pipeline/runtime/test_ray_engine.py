@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ def cluster() -> Iterator[Cluster]:
     """Two nodes with one CPU each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_raylet_start_wait_time_s", str(PATIENCE))
+        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("PYTHONPATH", str(ROOT))
-        cluster = Cluster(initialize_head=True, head_node_args=NODE)
+        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
         cluster.add_node(**NODE)
         ray.init(cluster.address, log_to_driver=False)
         yield cluster
@@ -60,9 +63,20 @@ def encode(home: Path, **options: Any) -> TokenizeSettings:
     return TokenizeSettings(**{"tokenizer": str(home / "vq"), "image_size": SIZE, "shard_size": 1, **CPU, **options})
 
 
-def processes_of(node: Any) -> list[int]:
-    """The processes of a node's workers, and the raylet that started them first."""
-    return group(node.all_processes["raylet"][0].process.pid)
+def raylet(node: Any) -> int:
+    """The process that a node is; those of its workers are its children."""
+    pid: int = node.all_processes["raylet"][0].process.pid
+    return pid
+
+
+def workers(node: Any) -> list[int]:
+    return [pid for pid in group(raylet(node)) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Worker")]
+
+
+def send(number: signal.Signals, pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -76,28 +90,22 @@ def test_when_a_node_joins_and_one_is_lost_the_bytes_are_those_of_one_process_an
     home: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
     out = tmp_path / "codes"
-    before: dict[str, tuple[int, int]] = {}
     first, lost = cluster.list_all_nodes()
 
-    def disturb() -> None:
-        wait_until(lambda: n_shards(out))
-        workers = {node: processes_of(node)[1:] for node in (first, lost)}
-        for pid in (*workers[first], *workers[lost]):  # each holds the claim on a shard
-            os.kill(pid, signal.SIGSTOP)
-        written = n_shards(out)
-        cluster.add_node(**NODE)
-        wait_until(lambda: n_shards(out) > written)  # only the new node's worker can have written it
-        before.update(stamps(out))
-        raylet = lost.all_processes["raylet"][0].process.pid
-        for pid in (raylet, *workers[lost]):
-            os.kill(pid, signal.SIGKILL)
-        for pid in workers[first]:
-            os.kill(pid, signal.SIGCONT)
-
     with ThreadPoolExecutor(1) as pool:
-        disturbance = pool.submit(disturb)
-        manifest = tokenize(str(home / "photos"), out, encode(home, **RAY), QUIET)
-        disturbance.result()
+        run = pool.submit(tokenize, str(home / "photos"), out, encode(home, **RAY), QUIET)
+        wait_until(lambda: n_shards(out) or run.done())
+        stopped = [*workers(first), *workers(lost)]
+        send(signal.SIGSTOP, stopped)  # while they hold claims on shards
+        try:
+            written = n_shards(out)
+            cluster.add_node(**NODE)
+            wait_until(lambda: n_shards(out) > written)  # only the new node's worker can have written it
+            before = stamps(out)
+            send(signal.SIGKILL, [raylet(lost), *workers(lost)])
+        finally:
+            send(signal.SIGCONT, stopped)
+        manifest = run.result()
     cluster.remove_node(lost, allow_graceful=False)
     assert manifest is not None
     assert everything(out) == everything(home / "small")
