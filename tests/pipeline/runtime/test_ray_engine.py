@@ -115,7 +115,8 @@ def test_when_a_node_joins_and_one_is_lost_the_bytes_are_those_of_one_process_an
 
 
 def test_ctrl_c_stops_the_workers_and_keeps_finished_shards(home: Path, cluster: Cluster, tmp_path: Path) -> None:
-    out, options = tmp_path / "patches", {"entropy_model": str(home / "entropy"), "target_length": 1.5}
+    out = tmp_path / "patches"
+    options: dict[str, Any] = {"entropy_model": str(home / "entropy"), "target_length": 1.5}
     words = ["patchify", home / "small", out, "--engine", "ray", "--ray-address", cluster.address]
     for name, value in (options | CPU).items():
         words += [f"--{name.replace('_', '-')}", value]
