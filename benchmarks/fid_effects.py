@@ -11,6 +11,7 @@ import argparse
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,10 +50,10 @@ class Measuring:
         """Measure features (n, 1280) against the reference, or another one, and print the line."""
         reference = self.reference if reference is None else reference
         kernel, _ = kernel_distance(features, reference)
-        features, reference = on_their_span(features, reference)
-        statistics = Statistics.of(reference)
-        distance = frechet_distance(Statistics.of(features), statistics)
-        interval = self.bootstrap.frechet(features, statistics, distance)
+        samples, references = on_their_span(features, reference)
+        statistics = Statistics.of(references)
+        distance = frechet_distance(Statistics.of(samples), statistics)
+        interval = self.bootstrap.frechet(samples, statistics, distance)
         assert interval is not None  # there are at least 10 images
         line = {"effect": effect, "setting": setting, "samples": len(features), "references": len(reference)}
         self.lines.append(line | {"fd": distance, "low": interval.low, "high": interval.high, "kid": kernel})
@@ -89,7 +90,7 @@ def resized(pixels: Pixels, size: int, mode: str, antialias: bool = False) -> Pi
     return images.round().clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy()
 
 
-def as_file(pixels: Pixels, **options: object) -> Pixels:
+def as_file(pixels: Pixels, **options: Any) -> Pixels:
     """Images as they are after they have been written to files and read again."""
     read = []
     for image in pixels:

@@ -73,8 +73,10 @@ class StaticCache:
             query = q
             if places.rows is not None:  # attending with all rows reads pasts once; choosing rows first would copy them
                 query = q.new_zeros(self.rows, *q.shape[1:]).index_copy_(0, places.rows, q)
-            past = (kept[:, : places.mask.shape[-1]].transpose(1, 2) for kept in (self.k, self.v))
-            out = F.scaled_dot_product_attention(query.transpose(1, 2), *past, attn_mask=places.mask).transpose(1, 2)
+            keys, values = (kept[:, : places.mask.shape[-1]] for kept in (self.k, self.v))
+            out = F.scaled_dot_product_attention(
+                query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=places.mask
+            ).transpose(1, 2)
             return out if places.rows is None else out[places.rows]
 
         return attend

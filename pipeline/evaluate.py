@@ -38,6 +38,7 @@ from pipeline.generation.generator import Generator, weights_fingerprint
 from pipeline.generation.nearest import open_training, recorded_training, shown_rows
 from pipeline.generation.sampled_artifact import Plan, labels_like, labels_of, write_sampled
 from pipeline.runtime.device import choose_device, precision_name, rank, world_size
+from pipeline.runtime.engine import Engine, open_engine
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, stops_with
 from pipeline.runtime.work_sharing import Parts, claim_folder, claim_parts, write_once
@@ -75,8 +76,10 @@ def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | 
         StageError, ModelError, ArtifactError: run, reference, output or settings cannot be used.
         Stopped: the user pressed Ctrl-C.
     """
-    job = _Evaluation(run, out, settings, progress or Progress())
-    with stops_with(f"Stopped. Finished scores are kept in {out}; run the same command again to resume."):
+    progress = progress or Progress()
+    stopped = f"Stopped. Finished scores are kept in {out}; run the same command again to resume."
+    with stops_with(stopped), open_engine(settings, progress) as engine:
+        job = _Evaluation(run, out, settings, progress, engine)
         likelihoods = [job.likelihood(row) for row in job.rows]
         reconstruction = job.reconstruction()
         job.sample_cells(likelihoods)
@@ -94,8 +97,8 @@ def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | 
 class _Evaluation:
     """What :func:`evaluate` works on, checked before anything is computed."""
 
-    def __init__(self, run: Path, out: Path, settings: EvalSettings, progress: Progress) -> None:
-        self.run, self.out, self.settings, self.progress = run, out, settings, progress
+    def __init__(self, run: Path, out: Path, settings: EvalSettings, progress: Progress, engine: Engine) -> None:
+        self.run, self.out, self.settings, self.progress, self.engine = run, out, settings, progress, engine
         place = settings.held_out or (settings.reference if (settings.reference / MANIFEST).is_file() else None)
         self.artifact: Artifact | None = None if place is None else _open(place)
         self.candidates = candidates(run, settings.checkpoint)
@@ -109,7 +112,7 @@ class _Evaluation:
         generator = self.generator(self.rows[0])
         if self.artifact is not None:
             check_held_out(self.artifact, generator, run)
-        self.comparisons = open_comparisons(settings, generator, out)
+        self.comparisons = open_comparisons(settings, generator.tokenizer_origin, out, engine)
         self.first = self.comparisons[0]
         self.extract, self.source = self.first.extract, self.first.source
         self.bootstrap = Bootstrap(seed=settings.seed, resamples=settings.bootstrap)
@@ -147,8 +150,9 @@ class _Evaluation:
         candidate = row.candidate
         if self._loaded is None or self._loaded[0] != candidate:
             self._loaded = None  # one model in memory at a time
-            self._loaded = (candidate, Generator.load(self.run, self.settings, self.artifact, candidate.path))
-        return self._loaded[1].with_rule(row.threshold, row.max_length)
+            load = self.engine.load
+            self._loaded = (candidate, load(Generator.load, self.run, self.settings, self.artifact, candidate.path))
+        return self.engine.load(Generator.with_rule, self._loaded[1], row.threshold, row.max_length)
 
     def _labels(self, generator: Generator) -> NDArray[np.int64]:
         """Classes (samples,) of a cell's images."""
@@ -211,7 +215,9 @@ class _Evaluation:
         else:
             rule = self._rules[row.threshold, row.max_length]
             load = functools.partial(self.generator, row)
-            record = measure_held_out(path, row, weights, self.artifact, rule, load, self.settings, self.progress)
+            record = measure_held_out(
+                path, row, weights, self.artifact, rule, load, self.settings, self.progress, self.engine
+            )
         if record.weights != weights:
             raise StageError(f"{self.out} holds results of other weights called {row.name}; name another directory")
         return record
@@ -230,9 +236,10 @@ class _Evaluation:
                     artifact,
                     self.extract,
                     folder,
+                    self.engine,
+                    task,
                     chunk=CHUNK,
                     done=path.is_file,
-                    advance=task.advance,
                     fetch=self.settings.fetch_originals,
                 )
         except StageError as error:
@@ -288,7 +295,7 @@ class _Evaluation:
         if source is None or (reference := self.first.reference(self.progress)) is None:
             return None
         return measure_floor(
-            self.out / "floor", source, samples, reference, self.extract, self.bootstrap, self.progress
+            self.out / "floor", source, samples, reference, self.extract, self.bootstrap, self.progress, self.engine
         )
 
     def measures(self) -> list[Measure]:
@@ -312,7 +319,7 @@ class _Evaluation:
     ) -> None:
         """One combination of settings: its samples, their scores, and its sheets."""
         s, path = self.settings, folder / "cell.json"
-        labels = self.labels
+        labels, training = self.labels, self.training
         n_shards = -(-s.images // s.shard_size)
         seconds = Parts(folder / "seconds", n_shards, path.is_file)
         artifact = write_sampled(
@@ -321,6 +328,7 @@ class _Evaluation:
             folder / "codes",
             self.progress,
             f"sample {folder.name}",
+            self.engine,
             sampled=lambda index, took: seconds.save(index, seconds=np.array([took])),
         )
         scored = [
@@ -329,17 +337,20 @@ class _Evaluation:
             if reference is not None
         ]
 
-        def finish() -> Cell:
-            n_tokens = artifact.manifest.n_tokens
-            complete = all(index in seconds for index in range(n_shards))
-            patches = artifact.manifest.statistics.get("patches_per_image", float(n_tokens))
+        def draw() -> None:
             for picture, with_patches in (("samples", False), ("patches", True)):
                 if with_patches and isinstance(generator.model, LlamaGen):
                     continue
                 drawn = sample_sheet(generator, artifact, labels, patches=with_patches, columns=s.sheet_per_class)
                 save_picture(drawn, folder / f"{picture}.png")
-            if self.training is not None:
-                write_nearest(generator, artifact, shown_rows(s.images), labels, self.training, folder)
+            if training is not None:
+                write_nearest(generator, artifact, shown_rows(s.images), labels, training, folder)
+
+        def finish() -> Cell:
+            n_tokens = artifact.manifest.n_tokens
+            complete = all(index in seconds for index in range(n_shards))
+            patches = artifact.manifest.statistics.get("patches_per_image", float(n_tokens))
+            self.engine.call(draw)
             scores: dict[str, Scores] = {
                 name: scores_of({part: parts.joined(part) for part in parts.load(0)}, reference, self.bootstrap)
                 for name, parts, reference in scored

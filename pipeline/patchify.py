@@ -23,11 +23,13 @@ from dpar.llamagen import LlamaGen
 from dpar.patching import PatchRule
 from pipeline.runs.weights import check_same_tokenizer, fingerprint_of, load_entropy_model
 from pipeline.runtime.device import choose_device, precision_name, rank, world_size
+from pipeline.runtime.engine import Count, Engine, open_engine
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.prefetch import prefetch
-from pipeline.runtime.progress import Progress, Task, stops_with
+from pipeline.runtime.progress import Progress, stops_with
 from pipeline.runtime.provenance import made_by
 from pipeline.runtime.threshold_warning import warn_if_out_of_reach
+from pipeline.runtime.work_sharing import Shards
 from pipeline.scoring.likelihood import check_compatible, entropies, prepared
 from pipeline.settings.artifacts import PatchifySettings
 from shards.files import write_json
@@ -46,8 +48,8 @@ RULE = "rule.json"  # the rule of an unfinished artifact, so that a resumed run 
 def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progress | None = None) -> Manifest | None:
     """Write a patches artifact to ``out``: the codes of ``codes``, their entropies, and boundaries.
 
-    Any number of processes may share the work (``torchrun``, or several runs on one ``out``); a second run resumes
-    the first.
+    Any number of processes may share the work (``torchrun``, several runs on one ``out``, or Ray's workers); a second
+    run resumes the first.
 
     Returns:
         The artifact's manifest; None while other processes still write shards.
@@ -58,14 +60,22 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
         Stopped: the user pressed Ctrl-C.
     """
     progress = progress or Progress()
+    stopped = f"Stopped. Finished shards are kept in {out}; run the same command again to resume."
+    with stops_with(stopped), open_engine(settings, progress) as engine:
+        return _patchify(codes, out, settings, progress, engine)
+
+
+def _patchify(
+    codes: Path, out: Path, settings: PatchifySettings, progress: Progress, engine: Engine
+) -> Manifest | None:
     artifact = open_artifact(codes, verify=settings.verify, share=(rank(), world_size()))
     source = artifact.manifest
     warn_if_out_of_reach(settings.threshold, source.codebook_size, progress)
-    meter = EntropyMeter(artifact, settings)
+    meter = engine.load(EntropyMeter, artifact, settings)
     identity = _identity(source, meter, settings)
     target = {"target_length": settings.target_length, "sample": settings.sample} if settings.target_length else {}
     recorded = _recorded_settings(out, identity, target)
-    rule = _find_rule(meter, settings, progress) if recorded is None else PatchRule.from_dict(recorded)
+    rule = _find_rule(meter, settings, progress, engine) if recorded is None else PatchRule.from_dict(recorded)
     identity |= rule.to_dict()
     build = ArtifactBuild(
         out,
@@ -94,10 +104,17 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
         if recorded is None:
             with contextlib.suppress(FileNotFoundError):  # the artifact is finished
                 write_json(out / BUILD / RULE, {"settings": identity, "asked": target})
-        keeps = f"Stopped. Finished shards are kept in {out}; run the same command again to resume."
-        with stops_with(keeps), progress.task("patchify", source.rows, "images") as task:
+
+        origin = meter.origin
+
+        def work(indices: Generator[int, None, None], count: Count) -> None:
+            if meter.origin != origin:
+                raise StageError(f"{settings.entropy_model} has other weights on the worker than on the driver")
+            _write_shards(build, artifact, meter, rule, indices, count)
+
+        with progress.task("patchify", source.rows, "images") as task:
             task.skip(sum(info.rows for index, info in enumerate(source.shards) if build.done(index)))
-            _write_shards(build, artifact, meter, rule, task)
+            engine.run(Shards(build), work, task)
         manifest = build.finish(make_manifest)
     if manifest is None:
         progress.say(
@@ -124,8 +141,15 @@ def _identity(source: Manifest, meter: EntropyMeter, settings: PatchifySettings)
     }
 
 
-def _write_shards(build: ArtifactBuild, artifact: Artifact, meter: EntropyMeter, rule: PatchRule, task: Task) -> None:
-    """Write the shards that this process claims: one thread computes while this one hashes and writes.
+def _write_shards(
+    build: ArtifactBuild,
+    artifact: Artifact,
+    meter: EntropyMeter,
+    rule: PatchRule,
+    todo: Generator[int, None, None],
+    task: Count,
+) -> None:
+    """Write the shards that ``todo`` claims: one thread computes while this one hashes and writes.
 
     No further shard is claimed in advance: another process may be idle.
     """
@@ -137,7 +161,7 @@ def _write_shards(build: ArtifactBuild, artifact: Artifact, meter: EntropyMeter,
         task.advance(images)
 
     def work() -> Generator[tuple[int, Rows, dict[str, Any]], None, None]:
-        for index in build.todo(rank(), world_size()):
+        for index in todo:
             rows = artifact.shard_rows(index)
             entropy = meter.measure(rows, advance)
             starts = rule.starts(entropy, artifact.manifest.grid[1])
@@ -293,7 +317,7 @@ def _recorded_settings(out: Path, identity: dict[str, Any], target: dict[str, An
     return settings if settings == expected and recorded_target == target else None
 
 
-def _find_rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progress) -> PatchRule:
+def _find_rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progress, engine: Engine) -> PatchRule:
     """Return the rule with its threshold: the given one, or the one that reaches the target length on a sample.
 
     Raises:
@@ -303,7 +327,8 @@ def _find_rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progre
     if rule.strategy == "static":
         return rule
     width = meter.artifact.manifest.grid[1]
-    sample = meter.sample(PROBE if target is None else settings.sample)
+    images = PROBE if target is None else settings.sample
+    sample = engine.call(lambda: meter.sample(images))
     finite = sample[:, 1:]
     low, high = float(finite.min()), float(finite.max())
     if target is not None:

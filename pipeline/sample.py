@@ -13,8 +13,10 @@ Any number of processes may work on one OUT, and a killed run resumes and writes
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
+from collections.abc import Generator as Indices
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,10 @@ from pipeline.generation.nearest import find_nearest, nearest_sheet, open_traini
 from pipeline.generation.npz import write_images
 from pipeline.generation.sampled_artifact import Plan, labels_of, write_sampled
 from pipeline.reports.pictures import draw_patches, enlarge, sheet
+from pipeline.runtime.engine import Count, Engine, open_engine
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress, stops_with
-from pipeline.runtime.work_sharing import claim_parts
+from pipeline.runtime.work_sharing import Pieces, claim_parts
 from pipeline.settings.sampling import SampleSettings
 from shards.files import atomic_path, write_json
 from shards.reader import Artifact
@@ -54,42 +57,51 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
     progress = progress or Progress()
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "codes").is_dir())):
         raise StageError(f"{out} holds something else; name a new or empty directory for the pictures")
-    generator = Generator.load(run, settings).with_rule(settings.threshold, settings.max_length)
+    stopped = f"Stopped. What was sampled is kept in {out}; run the same command again to resume."
+    with stops_with(stopped), open_engine(settings, progress) as engine:
+        return _sample_pictures(run, out, settings, progress, engine)
+
+
+def _sample_pictures(
+    run: Path, out: Path, settings: SampleSettings, progress: Progress, engine: Engine
+) -> dict[str, Any]:
+    generator = engine.load(_load, run, settings)
     classes = choose_classes(generator.class_names, settings.classes)
     if settings.count is None:
         labels = np.repeat(np.asarray(classes, np.int64), settings.per_class or 4)
     else:
         labels = labels_of(classes, settings.count, settings.labels, settings.seed)
-    edit = None if settings.image is None else Edit.of(generator, settings)
+    edit = None if settings.image is None else engine.call(lambda: Edit.of(generator, settings))
     place = settings.show_nearest
     training = None if place is None else open_training(place, generator, "--show-nearest")
     plan = Plan(labels=labels, cfg_scale=settings.cfg_scale, edit=edit)
-    with stops_with(f"Stopped. What was sampled is kept in {out}; run the same command again to resume."):
-        if settings.overwrite:
-            for made in MADE:  # or they would be taken for those of the new codes
-                _remove(out / made)
-        artifact = write_sampled(generator, plan, out / "codes", progress, "sample", overwrite=settings.overwrite)
-        if settings.png:
-            _write_pngs(generator, artifact, labels, out, progress)
-        if settings.npz:
-            _write_npz(generator, artifact, labels, out, progress)
-        for _ in claim_parts(out / "sheet.png", 1, lambda _: False):
-            if edit is None:
-                picture = sample_sheet(generator, artifact, labels, patches=settings.show_patches)
-            else:
-                shown = np.arange(min(len(labels), SHEET_COLUMNS))
-                picture = edit_sheet(
-                    generator, edit, row_of_pictures(generator, artifact, shown, settings.show_patches)
-                )
-            save_picture(picture, out / "sheet.png")
-        if training is not None:
-            write_nearest(generator, artifact, np.arange(len(labels)), labels, training, out)
+    if settings.overwrite:
+        for made in MADE:  # or they would be taken for those of the new codes
+            _remove(out / made)
+    artifact = write_sampled(generator, plan, out / "codes", progress, "sample", engine, overwrite=settings.overwrite)
+    if settings.png:
+        _write_pngs(generator, artifact, labels, out, progress, engine)
+    if settings.npz:
+        _write_npz(generator, artifact, labels, out, progress, engine)
+    engine.call(functools.partial(_write_sheet, generator, artifact, labels, edit, settings.show_patches, out))
+    if training is not None:
+        rows = np.arange(len(labels))
+        engine.call(functools.partial(write_nearest, generator, artifact, rows, labels, training, out))
     patches = artifact.manifest.statistics.get("patches_per_image", artifact.manifest.n_tokens)
     return {"sheet": str(out / "sheet.png"), "images": len(labels), "patches_per_image": float(patches)}
 
 
+def _load(run: Path, settings: SampleSettings) -> Generator:
+    return Generator.load(run, settings).with_rule(settings.threshold, settings.max_length)
+
+
 def _write_pngs(
-    generator: Generator, artifact: Artifact, labels: NDArray[np.int64], out: Path, progress: Progress
+    generator: Generator,
+    artifact: Artifact,
+    labels: NDArray[np.int64],
+    out: Path,
+    progress: Progress,
+    engine: Engine,
 ) -> None:
     names = [folder_name(label, name) for label, name in enumerate(generator.class_names)]
     paths = [out / "images" / names[label] / f"{i:06d}.png" for i, label in enumerate(labels)]
@@ -97,23 +109,50 @@ def _write_pngs(
     ranges = [range(end - shard.rows, end) for end, shard in zip(ends, artifact.manifest.shards, strict=True)]
     for label in np.unique(labels):
         (out / "images" / names[label]).mkdir(parents=True, exist_ok=True)
-    with progress.task("write", len(labels), "pictures") as task:
-        for index in claim_parts(out / "images", len(ranges), lambda i: all(paths[k].is_file() for k in ranges[i])):
+
+    def work(indices: Indices[int, None, None], count: Count) -> None:
+        for index in indices:
             for k, pixels in zip(ranges[index], shard_pixels(generator, artifact, index), strict=True):
                 save_picture(Image.fromarray(pixels), paths[k])
-            task.advance(len(ranges[index]))
+            count.advance(len(ranges[index]))
+
+    with progress.task("write", len(labels), "pictures") as task:
+        pieces = Pieces(out / "images", len(ranges), lambda i: all(paths[k].is_file() for k in ranges[i]))
+        engine.run(pieces, work, task)
 
 
 def _write_npz(
-    generator: Generator, artifact: Artifact, labels: NDArray[np.int64], out: Path, progress: Progress
+    generator: Generator,
+    artifact: Artifact,
+    labels: NDArray[np.int64],
+    out: Path,
+    progress: Progress,
+    engine: Engine,
 ) -> None:
     path, shape = out / "samples.npz", (len(labels), *generator.image_size, 3)
-    for _ in claim_parts(path, 1, lambda _: path.is_file()):
-        with progress.task("write", len(labels), "images") as task, write_images(path, shape, labels) as append:
-            for index in range(len(artifact.manifest.shards)):
-                pixels = shard_pixels(generator, artifact, index)
-                append(pixels)
-                task.advance(len(pixels))
+
+    def work(indices: Indices[int, None, None], count: Count) -> None:
+        for _ in indices:
+            with write_images(path, shape, labels) as append:
+                for index in range(len(artifact.manifest.shards)):
+                    pixels = shard_pixels(generator, artifact, index)
+                    append(pixels)
+                    count.advance(len(pixels))
+
+    with progress.task("write", len(labels), "images") as task:
+        engine.run(Pieces(path, 1, lambda _: path.is_file()), work, task)
+
+
+def _write_sheet(
+    generator: Generator, artifact: Artifact, labels: NDArray[np.int64], edit: Edit | None, patches: bool, out: Path
+) -> None:
+    for _ in claim_parts(out / "sheet.png", 1, lambda _: False):
+        if edit is None:
+            picture = sample_sheet(generator, artifact, labels, patches=patches)
+        else:
+            shown = np.arange(min(len(labels), SHEET_COLUMNS))
+            picture = edit_sheet(generator, edit, row_of_pictures(generator, artifact, shown, patches))
+        save_picture(picture, out / "sheet.png")
 
 
 def write_nearest(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -27,9 +27,11 @@ from numpy.typing import NDArray
 from dpar.tokenizer import VQTokenizer, from_uint8, psnr, to_uint8
 from pipeline.runs.weights import fingerprint_of, load_tokenizer
 from pipeline.runtime.device import autocast, choose_device, precision_name, rank, world_size
+from pipeline.runtime.engine import Count, Engine, open_engine
 from pipeline.runtime.errors import StageError
-from pipeline.runtime.progress import Progress, Task, stops_with
+from pipeline.runtime.progress import Progress, stops_with
 from pipeline.runtime.provenance import made_by
+from pipeline.runtime.work_sharing import Shards
 from pipeline.scoring.reconstruction_sample import (
     SHARD_KEY,
     merge_reconstruction,
@@ -53,8 +55,8 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
 
     With ``settings.holdout`` the held-out images go to a second artifact, :func:`holdout_folder` of ``out``.
 
-    Any number of processes may share the work (``torchrun``, or the same command several times); a second run resumes
-    the first.
+    Any number of processes may share the work (``torchrun``, the same command several times, or Ray's workers); a
+    second run resumes the first.
 
     Returns:
         The manifest of ``out``; None while other processes still write shards.
@@ -64,6 +66,12 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         Stopped: the user pressed Ctrl-C.
     """
     progress = progress or Progress()
+    stopped = f"Stopped. Finished shards are kept in {out}; run the same command again to resume."
+    with stops_with(stopped), open_engine(settings, progress) as engine:
+        return _tokenize(data, out, settings, progress, engine)
+
+
+def _tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progress, engine: Engine) -> Manifest | None:
     source = open_source(
         data,
         split=settings.split,
@@ -72,7 +80,8 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         image_column=settings.image_column,
         label_column=settings.label_column,
     )
-    tokenizer = load_tokenizer(settings.tokenizer)
+    fingerprint = _fingerprint(settings.tokenizer)
+    tokenizer = engine.load(_load_tokenizer, settings.tokenizer, fingerprint, settings.device)
     config = tokenizer.config
     if config.codebook_size > 2**16:
         raise StageError(f"the tokenizer has {config.codebook_size} codes; artifacts store up to {2**16}")
@@ -84,8 +93,6 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
     if settings.holdout is not None:
         training, held_out = split_holdout(source, settings.holdout, settings.seed, settings.group_regex)
         parts = [(training, out), (held_out, holdout_folder(out))]
-    tokenizer.to(choose_device(settings.device))
-    fingerprint = fingerprint_of(settings.tokenizer, "tokenizer")
     with contextlib.ExitStack() as stack:
         builds = []
         for part, folder in parts:  # open all first, so that a refusal comes before any work
@@ -100,10 +107,22 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
             builds.append(build)
             stack.callback(build.close)
         manifests = [
-            encode_source(data, part, build, tokenizer, settings, progress)
+            encode_source(data, part, build, tokenizer, settings, progress, engine)
             for (part, _), build in zip(parts, builds, strict=True)
         ]
     return manifests[0]
+
+
+def _fingerprint(tokenizer: str) -> str:
+    try:
+        return fingerprint_of(tokenizer, "tokenizer")
+    except OSError:
+        load_tokenizer(tokenizer)  # its message says what is missing
+        raise
+
+
+def _load_tokenizer(name: str, fingerprint: str, device: str) -> VQTokenizer:
+    return load_tokenizer(name, fingerprint).to(choose_device(device))
 
 
 def holdout_folder(out: Path) -> Path:
@@ -131,6 +150,7 @@ def encode_source(
     tokenizer: VQTokenizer,
     settings: TokenizeSettings,
     progress: Progress,
+    engine: Engine,
 ) -> Manifest | None:
     """Write the missing shards of ``build``; return its manifest, or None while other processes still write shards."""
     out, config = build.folder, tokenizer.config
@@ -178,12 +198,16 @@ def encode_source(
         check_strict(build.finished.shards)
         report(build.finished)
         return build.finished
-    with (
-        stops_with(f"Stopped. Finished shards are kept in {out}; run the same command again to resume."),
-        CodeEncoder(tokenizer, settings) as encoder,
-        progress.task("tokenize holdout" if is_holdout else "tokenize", source.n_items, "images") as task,
-    ):
-        write_shards(build, source, encoder, settings, task)
+
+    def work(indices: Generator[int, None, None], count: Count) -> None:
+        with CodeEncoder(tokenizer, settings) as encoder:
+            write_shards(build, source, encoder, settings, indices, count)
+
+    with progress.task("tokenize holdout" if is_holdout else "tokenize", source.n_items, "images") as task:
+        if settings.engine == "ray" and source.n_items is not None:  # write_shards counts what a process passes over
+            first = [i * settings.shard_size for i in range(build.n_shards) if build.done(i)]
+            task.skip(sum(min(settings.shard_size, source.n_items - i) for i in first))
+        engine.run(Shards(build), work, task)
     is_last = not (out / MANIFEST).is_file()  # of the processes, probably
     manifest = build.finish(make_manifest)
     if manifest is not None:
@@ -198,9 +222,14 @@ def encode_source(
 
 
 def write_shards(
-    build: ArtifactBuild, source: Source, encoder: CodeEncoder, settings: TokenizeSettings, task: Task
+    build: ArtifactBuild,
+    source: Source,
+    encoder: CodeEncoder,
+    settings: TokenizeSettings,
+    todo: Generator[int, None, None],
+    task: Count,
 ) -> None:
-    """Write the shards of ``build`` that this process claims."""
+    """Write the shards of ``build`` that ``todo`` claims."""
     keys: list[str] = []
     labels: list[int] = []
     left_out: list[LeftOut] = []
@@ -214,7 +243,6 @@ def write_shards(
         return set(sampled_positions(index, n_shards=n_shards, shard_size=size, n_items=source.n_items))
 
     writing: Future[None] | None = None  # the previous shard
-    todo = build.todo(rank(), world_size())
     with ThreadPoolExecutor(1) as writer, closing(crop_stream(todo, source, settings)) as stream:
         for index, image in stream:
             if writing is not None and writing.done():

@@ -107,6 +107,9 @@ class Artifact:
         self._max_open = min(MAX_OPEN, _file_limit() // 4)
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Artifact, (self.folder, self.manifest)
+
     def __len__(self) -> int:
         return self.manifest.rows
 

@@ -120,12 +120,22 @@ class ArtifactBuild:
             return 0
         return sum(index not in self.records for index in range(self.n_shards))
 
-    def todo(self, rank: int = 0, world_size: int = 1) -> Generator[int, None, None]:
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without claims: the copy writes shards of the build that this process has opened and finishes."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("records", "claims")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.records = BuildRecords(self.folder)
+        self.claims = self.records.claims
+
+    def todo(self, rank: int = 0, world_size: int = 1, *, only: int | None = None) -> Generator[int, None, None]:
         """Claim the shards that this process has to write, one by one; :meth:`add` releases each.
 
         The process passes once over all shards, from a start that depends on its rank, and takes those that are
         neither finished nor claimed by another process, of the same ``torchrun`` or started by hand. On a file system
-        without locks it takes every ``world_size``-th.
+        without locks it takes every ``world_size``-th. With ``only`` it claims this shard or none, and waits while
+        another process has it.
 
         Raises:
             ArtifactError: a lock file cannot be written.
@@ -134,11 +144,11 @@ class ArtifactBuild:
             return
         first = rank * self.n_shards // world_size
         try:
-            for index in (*range(first, self.n_shards), *range(first)):
+            for index in (*range(first, self.n_shards), *range(first)) if only is None else (only,):
                 if index in self.records:
                     continue
                 with self._disk_errors(self.records.folder):
-                    claimed = self.records.claim(index)
+                    claimed = self.records.claim(index, wait=only is not None)
                 if not claimed or (not self.claims.has_locks and index % world_size != rank):
                     continue
                 if (self.folder / MANIFEST).is_file():  # another process has finished the artifact

@@ -11,7 +11,6 @@ import html
 import secrets
 import traceback
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 

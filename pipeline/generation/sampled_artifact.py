@@ -1,7 +1,7 @@
 """Sampled images as an artifact, which every other command opens, made by any number of processes.
 
     plan = Plan(labels=labels_of([0, 1, 2], 50_000, "balanced", seed=0), cfg_scale=2.0)
-    artifact = write_sampled(generator, plan, out / "codes", progress, "sample")
+    artifact = write_sampled(generator, plan, out / "codes", progress, "sample", engine)
 
 An image is a function of weights, seed, index, label and settings. A shard holds a range of indices, is written whole
 or not at all, and is not sampled again: a run that was killed resumes and ends with the same bytes.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from collections.abc import Generator as Indices
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from numpy.typing import NDArray
 from pipeline.generation.editing import Edit
 from pipeline.generation.generator import Generator, SampledImages
 from pipeline.runtime.device import precision_name
+from pipeline.runtime.engine import Count, Engine
+from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.provenance import made_by
 from pipeline.runtime.threshold_warning import warn_if_out_of_reach
-from pipeline.runtime.work_sharing import claim_parts
+from pipeline.runtime.work_sharing import Pieces
 from shards.manifest import MANIFEST, Manifest, ShardInfo
 from shards.patch_statistics import count_patches, merge_counts
 from shards.reader import Artifact, open_artifact
@@ -61,6 +64,7 @@ def write_sampled(
     folder: Path,
     progress: Progress,
     title: str,
+    engine: Engine,
     *,
     overwrite: bool = False,
     sampled: Callable[[int, float], None] = lambda shard, seconds: None,
@@ -75,8 +79,9 @@ def write_sampled(
         folder: the artifact.
         progress: where to report.
         title: of the progress bar.
+        engine: computes the shards.
         overwrite: throw away an artifact that other settings made.
-        sampled: called with each shard that this process has sampled, and the seconds that it took.
+        sampled: called with each shard and the seconds that it took, where it was sampled.
 
     Raises:
         ArtifactError: the folder holds something else, or images sampled with other settings.
@@ -95,16 +100,21 @@ def write_sampled(
     def there(index: int) -> bool:
         return build.done(index) is not None or manifest_file.is_file()  # in this order: records go when it comes
 
-    with progress.task(title, len(plan.labels), "images") as task:
-        task.begin_at(sum(len(plan.labels[i * size : (i + 1) * size]) for i in range(n_shards) if there(i)))
-        for index in claim_parts(folder, n_shards, there):
+    def work(shards: Indices[int, None, None], count: Count) -> None:
+        if _decides(generator, plan) != decides:
+            raise StageError(f"{generator.name} has other weights on the worker than on the driver")
+        for index in shards:
             indices = np.arange(index * size, min((index + 1) * size, len(plan.labels)))
             labels = plan.labels[indices]
             began = time.monotonic()
-            drawn = generator.sample(labels, indices, plan.cfg_scale, known, task.advance)
+            drawn = generator.sample(labels, indices, plan.cfg_scale, known, count.advance)
             sampled(index, time.monotonic() - began)
             rows = _rows(generator, drawn, labels, indices)
             build.add(index, rows, statistics=None if rows.starts is None else count_patches(rows.starts, rows.labels))
+
+    with progress.task(title, len(plan.labels), "images") as task:
+        task.begin_at(sum(len(plan.labels[i * size : (i + 1) * size]) for i in range(n_shards) if there(i)))
+        engine.run(Pieces(folder, n_shards, there), work, task)
     build.finish(lambda shards: _manifest(generator, decides, shards))
     return open_artifact(folder)
 

@@ -16,6 +16,9 @@ from pipeline.runtime.errors import StageError
 
 Precision = Literal["auto", "bf16", "fp32"]
 
+_workers_fast_bf16: bool | None = None  # None outside of Ray
+_is_driver = False
+
 
 def rank() -> int:
     """Return the rank of this process."""
@@ -27,12 +30,25 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def follow_workers(fast: bool | None, *, driver: bool = False) -> None:
+    """Compute with the precision that suits the workers of Ray; a driver computes nothing and needs no device.
+
+    Args:
+        fast: what `fast_bf16` returns from now on; None undoes the call.
+        driver: `choose_device` returns the CPU from now on.
+    """
+    global _workers_fast_bf16, _is_driver
+    _workers_fast_bf16, _is_driver = fast, driver
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """Return the device called ``name``; ``cuda`` is this process's GPU, and ``auto`` likewise, without CUDA the CPU.
 
     Raises:
         StageError: the name is unknown, or this machine has no such device.
     """
+    if _is_driver:
+        return torch.device("cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -50,6 +66,8 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def fast_bf16(device: torch.device) -> bool:
     """Return whether the device multiplies bfloat16 matrices faster than float32 ones."""
+    if _workers_fast_bf16 is not None:
+        return _workers_fast_bf16
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

@@ -12,7 +12,8 @@ system without locks pieces may be computed twice, with the same result: a piece
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,28 @@ from pipeline.runtime.device import rank, world_size
 from pipeline.runtime.errors import StageError
 from shards.files import atomic_path
 from shards.locks import Claims
+from shards.manifest import MANIFEST
 from shards.records import differences
+from shards.writer import ArtifactBuild
 
 LOCKS = ".locks"
 
 
-def claim_parts(output: Path, n: int, is_done: Callable[[int], bool]) -> Iterator[int]:
+def claim_parts(
+    output: Path, n: int, is_done: Callable[[int], bool], only: int | None = None
+) -> Generator[int, None, None]:
     """Yield the pieces that this process has to compute; when the iterator ends, all ``n`` are done.
 
     Args:
         output: the file or folder of the pieces; their locks are in ``.locks`` beside it.
         n: number of pieces.
         is_done: returns whether a piece is done, by any process; true at the end of the loop's body at the latest.
+        only: yield no piece but this one.
     """
     claims = Claims(output.parent / LOCKS / output.name)
     first = rank() * n // world_size()
     busy = []
-    for index in (*range(first, n), *range(first)):
+    for index in (*range(first, n), *range(first)) if only is None else (only,):
         if not is_done(index):
             claims.folder.mkdir(parents=True, exist_ok=True)
             with claims.claimed(index) as claimed:
@@ -51,6 +57,44 @@ def claim_parts(output: Path, n: int, is_done: Callable[[int], bool]) -> Iterato
         with claims.claimed(index, wait=True):
             if not is_done(index):
                 yield index
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Numbered pieces of work, as :mod:`pipeline.runtime.engine` hands them out; arguments of :func:`claim_parts`."""
+
+    output: Path
+    n: int
+    is_done: Callable[[int], bool]
+
+    def missing(self, only: int | None = None) -> Generator[int, None, None]:
+        """See :func:`claim_parts`."""
+        return claim_parts(self.output, self.n, self.is_done, only)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of an artifact as pieces. Those that another process has claimed are left to it."""
+
+    build: ArtifactBuild
+
+    @property
+    def output(self) -> Path:
+        """The artifact's directory."""
+        return self.build.folder
+
+    @property
+    def n(self) -> int:
+        """Their number."""
+        return self.build.n_shards
+
+    def is_done(self, index: int) -> bool:
+        """Return whether a shard is finished."""
+        return index in self.build.records or (self.build.folder / MANIFEST).is_file()
+
+    def missing(self, only: int | None = None) -> Generator[int, None, None]:
+        """See :meth:`shards.writer.ArtifactBuild.todo`."""
+        return self.build.todo(rank(), world_size(), only=only)
 
 
 def write_once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -88,9 +132,14 @@ class Parts:
         """Pieces 0 to ``n - 1`` in ``folder``; when ``done`` returns True they are obsolete and may be missing."""
         self.folder, self.n, self._done = folder, n, done
 
-    def missing(self) -> Iterator[int]:
+    @property
+    def pieces(self) -> Pieces:
+        """What is to be computed, for :mod:`pipeline.runtime.engine`."""
+        return Pieces(self.folder, self.n, lambda index: index in self or self._done())
+
+    def missing(self) -> Generator[int, None, None]:
         """See :func:`claim_parts`."""
-        return claim_parts(self.folder, self.n, lambda index: index in self or self._done())
+        return self.pieces.missing()
 
     def __contains__(self, index: int) -> bool:
         return self._path(index).is_file()

@@ -1,6 +1,6 @@
 """One network by whose features samples are compared with the reference; an evaluation may have several.
 
-    comparisons = open_comparisons(settings, generator, out)     # checked, nothing computed yet
+    comparisons = open_comparisons(settings, generator.tokenizer_origin, out, engine)    # checked, nothing computed yet
     reference = comparisons[0].reference(progress)
     features = comparisons[0].features_of(folder, generator, artifact, done, progress)
 
@@ -10,11 +10,15 @@ The first is that of ``--features``: reconstructions, the floor and plots are by
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Generator as Indices
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.generation.generator import Generator
+from pipeline.runs.weights import load_tokenizer
+from pipeline.runtime.device import choose_device
+from pipeline.runtime.engine import Count, Engine
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.work_sharing import Parts
 from pipeline.scoring.dinov2 import DinoFeatures
@@ -34,12 +38,15 @@ class Comparison:
     source: ReferenceSource
     name: str  # of the reference, as given
     path: Path  # what is measured of it
+    engine: Engine  # computes features
     _reference: Reference | None = None
 
     def reference(self, progress: Progress) -> Reference | None:
         """The reference's features, measured once; None if its originals are unavailable."""
         if self._reference is None:
-            self._reference = measure_reference(self.source, self.extract, self.path, self.provenance(), progress)
+            self._reference = measure_reference(
+                self.source, self.extract, self.path, self.provenance(), progress, self.engine
+            )
         return self._reference
 
     def provenance(self) -> dict[str, Any]:
@@ -63,12 +70,16 @@ class Comparison:
             progress: where to report.
         """
         parts = Parts(self.folder(cell), len(artifact.manifest.shards), done)
-        side = self.extract.side(generator.image_size[0])
-        with progress.task(f"score {cell.name}, {self.extract.name}", len(artifact), "images") as task:
-            for index in parts.missing():
+        extract, side = self.extract, self.extract.side(generator.image_size[0])
+
+        def work(indices: Indices[int, None, None], count: Count) -> None:
+            for index in indices:
                 pixels = generator.decode(artifact.shard_rows(index).codes[:, 0], side)
-                parts.save(index, **self.extract(pixels))
-                task.advance(len(pixels))
+                parts.save(index, **extract(pixels))
+                count.advance(len(pixels))
+
+        with progress.task(f"score {cell.name}, {extract.name}", len(artifact), "images") as task:
+            self.engine.run(parts.pieces, work, task)
         return parts
 
     def measures(self, reference: Reference, samples: int, labels: str, precision: str) -> list[Measure]:
@@ -85,8 +96,7 @@ class Comparison:
         whole = (f"statistics stored in {self.name}" if stored else self.name, reference.statistics.images)
         scores: dict[str, tuple[str | None, int | None]] = {DISTANCE[name]: whole}
         if reference.spatial is not None:
-            spatial = stored and self.source.measured is not None and self.source.measured.spatial is not None
-            scores[SPATIAL_DISTANCE] = whole if spatial or not stored else (self.name, reference.spatial.images)
+            scores[SPATIAL_DISTANCE] = whole
         if compared is not None:
             part = (f"images of {self.name}", len(compared))
             scores |= {KERNEL_DISTANCE[name]: part, f"{PREFIX[name]}precision": part, f"{PREFIX[name]}recall": part}
@@ -108,29 +118,44 @@ class Comparison:
         ]
 
 
-def open_comparisons(settings: EvalSettings, generator: Generator, out: Path) -> list[Comparison]:
+def open_comparisons(settings: EvalSettings, tokenizer: dict[str, str], out: Path, engine: Engine) -> list[Comparison]:
     """The networks that an evaluation compares by, that of ``--features`` first.
+
+    Args:
+        settings: which networks, and the reference.
+        tokenizer: path and fingerprint of the samples' tokenizer.
+        out: where their references are kept.
+        engine: computes features.
 
     Raises:
         StageError, ArtifactError: a network's weights or the reference cannot be used.
     """
-    s, device = settings, generator.device
-    extractors: list[Extractor] = []
-    if s.network == "inception":
-        extractors.append(InceptionFeatures(s.inception_weights, device, s.scoring_batch))
-    elif s.network == "efficientnet":
-        extractors.append(EfficientNetFeatures(device, s.scoring_batch))
-    else:
-        fingerprint = generator.tokenizer_origin["fingerprint"]
-        extractors.append(TokenizerFeatures(generator.tokenizer, fingerprint, s.scoring_batch))
+    s = settings
+    extractors: list[Extractor] = [engine.load(_first, s, tokenizer)]
     if s.dinov2_weights is not None:
-        extractors.append(DinoFeatures(s.dinov2_weights, device, s.scoring_batch))
+        extractors.append(engine.load(_dino, s.dinov2_weights, s.device, s.scoring_batch))
     return [
         Comparison(
             extract=extract,
             source=open_reference(s.reference, extract, s.fetch_originals),
             name=str(s.reference),
             path=out / ("reference-dinov2.npz" if extract.name == "dinov2" else "reference.npz"),
+            engine=engine,
         )
         for extract in extractors
     ]
+
+
+def _first(settings: EvalSettings, tokenizer: dict[str, str]) -> Extractor:
+    """The network of ``--features``."""
+    s, device = settings, choose_device(settings.device)
+    if s.network == "inception":
+        return InceptionFeatures(s.inception_weights, device, s.scoring_batch)
+    if s.network == "efficientnet":
+        return EfficientNetFeatures(device, s.scoring_batch)
+    encoder = load_tokenizer(tokenizer["path"], tokenizer["fingerprint"]).to(device)
+    return TokenizerFeatures(encoder, tokenizer["fingerprint"], s.scoring_batch)
+
+
+def _dino(weights: Path, device: str, batch: int) -> Extractor:
+    return DinoFeatures(weights, choose_device(device), batch)

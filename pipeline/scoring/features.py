@@ -65,7 +65,7 @@ class InceptionFeatures:
 
     name: Network = "inception"
     network = "Inception-v3 of 2015-12-05 (torch-fidelity)"
-    resize = "above 256 px to 256 (bicubic, not antialiased); to 299 px (bilinear as in TensorFlow 1, not antialiased)"
+    resize = "above 256 px to 256 (bicubic; samples not antialiased), to 299 px (bilinear as in TensorFlow 1)"
     dimension = 2048
 
     def __init__(self, weights: Path | None, device: torch.device, batch: int = 32) -> None:

@@ -1,15 +1,17 @@
 """The scores of samples, and of a second set of real images: the floor that samples can be expected to reach.
 
 scores = scores_of(features, reference, bootstrap)
-floor = measure_floor(Path("scores/floor"), source, samples, reference, extract, bootstrap, progress)
+floor = measure_floor(Path("scores/floor"), source, samples, reference, extract, bootstrap, progress, engine)
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Generator as Indices
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.runtime.engine import Count, Engine
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.work_sharing import Parts, write_once
@@ -87,6 +89,7 @@ def measure_floor(
     extract: Extractor,
     bootstrap: Bootstrap,
     progress: Progress,
+    engine: Engine,
 ) -> Floor:
     """The scores of real images against the reference, measured once and shared by processes.
 
@@ -98,6 +101,7 @@ def measure_floor(
         extract: their features.
         bootstrap: of their intervals.
         progress: where to report.
+        engine: computes the features.
 
     Raises:
         StageError: the originals cannot be read, or the distance is not finite.
@@ -106,12 +110,16 @@ def measure_floor(
     chosen = spread(len(images), samples or len(images))
     record = folder / f"{source.fingerprint[:16]}-{len(chosen)}.json"
     parts = Parts(record.with_suffix(""), -(-len(chosen) // CHUNK), record.is_file)
-    with progress.task("floor", len(chosen), "images") as task:
-        for index in parts.missing():
+
+    def work(indices: Indices[int, None, None], count: Count) -> None:
+        for index in indices:
             rows = chosen[index * CHUNK : (index + 1) * CHUNK]
             pixels = images.read_rows(rows)
             parts.save(index, **extract(resize(pixels, extract.side(pixels.shape[1]))))
-            task.advance(len(rows))
+            count.advance(len(rows))
+
+    with progress.task("floor", len(chosen), "images") as task:
+        engine.run(parts.pieces, work, task)
 
     def finish() -> Floor:
         assert extract.name != "dinov2"  # which is never the first network

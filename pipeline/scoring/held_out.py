@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from collections.abc import Generator as Indices
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from dpar.flops import count
 from dpar.model import DPAR
 from dpar.patching import PatchRule
 from pipeline.generation.generator import Generator
+from pipeline.runtime.engine import Count, Engine
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.work_sharing import Parts, write_once
@@ -87,6 +89,7 @@ def measure_held_out(
     load: Callable[[], Generator],
     settings: EvalSettings,
     progress: Progress,
+    engine: Engine,
 ) -> HeldOutRow:
     """Exact bits per token of a row on the held-out artifact, and what the model costs on it.
 
@@ -99,20 +102,28 @@ def measure_held_out(
         load: the row's model, called only if something is left to compute.
         settings: batch and precision.
         progress: where to report.
+        engine: computes the likelihoods.
 
     Raises:
         StageError: the weights give no finite likelihood.
     """
     images = len(artifact)
     parts = Parts(path.with_suffix(""), -(-images // CHUNK), path.is_file)
-    with progress.task(" ".join(["bits per token", row.name]).strip(), images, "images") as task:
-        for index in parts.missing():
-            rows = np.arange(index * CHUNK, min((index + 1) * CHUNK, images))
-            nats, labels, patches = nats_per_token(
-                load().model, artifact, rows, settings.scoring_batch, settings.precision, rule=rule
-            )
-            parts.save(index, nats=nats, labels=labels, patches=np.array([patches]))
-            task.advance(len(rows))
+    pieces = parts.pieces
+    if not all(map(pieces.is_done, range(pieces.n))):
+        generator = load()
+
+        def work(indices: Indices[int, None, None], count: Count) -> None:
+            for index in indices:
+                rows = np.arange(index * CHUNK, min((index + 1) * CHUNK, images))
+                nats, labels, patches = nats_per_token(
+                    generator.model, artifact, rows, settings.scoring_batch, settings.precision, rule=rule
+                )
+                parts.save(index, nats=nats, labels=labels, patches=np.array([patches]))
+                count.advance(len(rows))
+
+        with progress.task(" ".join(["bits per token", row.name]).strip(), images, "images") as task:
+            engine.run(pieces, work, task)
 
     def finish() -> HeldOutRow:
         generator, names = load(), artifact.manifest.class_names

@@ -1,12 +1,13 @@
 """How much of its images a tokenizer keeps: PSNR, SSIM and features of originals and of what their codes decode to.
 
-parts = reconstruct(generator, artifact, extract, out / "originals", done, task)
+parts = reconstruct(generator, artifact, extract, out / "originals", engine, task, chunk=500, done=path.is_file)
 parts.joined("psnr").mean(), frechet_distance(…)          # whatever several processes measured
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Generator as Indices
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from dpar.tokenizer import psnr
 from pipeline.generation.generator import Generator
+from pipeline.runtime.engine import Count, Engine
 from pipeline.runtime.work_sharing import Parts
 from pipeline.scoring.features import Extractor, resize
 from pipeline.scoring.reference import NEEDED
@@ -27,10 +29,11 @@ def reconstruct(
     artifact: Artifact,
     extract: Extractor,
     folder: Path,
+    engine: Engine,
+    task: Count,
     *,
     chunk: int,
     done: Callable[[], bool],
-    advance: Callable[[int], None],
     fetch: bool = False,
 ) -> Parts:
     """Compare view 0 of every image of ``artifact`` with its original.
@@ -40,9 +43,10 @@ def reconstruct(
         artifact: codes or patches.
         extract: features.
         folder: for the parts, which other processes share.
+        engine: computes them.
+        task: counts images.
         chunk: images in memory at the same time.
         done: whether the parts are no longer needed.
-        advance: called with the number of images done since the last call.
         fetch: fetch originals over the network.
 
     Returns:
@@ -53,21 +57,25 @@ def reconstruct(
         StageError: the originals are unavailable.
     """
     parts = Parts(folder, -(-len(artifact) // chunk), done)
-    for index in parts.missing():
-        rows = np.arange(index * chunk, min((index + 1) * chunk, len(artifact)))
-        originals = load_originals(artifact.manifest, artifact.keys(rows), np.zeros_like(rows), fetch=fetch)
-        codes = artifact.gather(rows, np.zeros_like(rows)).codes
-        decoded = generator.decode(codes)
-        side = extract.side(originals.shape[1])
-        features = extract(resize(originals, side))
-        parts.save(
-            index,
-            psnr=psnr(torch.from_numpy(decoded), torch.from_numpy(originals)).numpy(),
-            ssim=ssim(decoded, originals),
-            decoded=extract(decoded if side == decoded.shape[1] else generator.decode(codes, side))["pool"],
-            **{name: features[name] for name in NEEDED if name in features},
-        )
-        advance(len(rows))
+
+    def work(indices: Indices[int, None, None], count: Count) -> None:
+        for index in indices:
+            rows = np.arange(index * chunk, min((index + 1) * chunk, len(artifact)))
+            originals = load_originals(artifact.manifest, artifact.keys(rows), np.zeros_like(rows), fetch=fetch)
+            codes = artifact.gather(rows, np.zeros_like(rows)).codes
+            decoded = generator.decode(codes)
+            side = extract.side(originals.shape[1])
+            features = extract(resize(originals, side))
+            parts.save(
+                index,
+                psnr=psnr(torch.from_numpy(decoded), torch.from_numpy(originals)).numpy(),
+                ssim=ssim(decoded, originals),
+                decoded=extract(decoded if side == decoded.shape[1] else generator.decode(codes, side))["pool"],
+                **{name: features[name] for name in NEEDED if name in features},
+            )
+            count.advance(len(rows))
+
+    engine.run(parts.pieces, work, task)
     return parts
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Generator as Indices
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.generation.npz import IMAGES, NpzImages, array_names, open_array, open_npz, read_floats
+from pipeline.runtime.engine import Count, Engine
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.provenance import made_by
@@ -227,7 +229,12 @@ def open_reference(path: Path, extract: Extractor, fetch: bool = False) -> Refer
 
 
 def measure_reference(
-    source: ReferenceSource, extract: Extractor, path: Path, provenance: dict[str, Any], progress: Progress
+    source: ReferenceSource,
+    extract: Extractor,
+    path: Path,
+    provenance: dict[str, Any],
+    progress: Progress,
+    engine: Engine,
 ) -> Reference | None:
     """The reference's features, computed once by the processes that share ``path``.
 
@@ -237,6 +244,7 @@ def measure_reference(
         path: ``.npz`` file for the result.
         provenance: to stand in that file.
         progress: where to report.
+        engine: computes the features.
 
     Returns:
         None, with a message, if the originals of an artifact are unavailable.
@@ -249,13 +257,17 @@ def measure_reference(
         return measured
     assert images is not None  # a source without statistics has images
     parts = Parts(path.with_suffix(""), -(-len(images) // CHUNK), path.is_file)
+
+    def work(indices: Indices[int, None, None], count: Count) -> None:
+        for index in indices:
+            pixels = images.read(index * CHUNK, min((index + 1) * CHUNK, len(images)))
+            features = extract(resize(pixels, extract.side(pixels.shape[1])))
+            parts.save(index, **{name: features[name] for name in NEEDED if name in features})
+            count.advance(len(pixels))
+
     try:
         with progress.task("reference", len(images), "images") as task:
-            for index in parts.missing():
-                pixels = images.read(index * CHUNK, min((index + 1) * CHUNK, len(images)))
-                features = extract(resize(pixels, extract.side(pixels.shape[1])))
-                parts.save(index, **{name: features[name] for name in NEEDED if name in features})
-                task.advance(len(pixels))
+            engine.run(parts.pieces, work, task)
     except StageError as error:
         if not isinstance(images, Originals):
             raise

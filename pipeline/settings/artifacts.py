@@ -8,6 +8,7 @@ from typing import Annotated
 
 from dpar.patching import PatchRule, Strategy
 from pipeline.runtime.errors import StageError
+from pipeline.settings.engine import EngineSettings
 from pipeline.settings.fields import (
     DATA,
     HARDWARE,
@@ -28,7 +29,7 @@ from pipeline.settings.fields import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizeSettings:
+class TokenizeSettings(EngineSettings):
     """Images to codes."""
 
     tokenizer: Annotated[
@@ -76,6 +77,7 @@ class TokenizeSettings:
     precision: Compute = "fp32"
 
     def __post_init__(self) -> None:
+        self.check_engine()
         at_least(self, 1, "image_size", "shard_size", "limit", "batch", "workers")
         at_least(self, 0, "seed")
         if self.holdout is not None:
@@ -89,7 +91,7 @@ class TokenizeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchifySettings:
+class PatchifySettings(EngineSettings):
     """Codes to patches."""
 
     entropy_model: Annotated[
@@ -124,6 +126,7 @@ class PatchifySettings:
     precision: Compute = "auto"
 
     def __post_init__(self) -> None:
+        self.check_engine()
         at_least(self, 1, "target_length", "static_length", "sample", "batch")
         at_least(self, 0, "max_length", "threshold")
         if self.compare is not None:

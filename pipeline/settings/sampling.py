@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from pipeline.settings.engine import EngineSettings
 from pipeline.settings.fields import (
     DATA,
     HARDWARE,
@@ -89,7 +90,7 @@ def check_cfg_scale(scale: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleSettings(SamplingSettings):
+class SampleSettings(SamplingSettings, EngineSettings):
     """Sampling pictures."""
 
     cfg_scale: Annotated[float, "Classifier-free guidance s: logits = u + s·(c - u); 1 is none.", SAMPLING] = 2.0
@@ -120,6 +121,7 @@ class SampleSettings(SamplingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_engine()
         check_cfg_scale(self.cfg_scale)
         at_least(self, 0, "threshold", "max_length")
         at_least(self, 1, "per_class", "count", "keep_rows")
@@ -134,7 +136,7 @@ class SampleSettings(SamplingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings(SamplingSettings):
+class EvalSettings(SamplingSettings, EngineSettings):
     """Scoring a run."""
 
     reference: Annotated[
@@ -239,6 +241,7 @@ class EvalSettings(SamplingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_engine()
         paper = self.protocol == "paper"
         for name, other in (("samples", 1000), ("features", "tokenizer")):
             if getattr(self, name) is None:

@@ -205,7 +205,7 @@ class _Loop:
         unsound = ~torch.isfinite(loss + norm)
         own = to_device(torch.tensor([float(self.checkpoints.failed()), float(status)]), self.device)
         flags = all_reduce_max(torch.cat([unsound.float().view(1), own]))
-        # Single device sync: check finiteness before stepping.
+        # Single device sync, before stepping. With AdamW's found_inf the average and the count would lag by a step.
         skip, save_failed, ends, *numbers = torch.cat([flags, torch.stack([loss, norm])]).tolist()
         if not skip:
             self.optimizer.step()

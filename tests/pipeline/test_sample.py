@@ -491,7 +491,7 @@ def test_other_settings_are_refused_and_replace_everything_only_if_asked(home: P
 
 def test_the_nearest_training_image_of_a_copy_is_the_copied_one(home: Path) -> None:
     generator = Generator.load(home / "dpar", SampleSettings(**CPU))
-    training = open_training(home / "patches", generator)
+    training = open_training(home / "patches", generator, "--show-nearest")
     rows = np.array([3, 0])
     copied = training.gather(rows, np.zeros_like(rows)).codes
     altered = copied.copy()

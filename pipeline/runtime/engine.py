@@ -1,0 +1,128 @@
+"""Who computes the pieces of a stage: this process and others like it, or the workers of a Ray cluster.
+
+    with open_engine(settings, progress) as engine:
+        model = engine.load(load_model, "weights", settings.device)
+
+        def work(indices, task):                             # writes the pieces that it is given
+            for index in indices:
+                parts.save(index, features=model(...))
+                task.advance(1)
+
+        engine.run(parts.pieces, work, task)                 # all pieces exist now
+        picture = engine.call(lambda: draw(model))           # computed where the models are
+
+``--engine processes``: this process takes the pieces that no other process has claimed (``torchrun``, plain starts).
+``--engine ray``: this process is the driver and hands missing pieces to workers (:mod:`pipeline.runtime.ray_engine`).
+In both a piece is the same function of its index and the settings, so the bytes are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+from pipeline.runtime.progress import Progress
+
+T = TypeVar("T")
+
+
+class Count(Protocol):
+    """What counts finished images; a :class:`pipeline.runtime.progress.Task` is one."""
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Count ``n`` more."""
+
+    def skip(self, n: int) -> None:
+        """Count ``n`` more as done by another process."""
+
+
+class Pieces(Protocol):
+    """Numbered pieces of work; see :mod:`pipeline.runtime.work_sharing`."""
+
+    @property
+    def n(self) -> int:
+        """Their number."""
+
+    @property
+    def output(self) -> Path:
+        """Where they are written, for messages."""
+
+    def is_done(self, index: int, /) -> bool:
+        """Return whether a piece is finished, by any process."""
+
+    def missing(self, only: int | None = None) -> Generator[int, None, None]:
+        """Claim and yield the unfinished pieces, or this one, waiting for a process that has it."""
+
+
+Work = Callable[[Generator[int, None, None], Count], None]
+
+
+class Engine(Protocol):
+    """Computes pieces. The functions that it gets may be sent to another machine: they capture data and models only."""
+
+    def load(self, make: Callable[..., T], *arguments: object) -> T:
+        """Return ``make(*arguments)``; in functions sent to a worker, what the worker gets by the same call, once."""
+
+    def run(self, pieces: Pieces, work: Work, task: Count) -> None:
+        """Compute the missing pieces, except those that another process has claimed and ``pieces`` leaves to it."""
+
+    def call(self, compute: Callable[[], T]) -> T:
+        """Return what a function computes with models."""
+
+
+class Processes:
+    """This process computes what no other one has claimed."""
+
+    def load(self, make: Callable[..., T], *arguments: object) -> T:
+        """See :class:`Engine`."""
+        return make(*arguments)
+
+    def run(self, pieces: Pieces, work: Work, task: Count) -> None:
+        """See :class:`Engine`."""
+        work(pieces.missing(), task)
+
+    def call(self, compute: Callable[[], T]) -> T:
+        """See :class:`Engine`."""
+        return compute()
+
+
+class EngineOptions(Protocol):
+    """The settings that choose an engine: :class:`pipeline.settings.engine.EngineSettings`."""
+
+    @property
+    def engine(self) -> Literal["processes", "ray"]:
+        """Which one."""
+
+    @property
+    def ray_address(self) -> str | None:
+        """Of the cluster; None starts one on this machine."""
+
+    @property
+    def ray_workers(self) -> int | None:
+        """How many; None is as many as the cluster has room for."""
+
+    @property
+    def gpus_per_worker(self) -> float | None:
+        """May be a fraction; None is 1 if the cluster has GPUs, else 0."""
+
+    @property
+    def device(self) -> str:
+        """Of each worker."""
+
+
+@contextmanager
+def open_engine(options: EngineOptions, progress: Progress) -> Iterator[Engine]:
+    """Give the engine that the options choose.
+
+    Raises:
+        StageError: Ray is not installed, or no cluster answers.
+    """
+    if options.engine == "processes":
+        yield Processes()
+        return
+    from pipeline.runtime.ray_engine import ray_engine
+
+    with ray_engine(options, progress) as engine:
+        yield engine

@@ -1,0 +1,169 @@
+"""``--engine ray`` on a real cluster: nodes are raylets on this machine, with workers of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from pipeline.evaluate import evaluate
+from pipeline.patchify import patchify
+from pipeline.runtime.errors import StageError
+from pipeline.sample import sample_pictures
+from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
+from pipeline.settings.sampling import EvalSettings, SampleSettings
+from pipeline.tokenize import tokenize
+from tests.kill_campaign import group, n_shards, stamps
+from tests.pipeline.sampled import CPU, QUIET, RULE, SIZE, everything, save_home, save_run
+
+NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
+RAY: dict[str, Any] = {**CPU, "engine": "ray"}
+ROOT = Path(__file__).parents[3]
+PATIENCE = 120  # seconds for a worker to start on a busy machine
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos, weights, artifacts and a run, all made by one process; 40 shards of codes in `small/`."""
+    home = tmp_path_factory.mktemp("home")
+    save_home(home, ("bird", "cat"), 20)
+    save_run(home / "run", home / "patches", "dpar-tiny")
+    tokenize(str(home / "photos"), home / "small", encode(home), QUIET)
+    return home
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes with one CPU each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_raylet_start_wait_time_s", str(PATIENCE))
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        cluster.add_node(**NODE)
+        ray.init(cluster.address, log_to_driver=False)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def encode(home: Path, **options: Any) -> TokenizeSettings:
+    return TokenizeSettings(**{"tokenizer": str(home / "vq"), "image_size": SIZE, "shard_size": 1, **CPU, **options})
+
+
+def raylet(node: Any) -> int:
+    """The process that a node is; those of its workers are its children."""
+    pid: int = node.all_processes["raylet"][0].process.pid
+    return pid
+
+
+def workers(node: Any) -> list[int]:
+    return [pid for pid in group(raylet(node)) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Worker")]
+
+
+def send(number: signal.Signals, pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_when_a_node_joins_and_one_is_lost_the_bytes_are_those_of_one_process_and_no_shard_is_written_twice(
+    home: Path, cluster: Cluster, tmp_path: Path
+) -> None:
+    out = tmp_path / "codes"
+    first, lost = cluster.list_all_nodes()
+
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(tokenize, str(home / "photos"), out, encode(home, **RAY), QUIET)
+        wait_until(lambda: n_shards(out) or run.done())
+        stopped = [*workers(first), *workers(lost)]
+        send(signal.SIGSTOP, stopped)  # while they hold claims on shards
+        try:
+            written = n_shards(out)
+            cluster.add_node(**NODE)
+            wait_until(lambda: n_shards(out) > written)  # only the new node's worker can have written it
+            before = stamps(out)
+            send(signal.SIGKILL, [raylet(lost), *workers(lost)])
+        finally:
+            send(signal.SIGCONT, stopped)
+        manifest = run.result()
+    cluster.remove_node(lost, allow_graceful=False)
+    assert manifest is not None
+    assert everything(out) == everything(home / "small")
+    assert 0 < len(before) < 40
+    after = {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name in before if (path := out / name).exists()}
+    assert after == before
+
+
+def test_ctrl_c_stops_the_workers_and_keeps_finished_shards(home: Path, cluster: Cluster, tmp_path: Path) -> None:
+    out = tmp_path / "patches"
+    options: dict[str, Any] = {"entropy_model": str(home / "entropy"), "target_length": 1.5}
+    words = ["patchify", home / "small", out, "--engine", "ray", "--ray-address", cluster.address]
+    for name, value in (options | CPU).items():
+        words += [f"--{name.replace('_', '-')}", value]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "dpar", *map(str, words)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: n_shards(out) or driver.poll() is not None)
+    driver.send_signal(signal.SIGINT)
+    _, message = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 130
+    assert "Finished shards are kept" in message
+    kept = stamps(out)
+    assert 0 < len(kept) < 40
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == 2)  # the workers are gone
+    patchify(home / "small", out, PatchifySettings(**options, **RAY), QUIET)
+    patchify(home / "small", tmp_path / "alone", PatchifySettings(**options, **CPU), QUIET)
+    assert everything(out) == everything(tmp_path / "alone")
+    assert {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name in kept if (path := out / name)} == kept
+
+
+def test_samples_and_scores_are_those_of_one_process(home: Path, cluster: Cluster, tmp_path: Path) -> None:
+    pictures: dict[str, Any] = {"per_class": 5, "shard_size": 3, "npz": True, "show_nearest": home / "patches"}
+    sample_pictures(home / "run", tmp_path / "alone", SampleSettings(**pictures, **CPU), QUIET)
+    sample_pictures(home / "run", tmp_path / "ray", SampleSettings(**pictures, **RAY), QUIET)
+    assert everything(tmp_path / "ray") == everything(tmp_path / "alone")
+    scores: dict[str, Any] = {"reference": home / "patches", "samples": 6, "shard_size": 2, "cfg_scale": (2.0,)}
+    scores |= {"threshold": (RULE["threshold"], 3.0), "floor": home / "photos" / "cat"}
+    alone = evaluate(home / "run", tmp_path / "scores-alone", EvalSettings(**scores, **CPU), QUIET)
+    on_ray = evaluate(home / "run", tmp_path / "scores-ray", EvalSettings(**scores, **RAY), QUIET)
+    assert timeless(on_ray.to_json()) == timeless(alone.to_json())
+
+
+def timeless(value: Any) -> Any:
+    """The same without speeds."""
+    if isinstance(value, dict):
+        return {name: timeless(item) for name, item in value.items() if name != "images_per_second"}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def test_an_image_that_cannot_be_used_ends_the_run_with_its_message(
+    home: Path, cluster: Cluster, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos" / "cat"
+    photos.mkdir(parents=True)
+    (photos / "broken.png").write_text("not a picture")
+    with pytest.raises(StageError, match=r"^cat/broken\.png: .*Without --strict it would be left out$"):
+        tokenize(str(tmp_path / "photos"), tmp_path / "out", encode(home, strict=True, **RAY), QUIET)
