@@ -97,7 +97,7 @@ class EngineOptions(Protocol):
 
     @property
     def ray_address(self) -> str | None:
-        """Of the cluster; None starts one on this machine."""
+        """Of the cluster; None is `RAY_ADDRESS`, or the one of this machine, which is started if it is missing."""
 
     @property
     def ray_workers(self) -> int | None:
