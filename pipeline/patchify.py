@@ -13,7 +13,6 @@ import json
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,11 +29,11 @@ from pipeline.runtime.provenance import made_by
 from pipeline.runtime.threshold_warning import warn_if_out_of_reach
 from pipeline.scoring.likelihood import check_compatible, entropies, prepared
 from pipeline.settings.artifacts import PatchifySettings
-from shards.files import write_json
 from shards.manifest import BUILD, FORMAT_VERSIONS, MANIFEST, Manifest, ShardInfo
 from shards.patch_statistics import count_patches, merge_counts
 from shards.reader import Artifact, open_artifact
 from shards.rows import Rows
+from shards.storage import Location, is_file, read_bytes, write_json
 from shards.writer import ArtifactBuild
 
 PROBE = 64  # images on which a given threshold is tested before the full pass
@@ -43,8 +42,12 @@ SECOND_SAMPLE = 2**16  # sequences, at least, in the second search after a thres
 RULE = "rule.json"  # the rule of an unfinished artifact, so that a resumed run does not search again
 
 
-def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progress | None = None) -> Manifest | None:
+def patchify(
+    codes: Location, out: Location, settings: PatchifySettings, progress: Progress | None = None
+) -> Manifest | None:
     """Write a patches artifact to ``out``: the codes of ``codes``, their entropies, and boundaries.
+
+    Both may be URLs.
 
     Any number of processes may share the work (``torchrun``, or several runs on one ``out``); a second run resumes
     the first.
@@ -73,6 +76,7 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
         n_shards=len(source.shards),
         container=identity["container"],
         overwrite=settings.overwrite,
+        share=(rank(), world_size()),
     )
 
     def make_manifest(shards: tuple[ShardInfo, ...]) -> Manifest:
@@ -91,8 +95,8 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
         )
 
     with contextlib.closing(build):
-        if recorded is None:
-            with contextlib.suppress(FileNotFoundError):  # the artifact is finished
+        if recorded is None and build.finished is None:
+            with contextlib.suppress(FileNotFoundError):  # another process has finished the artifact
                 write_json(out / BUILD / RULE, {"settings": identity, "asked": target})
         keeps = f"Stopped. Finished shards are kept in {out}; run the same command again to resume."
         with stops_with(keeps), progress.task("patchify", source.rows, "images") as task:
@@ -276,14 +280,14 @@ def find_threshold(entropy: NDArray[np.float16], target: float, rule: PatchRule,
     )
 
 
-def _recorded_settings(out: Path, identity: dict[str, Any], target: dict[str, Any]) -> dict[str, Any] | None:
+def _recorded_settings(out: Location, identity: dict[str, Any], target: dict[str, Any]) -> dict[str, Any] | None:
     """Return the settings, threshold included, that a run of the same command recorded in ``out``; None without."""
-    if (out / MANIFEST).is_file():
+    if is_file(out / MANIFEST):
         manifest = Manifest.read(out)
         settings, recorded_target = manifest.settings, {name: manifest.made_by.get(name) for name in target}
     else:
         try:
-            recorded = json.loads((out / BUILD / RULE).read_text(encoding="utf-8"))
+            recorded = json.loads(read_bytes(out / BUILD / RULE))
             settings, recorded_target = recorded["settings"], recorded["asked"]
         except (OSError, ValueError, LookupError, TypeError):
             return None
@@ -332,7 +336,7 @@ def _find_rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progre
     )
 
 
-def _report_target(out: Path, manifest: Manifest, settings: PatchifySettings, progress: Progress) -> None:
+def _report_target(out: Location, manifest: Manifest, settings: PatchifySettings, progress: Progress) -> None:
     """Report the mean length on all data; if it is off target, also why and which threshold is better."""
     target = settings.target_length
     assert target is not None

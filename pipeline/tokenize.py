@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
@@ -45,11 +45,12 @@ from pipeline.sources.holdout import split_holdout
 from shards.left_out import LEFT_OUT
 from shards.manifest import MANIFEST, LeftOut, Manifest, ShardInfo
 from shards.rows import Rows
+from shards.storage import Location, Url, is_file
 from shards.writer import ArtifactBuild
 
 
-def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progress | None = None) -> Manifest | None:
-    """Encode every image of ``data`` and write a codes artifact to ``out``.
+def tokenize(data: str, out: Location, settings: TokenizeSettings, progress: Progress | None = None) -> Manifest | None:
+    """Encode every image of ``data`` and write a codes artifact to ``out``, a directory or URL.
 
     With ``settings.holdout`` the held-out images go to a second artifact, :func:`holdout_folder` of ``out``.
 
@@ -80,7 +81,7 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         raise StageError(
             f"--image-size is {settings.image_size}; this tokenizer needs a multiple of {config.downsampling}"
         )
-    parts: list[tuple[Source, Path]] = [(source, out)]
+    parts: list[tuple[Source, Location]] = [(source, out)]
     if settings.holdout is not None:
         training, held_out = split_holdout(source, settings.holdout, settings.seed, settings.group_regex)
         parts = [(training, out), (held_out, holdout_folder(out))]
@@ -96,6 +97,7 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
                 n_shards=part.n_parts(settings.shard_size),
                 container=settings.container,
                 overwrite=settings.overwrite,
+                share=(rank(), world_size()),
             )
             builds.append(build)
             stack.callback(build.close)
@@ -106,9 +108,13 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
     return manifests[0]
 
 
-def holdout_folder(out: Path) -> Path:
+@overload
+def holdout_folder(out: Path) -> Path: ...
+@overload
+def holdout_folder(out: Url) -> Url: ...
+def holdout_folder(out: Location) -> Location:
     """Return the directory of the held-out part, beside ``out``."""
-    named = out if out.name not in ("", "..") else out.resolve()
+    named = out.resolve() if isinstance(out, Path) and out.name in ("", "..") else out
     return named.with_name(f"{named.name}-holdout")
 
 
@@ -184,7 +190,7 @@ def encode_source(
         progress.task("tokenize holdout" if is_holdout else "tokenize", source.n_items, "images") as task,
     ):
         write_shards(build, source, encoder, settings, task)
-    is_last = not (out / MANIFEST).is_file()  # of the processes, probably
+    is_last = not is_file(out / MANIFEST)  # of the processes, probably
     manifest = build.finish(make_manifest)
     if manifest is not None:
         report(manifest, from_any_process=is_last)
