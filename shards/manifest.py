@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from shards.errors import ArtifactError
-from shards.files import write_json
 from shards.records import Count, Positive, Range, parse, read_json
+from shards.storage import READ_ONLY, Location, entries, is_file, write_json
 
 MANIFEST = "manifest.json"
 MAX_VALUES = 2**31 - 1  # per row of a column: the limit of Arrow's fixed-size lists
@@ -73,25 +73,25 @@ class Manifest:
         """Tokens per image, N."""
         return self.grid[0] * self.grid[1]
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Location) -> None:
         """Write ``folder/manifest.json`` atomically."""
         write_json(folder / MANIFEST, {**dataclasses.asdict(self), "format_version": self.format_version})
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Location) -> Manifest:
         """Return the manifest of ``folder``.
 
         Raises:
             ArtifactError: it is missing, damaged, or of another version.
         """
         path = folder / MANIFEST
-        if not folder.is_dir():
+        if isinstance(folder, Path) and not folder.is_dir():
             raise ArtifactError(f"no artifact at {folder}: there is no such directory")
-        if not path.is_file():
-            unfinished = (folder / BUILD).is_dir()
+        is_finished, is_begun = _look(folder)
+        if not is_finished:
             raise ArtifactError(
                 f"{folder} is not finished: run the command that makes it again"
-                if unfinished
+                if is_begun
                 else f"{folder} is not an artifact: it has no {MANIFEST}"
             )
         values = read_json(path)
@@ -101,7 +101,7 @@ class Manifest:
         manifest._check(path)
         return manifest
 
-    def _check(self, path: Path) -> None:
+    def _check(self, path: Location) -> None:
         """Raise ArtifactError if fields contradict each other or a shard lies outside the directory."""
         names = [shard.name for shard in self.shards]
         fault = None
@@ -125,9 +125,24 @@ class Manifest:
 
 
 BUILD = ".build"  # records of finished shards, while an artifact is being written
+SETTINGS = "settings.json"  # in it
 
 
-def _check_version(kind: object, version: object, path: Path) -> None:
+def _look(folder: Location) -> tuple[bool, bool]:
+    """Return whether a directory has a manifest, and whether it has the records of an artifact being written.
+
+    Raises:
+        ArtifactError: a URL cannot be listed; stores explain that, while they refuse a file without a reason.
+    """
+    if isinstance(folder, Path):
+        return (folder / MANIFEST).is_file(), (folder / BUILD).is_dir()
+    if folder.scheme in READ_ONLY:
+        return is_file(folder / MANIFEST), is_file(folder / BUILD / SETTINGS)
+    names = entries(folder)
+    return MANIFEST in names, BUILD in names
+
+
+def _check_version(kind: object, version: object, path: Location) -> None:
     """Raise ArtifactError unless this version reads the format version of the artifact."""
     supported = FORMAT_VERSIONS.get(kind) if isinstance(kind, str) else None  # type: ignore[call-overload]
     if supported is None or version == supported:  # parsing reports an unknown kind

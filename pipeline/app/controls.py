@@ -36,7 +36,7 @@ class Sampling:
             threshold,
             step=0.01,
             label="Threshold, nats",
-            info="A token of higher entropy starts a patch",
+            info="A higher entropy starts a patch",
             visible=model.by_entropy,
             buttons=["reset"],
             elem_classes="threshold",

@@ -30,7 +30,7 @@ from pipeline.app.pictures import Picture
 from pipeline.app.results import Results, Updates
 
 CSS = """
-.note small { display: block; opacity: 0.75; }
+.note small { display: block; font-size: var(--text-sm); opacity: 0.8; }
 .error { color: var(--error-text-color); border: 1px solid var(--error-border-color);
   background: var(--error-background-fill); border-radius: var(--radius-md); padding: 0.5rem 0.75rem; }
 .pictures .grid-wrap { min-height: 0 !important; }
@@ -173,7 +173,7 @@ def _patchify_tab(model: Model, jobs: Jobs, examples: list[Path]) -> None:
                 model.threshold,
                 step=0.01,
                 label="Threshold, nats",
-                info="A token of higher entropy starts a patch",
+                info="A higher entropy starts a patch",
                 buttons=["reset"],
                 elem_classes="threshold",
             )

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from pipeline.runtime.progress import Progress
+from shards.storage import Location
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class Pieces(Protocol):
         """Their number."""
 
     @property
-    def output(self) -> Path:
+    def output(self) -> Location:
         """Where they are written, for messages."""
 
     def is_done(self, index: int, /) -> bool:
@@ -97,7 +97,7 @@ class EngineOptions(Protocol):
 
     @property
     def ray_address(self) -> str | None:
-        """Of the cluster; None starts one on this machine."""
+        """Of the cluster; None is `RAY_ADDRESS`, or the one of this machine, which is started if it is missing."""
 
     @property
     def ray_workers(self) -> int | None:

@@ -156,6 +156,7 @@ class RayEngine:
         self._step = STARTING
         self._workers: list[Any] = []
         self._idle: list[Any] = []
+        self._lost: list[Any] = []  # to be asked whether Ray has restarted them
         self._running: dict[Any, tuple[Any, int, Any]] = {}  # by reference: worker, step, numbered item
         self._looked = self._active = time.monotonic() - LOOK_EVERY
 
@@ -238,7 +239,7 @@ class RayEngine:
                     if is_current:
                         raise error.cause from None
                 except self._ray.exceptions.RayError as error:
-                    self._lose(worker, step)
+                    self._lose(worker, step, error)
                     if is_current:
                         losses[numbered[0]] += 1
                         if losses[numbered[0]] == ATTEMPTS + len(self._workers):  # each may have died while idle
@@ -250,15 +251,16 @@ class RayEngine:
                         left -= 1
                         yield result
 
-    def _lose(self, worker: Any, step: int) -> None:
-        """Wait for Ray to restart a worker; one that did not even start is replaced."""
-        if step == STARTING:
+    def _lose(self, worker: Any, step: int, error: Exception) -> None:
+        """Leave a worker to be restarted by Ray; one that is dead for good is replaced."""
+        if step == STARTING and isinstance(error, self._ray.exceptions.ActorDiedError):
+            self._ray.kill(worker)
             self._workers.remove(worker)
         else:
-            self._wait_for(worker)
+            self._lost.append(worker)
 
     def _wait_for(self, worker: Any) -> None:
-        self._running[worker.__ray_ready__.options(max_task_retries=-1).remote()] = worker, STARTING, None
+        self._running[worker.__ray_ready__.remote()] = worker, STARTING, None
 
     def _look_at_cluster(self) -> None:
         """Ask for as many workers as the nodes have room for; say so if none runs."""
@@ -266,6 +268,8 @@ class RayEngine:
         if now - self._looked < LOOK_EVERY:
             return
         self._looked = now
+        while self._lost:
+            self._wait_for(self._lost.pop())
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         target = self._options.ray_workers or max(1, sum(room(resources, self._gpus) for resources in nodes))
         actor = self._ray.remote(Worker).options(num_cpus=0 if self._gpus else 1, num_gpus=self._gpus, max_restarts=-1)
@@ -302,7 +306,7 @@ def room(resources: dict[str, float], gpus: float) -> int:
 
 @contextmanager
 def ray_engine(options: EngineOptions, progress: Progress) -> Iterator[RayEngine]:
-    """Connect to a cluster, or start one on this machine; stop the workers at the end.
+    """Connect to a cluster, or start one on this machine as `ray.init` decides; stop the workers at the end.
 
     Raises:
         StageError: Ray is not installed, no cluster answers, ``torchrun`` started this process, or the workers do not

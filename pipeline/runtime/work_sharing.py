@@ -24,8 +24,8 @@ from pipeline.runtime.device import rank, world_size
 from pipeline.runtime.errors import StageError
 from shards.files import atomic_path
 from shards.locks import Claims
-from shards.manifest import MANIFEST
 from shards.records import differences
+from shards.storage import Location
 from shards.writer import ArtifactBuild
 
 LOCKS = ".locks"
@@ -79,8 +79,8 @@ class Shards:
     build: ArtifactBuild
 
     @property
-    def output(self) -> Path:
-        """The artifact's directory."""
+    def output(self) -> Location:
+        """The artifact's directory or URL."""
         return self.build.folder
 
     @property
@@ -90,7 +90,7 @@ class Shards:
 
     def is_done(self, index: int) -> bool:
         """Return whether a shard is finished."""
-        return index in self.build.records or (self.build.folder / MANIFEST).is_file()
+        return index in self.build.records or self.build.records.has_manifest()
 
     def missing(self, only: int | None = None) -> Generator[int, None, None]:
         """See :meth:`shards.writer.ArtifactBuild.todo`."""

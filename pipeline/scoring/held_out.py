@@ -107,23 +107,21 @@ def measure_held_out(
     Raises:
         StageError: the weights give no finite likelihood.
     """
-    images = len(artifact)
-    parts = Parts(path.with_suffix(""), -(-images // CHUNK), path.is_file)
-    pieces = parts.pieces
-    if not all(map(pieces.is_done, range(pieces.n))):
+    parts = Parts(path.with_suffix(""), -(-len(artifact) // CHUNK), path.is_file)
+    if not all(map(parts.pieces.is_done, range(parts.n))):
         generator = load()
 
         def work(indices: Indices[int, None, None], count: Count) -> None:
             for index in indices:
-                rows = np.arange(index * CHUNK, min((index + 1) * CHUNK, images))
+                rows = np.arange(index * CHUNK, min((index + 1) * CHUNK, len(artifact)))
                 nats, labels, patches = nats_per_token(
                     generator.model, artifact, rows, settings.scoring_batch, settings.precision, rule=rule
                 )
                 parts.save(index, nats=nats, labels=labels, patches=np.array([patches]))
                 count.advance(len(rows))
 
-        with progress.task(" ".join(["bits per token", row.name]).strip(), images, "images") as task:
-            engine.run(pieces, work, task)
+        with progress.task(" ".join(["bits per token", row.name]).strip(), len(artifact), "images") as task:
+            engine.run(parts.pieces, work, task)
 
     def finish() -> HeldOutRow:
         generator, names = load(), artifact.manifest.class_names

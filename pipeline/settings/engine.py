@@ -20,7 +20,10 @@ class EngineSettings:
         RUN_TIME,
     ] = "processes"
     ray_address: Annotated[
-        str | None, "Of the cluster; auto is the one of this machine. (default: start one here)", HARDWARE, RUN_TIME
+        str | None,
+        "Of the cluster; auto is the one of this machine. (default: RAY_ADDRESS, or auto, or start one here)",
+        HARDWARE,
+        RUN_TIME,
     ] = None
     ray_workers: Annotated[
         int | None, "Workers to ask Ray for. (default: as many as its nodes have room for)", HARDWARE, RUN_TIME

@@ -27,6 +27,7 @@ from tests.pipeline.sampled import CPU, QUIET, RULE, SIZE, everything, save_home
 
 NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
 RAY: dict[str, Any] = {**CPU, "engine": "ray"}
+ONE: dict[str, Any] = {**RAY, "ray_workers": 1}  # for what several workers would only make slower
 ROOT = Path(__file__).parents[3]
 PATIENCE = 120  # seconds for a worker to start on a busy machine
 
@@ -134,7 +135,7 @@ def test_ctrl_c_stops_the_workers_and_keeps_finished_shards(home: Path, cluster:
     kept = stamps(out)
     assert 0 < len(kept) < 40
     wait_until(lambda: ray.available_resources().get("CPU", 0) == 2)  # the workers are gone
-    patchify(home / "small", out, PatchifySettings(**options, **RAY), QUIET)
+    patchify(home / "small", out, PatchifySettings(**options, **ONE), QUIET)
     patchify(home / "small", tmp_path / "alone", PatchifySettings(**options, **CPU), QUIET)
     assert everything(out) == everything(tmp_path / "alone")
     assert {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name in kept if (path := out / name)} == kept
@@ -148,7 +149,7 @@ def test_samples_and_scores_are_those_of_one_process(home: Path, cluster: Cluste
     scores: dict[str, Any] = {"reference": home / "patches", "samples": 6, "shard_size": 2, "cfg_scale": (2.0,)}
     scores |= {"threshold": (RULE["threshold"], 3.0), "floor": home / "photos" / "cat"}
     alone = evaluate(home / "run", tmp_path / "scores-alone", EvalSettings(**scores, **CPU), QUIET)
-    on_ray = evaluate(home / "run", tmp_path / "scores-ray", EvalSettings(**scores, **RAY), QUIET)
+    on_ray = evaluate(home / "run", tmp_path / "scores-ray", EvalSettings(**scores, **ONE), QUIET)
     assert timeless(on_ray.to_json()) == timeless(alone.to_json())
 
 
@@ -166,4 +167,4 @@ def test_an_image_that_cannot_be_used_ends_the_run_with_its_message(
     photos.mkdir(parents=True)
     (photos / "broken.png").write_text("not a picture")
     with pytest.raises(StageError, match=r"^cat/broken\.png: .*Without --strict it would be left out$"):
-        tokenize(str(tmp_path / "photos"), tmp_path / "out", encode(home, strict=True, **RAY), QUIET)
+        tokenize(str(tmp_path / "photos"), tmp_path / "out", encode(home, strict=True, **ONE), QUIET)
