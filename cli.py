@@ -30,9 +30,10 @@ from pipeline.settings.artifacts import InspectSettings, PatchifySettings, Token
 from pipeline.settings.examples import EXAMPLES
 from pipeline.settings.fields import OUTPUT
 from pipeline.settings.models import ConvertSettings, FlopsSettings, ProbeSettings
-from pipeline.settings.options import Command, Commands, build_settings, option_parameters
+from pipeline.settings.options import Command, Commands, build_settings, local_argument, local_path, option_parameters
 from pipeline.settings.sampling import EvalSettings, ExportSettings, SampleSettings
 from pipeline.settings.training import EntropySettings, TrainSettings, TrainTokenizerSettings
+from shards.storage import Location, location
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -60,7 +61,10 @@ Data = Annotated[
         "builtin:emoji.",
     ),
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; running again resumes.")]
+Out = Annotated[Path, local_argument("OUT", "Directory to write; running again resumes.")]
+OutArtifact = Annotated[str, typer.Argument(metavar="OUT", help="Directory or URL to write; running again resumes.")]
+Codes = Annotated[str, typer.Argument(metavar="CODES", help="What `dpar tokenize` made; a directory or URL.")]
+Run = Annotated[Path, local_argument("RUN", "What `dpar train` made, or a LlamaGen's weights.")]
 
 
 def command(name: str, settings_class: type[Any] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -149,60 +153,56 @@ def options(
 
 
 @command("tokenize", TokenizeSettings)
-def tokenize(data: Data, out: Out, settings: TokenizeSettings) -> None:
+def tokenize(data: Data, out: OutArtifact, settings: TokenizeSettings) -> None:
     """Images to codes: the first stage."""
     from pipeline.tokenize import tokenize as run
 
-    summary(run(data, out, settings), out)
+    place = location(out)
+    summary(run(data, place, settings), place)
 
 
 @command("entropy", EntropySettings)
-def entropy(
-    codes: Annotated[Path, typer.Argument(metavar="CODES", help="What `dpar tokenize` made.")],
-    out: Out,
-    settings: EntropySettings,
-) -> None:
+def entropy(codes: Codes, out: Out, settings: EntropySettings) -> None:
     """Train the entropy model: the second stage. Or take it from a LlamaGen."""
     from pipeline.train import train_entropy
 
-    show_metrics(train_entropy(codes, out, settings))
+    show_metrics(train_entropy(location(codes), out, settings))
 
 
 @command("patchify", PatchifySettings)
 def patchify(
-    codes: Annotated[Path, typer.Argument(metavar="CODES", help="Codes; or patches, to move their boundaries.")],
-    out: Out,
+    codes: Annotated[
+        str, typer.Argument(metavar="CODES", help="Codes; or patches, to move their boundaries. A directory or URL.")
+    ],
+    out: OutArtifact,
     settings: PatchifySettings,
 ) -> None:
     """Entropies and patch boundaries: the third stage."""
     if settings.compare is not None:
         from pipeline.boundary_agreement import compare, lines
 
-        show(*lines(compare(codes, out, settings)))
+        show(*lines(compare(location(codes), local_path(out), settings)))
         return
     from pipeline.patchify import patchify as run
 
-    summary(run(codes, out, settings), out)
+    place = location(out)
+    summary(run(location(codes), place, settings), place)
 
 
 @command("train", TrainSettings)
 def train(
-    patches: Annotated[Path, typer.Argument(metavar="PATCHES", help="What `dpar patchify` made.")],
+    patches: Annotated[str, typer.Argument(metavar="PATCHES", help="What `dpar patchify` made; a directory or URL.")],
     out: Out,
     settings: TrainSettings,
 ) -> None:
     """Train DPAR, or LlamaGen beside it: the fourth stage."""
     from pipeline.train import train as run
 
-    show_metrics(run(patches, out, settings))
+    show_metrics(run(location(patches), out, settings))
 
 
 @command("eval", EvalSettings)
-def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made, or a LlamaGen's weights.")],
-    out: Out,
-    settings: EvalSettings,
-) -> None:
+def evaluate(run: Run, out: Out, settings: EvalSettings) -> None:
     """Sample from a run and score it: the fifth stage."""
     from pipeline.evaluate import evaluate as score
     from pipeline.scoring.results import markdown
@@ -220,8 +220,8 @@ def train_tokenizer(data: Data, out: Out, settings: TrainTokenizerSettings) -> N
 
 @command("sample", SampleSettings)
 def sample(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made, or a LlamaGen's weights.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory for the pictures.")],
+    run: Run,
+    out: Annotated[Path, local_argument("OUT", "Directory for the pictures.")],
     settings: SampleSettings,
 ) -> None:
     """Sample pictures from a run."""
@@ -245,11 +245,7 @@ def serve_app(
 
 
 @command("probe", ProbeSettings)
-def probe(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="What `dpar train` made, or a LlamaGen's weights.")],
-    out: Out,
-    settings: ProbeSettings,
-) -> None:
+def probe(run: Run, out: Out, settings: ProbeSettings) -> None:
     """What a linear classifier can read off a run's features."""
     from pipeline.probe import markdown
     from pipeline.probe import probe as run_probe
@@ -259,11 +255,16 @@ def probe(
 
 @command("inspect", InspectSettings)
 def inspect_artifact(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Codes or patches.")],
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="Codes or patches; a directory or URL.")],
     settings: InspectSettings,
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory for pictures and a page; without it, numbers only.", rich_help_panel=OUTPUT),
+        typer.Option(
+            help="Directory for pictures and a page; without it, numbers only.",
+            rich_help_panel=OUTPUT,
+            parser=local_path,
+            metavar="<path>",
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
@@ -271,7 +272,7 @@ def inspect_artifact(
     from pipeline.inspect import inspect as look
     from pipeline.reports.inspection import tables
 
-    inspection = look(artifact, out, settings)
+    inspection = look(location(artifact), out, settings)
     if json:
         console.print_json(data=inspection.to_json())
         return
@@ -284,7 +285,7 @@ def inspect_artifact(
 @command("convert", ConvertSettings)
 def convert(
     src: Annotated[str, typer.Argument(metavar="SRC", help="LlamaGen's .pt file, or a directory, run or Hub name.")],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="Directory; a name in .pt is a file for LlamaGen's code.")],
+    dst: Annotated[Path, local_argument("DST", "Directory; a name in .pt is a file for LlamaGen's code.")],
     settings: ConvertSettings,
 ) -> None:
     """Convert LlamaGen's checkpoints. To directories of config.json and model.safetensors, and back."""
@@ -301,8 +302,8 @@ def convert(
 
 @command("export", ExportSettings)
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of `dpar train`.")],
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to write: a bundle, as DPARPipeline loads it.")],
+    run: Annotated[Path, local_argument("RUN", "A run of `dpar train`.")],
+    out: Annotated[Path, local_argument("DIR", "Directory to write: a bundle, as DPARPipeline loads it.")],
     settings: ExportSettings,
 ) -> None:
     """Write a run as one bundle to share. Generator, entropy model, tokenizer, patch rule, classes and a model card."""
@@ -340,7 +341,7 @@ def flops(
 
 @command("demo")
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory for everything it makes.")] = Path("demo"),
+    out: Annotated[Path, local_argument("OUT", "Directory for everything it makes.")] = Path("demo"),
     tiny: Annotated[bool, typer.Option("--tiny", help="A minute's worth, to see that everything works.")] = False,
 ) -> None:
     """Run all stages on photographs. In minutes, on those that ship with scikit-image; ends with a report."""
@@ -365,7 +366,7 @@ def show(*lines: str) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def summary(manifest: Manifest | None, out: Path) -> None:
+def summary(manifest: Manifest | None, out: Location) -> None:
     """Print a few lines about an artifact; None is one that other processes finish, and report."""
     if manifest is None:
         return

@@ -26,11 +26,12 @@ from pipeline.scoring.likelihood import check_compatible, entropies, prepared
 from pipeline.settings.artifacts import PatchifySettings
 from shards.files import write_json
 from shards.reader import Artifact, open_artifact
+from shards.storage import Location
 
 COMPARISON = "compare.json"
 
 
-def compare(codes: Path, out: Path, settings: PatchifySettings, progress: Progress | None = None) -> dict[str, Any]:
+def compare(codes: Location, out: Path, settings: PatchifySettings, progress: Progress | None = None) -> dict[str, Any]:
     """Measures both models on the same views, spread evenly over the images, and writes ``out/compare.json``.
 
     With ``--target-length`` each model gets the threshold that gives it this length; with ``--threshold`` both get

@@ -53,13 +53,13 @@ from pipeline.scoring.likelihood import check_same_classes
 from pipeline.scoring.protocol import deviations
 from pipeline.scoring.reconstruction import reconstruct
 from pipeline.scoring.records import Cell, Floor, HeldOutRow, Measure, Reconstruction, Results, Scores
-from pipeline.scoring.reference import CHUNK, NEEDED, Originals, Reference
+from pipeline.scoring.reference import CHUNK, NEEDED, Originals, Reference, is_artifact
 from pipeline.scoring.results import write_results
 from pipeline.settings.fields import identity as settings_identity
 from pipeline.settings.sampling import EvalSettings
 from shards.errors import ArtifactError
-from shards.manifest import MANIFEST
 from shards.reader import Artifact, open_artifact
+from shards.storage import Location
 
 FORMAT = 3  # of OUT's files; in 2 there were no intervals, and in 1 bits per token were by the stored boundaries
 
@@ -99,7 +99,7 @@ class _Evaluation:
 
     def __init__(self, run: Path, out: Path, settings: EvalSettings, progress: Progress, engine: Engine) -> None:
         self.run, self.out, self.settings, self.progress, self.engine = run, out, settings, progress, engine
-        place = settings.held_out or (settings.reference if (settings.reference / MANIFEST).is_file() else None)
+        place = settings.held_out or (settings.reference if is_artifact(settings.reference) else None)
         self.artifact: Artifact | None = None if place is None else _open(place)
         self.candidates = candidates(run, settings.checkpoint)
         choices = list(itertools.product(settings.threshold or (None,), settings.max_length or (None,)))
@@ -384,6 +384,6 @@ class _Evaluation:
         write_once(path, lambda: finish().to_json())
 
 
-def _open(place: Path) -> Artifact:
+def _open(place: Location) -> Artifact:
     """An artifact, all of its shards checked; under ``torchrun`` each process checks some."""
     return open_artifact(place, verify=True, share=(rank(), world_size()))

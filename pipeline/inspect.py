@@ -51,15 +51,16 @@ from shards.manifest import MANIFEST, Manifest
 from shards.patch_statistics import check_statistics, class_name
 from shards.reader import Artifact, open_artifact
 from shards.records import parse
+from shards.storage import Location
 
 
 def inspect(
-    artifact: Path, out: Path | None, settings: InspectSettings, progress: Progress | None = None
+    artifact: Location, out: Path | None, settings: InspectSettings, progress: Progress | None = None
 ) -> Inspection:
     """Read all of an artifact and return what is in it.
 
     Args:
-        artifact: a codes or patches directory.
+        artifact: a codes or patches directory, or its URL.
         out: where ``index.html``, its pictures as PNG files and ``numbers.json`` go; None draws nothing.
         settings: what to draw, and with what.
         progress: where to report.
@@ -72,7 +73,7 @@ def inspect(
         ArtifactError, ModelError: artifact or tokenizer cannot be used; damaged shards are named, with ``verify`` all.
     """
     progress = progress or Progress()
-    opened = open_artifact(artifact, verify=settings.verify)
+    opened = open_artifact(artifact, verify=settings.verify, download=True)
     if out is not None:
         _check_output(out, artifact)
     if opened.manifest.kind == "patches" and "classes" not in opened.manifest.statistics:
@@ -97,10 +98,11 @@ def inspect(
     return inspection
 
 
-def _check_output(out: Path, artifact: Path) -> None:
+def _check_output(out: Path, artifact: Location) -> None:
     if out.exists() and not out.is_dir():
         raise StageError(f"{out} is a file; name a directory for the page and its pictures")
-    if (out / MANIFEST).exists() or artifact.resolve() in (out.resolve(), *out.resolve().parents):
+    inside = isinstance(artifact, Path) and artifact.resolve() in (out.resolve(), *out.resolve().parents)
+    if (out / MANIFEST).exists() or inside:
         raise StageError(f"{out} is part of an artifact; name another directory for the page and its pictures")
 
 

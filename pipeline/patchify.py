@@ -13,7 +13,6 @@ import json
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,11 +31,11 @@ from pipeline.runtime.threshold_warning import warn_if_out_of_reach
 from pipeline.runtime.work_sharing import Shards
 from pipeline.scoring.likelihood import check_compatible, entropies, prepared
 from pipeline.settings.artifacts import PatchifySettings
-from shards.files import write_json
 from shards.manifest import BUILD, FORMAT_VERSIONS, MANIFEST, Manifest, ShardInfo
 from shards.patch_statistics import count_patches, merge_counts
 from shards.reader import Artifact, open_artifact
 from shards.rows import Rows
+from shards.storage import Location, is_file, read_bytes, write_json
 from shards.writer import ArtifactBuild
 
 PROBE = 64  # images on which a given threshold is tested before the full pass
@@ -45,8 +44,12 @@ SECOND_SAMPLE = 2**16  # sequences, at least, in the second search after a thres
 RULE = "rule.json"  # the rule of an unfinished artifact, so that a resumed run does not search again
 
 
-def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progress | None = None) -> Manifest | None:
+def patchify(
+    codes: Location, out: Location, settings: PatchifySettings, progress: Progress | None = None
+) -> Manifest | None:
     """Write a patches artifact to ``out``: the codes of ``codes``, their entropies, and boundaries.
+
+    Both may be URLs.
 
     Any number of processes may share the work (``torchrun``, several runs on one ``out``, or Ray's workers); a second
     run resumes the first.
@@ -66,7 +69,7 @@ def patchify(codes: Path, out: Path, settings: PatchifySettings, progress: Progr
 
 
 def _patchify(
-    codes: Path, out: Path, settings: PatchifySettings, progress: Progress, engine: Engine
+    codes: Location, out: Location, settings: PatchifySettings, progress: Progress, engine: Engine
 ) -> Manifest | None:
     artifact = open_artifact(codes, verify=settings.verify, share=(rank(), world_size()))
     source = artifact.manifest
@@ -83,6 +86,7 @@ def _patchify(
         n_shards=len(source.shards),
         container=identity["container"],
         overwrite=settings.overwrite,
+        share=(rank(), world_size()),
     )
 
     def make_manifest(shards: tuple[ShardInfo, ...]) -> Manifest:
@@ -101,8 +105,8 @@ def _patchify(
         )
 
     with contextlib.closing(build):
-        if recorded is None:
-            with contextlib.suppress(FileNotFoundError):  # the artifact is finished
+        if recorded is None and build.finished is None:
+            with contextlib.suppress(FileNotFoundError):  # another process has finished the artifact
                 write_json(out / BUILD / RULE, {"settings": identity, "asked": target})
 
         origin = meter.origin
@@ -300,14 +304,14 @@ def find_threshold(entropy: NDArray[np.float16], target: float, rule: PatchRule,
     )
 
 
-def _recorded_settings(out: Path, identity: dict[str, Any], target: dict[str, Any]) -> dict[str, Any] | None:
+def _recorded_settings(out: Location, identity: dict[str, Any], target: dict[str, Any]) -> dict[str, Any] | None:
     """Return the settings, threshold included, that a run of the same command recorded in ``out``; None without."""
-    if (out / MANIFEST).is_file():
+    if is_file(out / MANIFEST):
         manifest = Manifest.read(out)
         settings, recorded_target = manifest.settings, {name: manifest.made_by.get(name) for name in target}
     else:
         try:
-            recorded = json.loads((out / BUILD / RULE).read_text(encoding="utf-8"))
+            recorded = json.loads(read_bytes(out / BUILD / RULE))
             settings, recorded_target = recorded["settings"], recorded["asked"]
         except (OSError, ValueError, LookupError, TypeError):
             return None
@@ -357,7 +361,7 @@ def _find_rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progre
     )
 
 
-def _report_target(out: Path, manifest: Manifest, settings: PatchifySettings, progress: Progress) -> None:
+def _report_target(out: Location, manifest: Manifest, settings: PatchifySettings, progress: Progress) -> None:
     """Report the mean length on all data; if it is off target, also why and which threshold is better."""
     target = settings.target_length
     assert target is not None

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
@@ -47,11 +47,12 @@ from pipeline.sources.holdout import split_holdout
 from shards.left_out import LEFT_OUT
 from shards.manifest import MANIFEST, LeftOut, Manifest, ShardInfo
 from shards.rows import Rows
+from shards.storage import Location, Url, is_file
 from shards.writer import ArtifactBuild
 
 
-def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progress | None = None) -> Manifest | None:
-    """Encode every image of ``data`` and write a codes artifact to ``out``.
+def tokenize(data: str, out: Location, settings: TokenizeSettings, progress: Progress | None = None) -> Manifest | None:
+    """Encode every image of ``data`` and write a codes artifact to ``out``, a directory or URL.
 
     With ``settings.holdout`` the held-out images go to a second artifact, :func:`holdout_folder` of ``out``.
 
@@ -71,7 +72,9 @@ def tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progres
         return _tokenize(data, out, settings, progress, engine)
 
 
-def _tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progress, engine: Engine) -> Manifest | None:
+def _tokenize(
+    data: str, out: Location, settings: TokenizeSettings, progress: Progress, engine: Engine
+) -> Manifest | None:
     source = open_source(
         data,
         split=settings.split,
@@ -89,7 +92,7 @@ def _tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progre
         raise StageError(
             f"--image-size is {settings.image_size}; this tokenizer needs a multiple of {config.downsampling}"
         )
-    parts: list[tuple[Source, Path]] = [(source, out)]
+    parts: list[tuple[Source, Location]] = [(source, out)]
     if settings.holdout is not None:
         training, held_out = split_holdout(source, settings.holdout, settings.seed, settings.group_regex)
         parts = [(training, out), (held_out, holdout_folder(out))]
@@ -103,6 +106,7 @@ def _tokenize(data: str, out: Path, settings: TokenizeSettings, progress: Progre
                 n_shards=part.n_parts(settings.shard_size),
                 container=settings.container,
                 overwrite=settings.overwrite,
+                share=(rank(), world_size()),
             )
             builds.append(build)
             stack.callback(build.close)
@@ -125,9 +129,13 @@ def _load_tokenizer(name: str, fingerprint: str, device: str) -> VQTokenizer:
     return load_tokenizer(name, fingerprint).to(choose_device(device))
 
 
-def holdout_folder(out: Path) -> Path:
+@overload
+def holdout_folder(out: Path) -> Path: ...
+@overload
+def holdout_folder(out: Url) -> Url: ...
+def holdout_folder(out: Location) -> Location:
     """Return the directory of the held-out part, beside ``out``."""
-    named = out if out.name not in ("", "..") else out.resolve()
+    named = out.resolve() if isinstance(out, Path) and out.name in ("", "..") else out
     return named.with_name(f"{named.name}-holdout")
 
 
@@ -208,7 +216,7 @@ def encode_source(
             first = [i * settings.shard_size for i in range(build.n_shards) if build.done(i)]
             task.skip(sum(min(settings.shard_size, source.n_items - i) for i in first))
         engine.run(Shards(build), work, task)
-    is_last = not (out / MANIFEST).is_file()  # of the processes, probably
+    is_last = not is_file(out / MANIFEST)  # of the processes, probably
     manifest = build.finish(make_manifest)
     if manifest is not None:
         report(manifest, from_any_process=is_last)

@@ -36,18 +36,20 @@ from pipeline.training.memory import enough_memory
 from pipeline.training.preview import Painter
 from pipeline.training.schedule import total_steps
 from pipeline.training.trackers import check_trackers
+from shards.cache import ShardCache
 from shards.manifest import Manifest
 from shards.reader import Artifact, open_artifact
+from shards.storage import Location
 
 FIXED = ("model", "grid")  # what a checkpoint's tensors are made for
 GUIDANCE_CLASS = "cls_embedding.embedding_table.weight"  # its last row
 
 
-def train(patches: Path, out: Path, settings: TrainSettings, progress: Progress | None = None) -> dict[str, Any]:
+def train(patches: Location, out: Path, settings: TrainSettings, progress: Progress | None = None) -> dict[str, Any]:
     """Trains DPAR, or LlamaGen on the same data, and gives the run's last metrics. A run that was stopped resumes.
 
     Args:
-        patches: a patches artifact; for LlamaGen codes will do.
+        patches: a patches artifact, or its URL; for LlamaGen codes will do.
         out: the run's directory.
         settings: see :class:`TrainSettings`.
         progress: where to report.
@@ -63,7 +65,7 @@ def train(patches: Path, out: Path, settings: TrainSettings, progress: Progress 
 
 
 def train_entropy(
-    codes: Path, out: Path, settings: EntropySettings, progress: Progress | None = None
+    codes: Location, out: Path, settings: EntropySettings, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Train the entropy model, or take it from a LlamaGen; see :func:`train`.
 
@@ -125,9 +127,10 @@ def entropy_from_llamagen(artifact: Artifact, out: Path, name: str, progress: Pr
     return {}
 
 
-def _open(path: Path, settings: OptimSettings) -> Artifact:
+def _open(path: Location, settings: OptimSettings) -> Artifact:
     """An artifact, all of its shards checked; under ``torchrun`` each process checks some."""
-    return open_artifact(path, verify=settings.verify, share=(rank(), world_size()))
+    cache = None if settings.cache is None else ShardCache(settings.cache, int(settings.cache_size * 1e9))
+    return open_artifact(path, verify=settings.verify, share=(rank(), world_size()), cache=cache)
 
 
 def _config(manifest: Manifest, settings: TrainSettings | EntropySettings, **sizes: Any) -> DPARConfig | LlamaGenConfig:
@@ -206,7 +209,8 @@ def _train(
 
 def _recorded(settings: OptimSettings) -> dict[str, Any]:
     """The settings as run.json holds them; without ``set`` where it is empty, as in runs from before it existed."""
-    values = dataclasses.asdict(settings) | {"validation": settings.validation and str(settings.validation)}
+    places = {"validation": settings.validation, "cache": settings.cache}
+    values = dataclasses.asdict(settings) | {name: place and str(place) for name, place in places.items()}
     return {name: value for name, value in values.items() if name != "set" or value}
 
 

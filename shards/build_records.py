@@ -20,15 +20,17 @@ import re
 import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from shards.errors import ArtifactError
 from shards.files import file_sha256, write_json, write_text
-from shards.left_out import LEFT_OUT
-from shards.locks import Claims
-from shards.manifest import BUILD, MANIFEST, Manifest, ShardInfo
+from shards.left_out import LEFT_OUT, write_left_out
+from shards.locks import FOLDER, Claims
+from shards.manifest import BUILD, MANIFEST, SETTINGS, Container, Manifest, ShardInfo
 from shards.records import parse, read_json
+from shards.rows import Rows, write_shard
 
 THREADS = min(8, os.cpu_count() or 1)  # that verify shards; hashing releases the interpreter's lock
 
@@ -42,15 +44,42 @@ class BuildRecords:
         self.folder = artifact / BUILD
         self.claims = Claims(self.folder)
 
+    @property
+    def has_locks(self) -> bool:
+        """Whether claims exclude other processes."""
+        return self.claims.has_locks
+
+    def prepare(self) -> None:
+        """Create the artifact's directory if missing.
+
+        Raises:
+            ArtifactError: it is a file.
+        """
+        if self.artifact.exists() and not self.artifact.is_dir():
+            raise ArtifactError(f"{self.artifact} is a file; name a directory to write to")
+        self.artifact.mkdir(parents=True, exist_ok=True)
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        """Keep the build's other processes waiting for the block."""
+        return Claims(self.artifact).claimed(FOLDER, wait=True)
+
+    def has_manifest(self) -> bool:
+        """Return whether the artifact is finished."""
+        return (self.artifact / MANIFEST).is_file()
+
+    def names(self) -> list[str]:
+        """Return the names in the artifact's directory."""
+        return sorted(path.name for path in self.artifact.iterdir())
+
     def settings(self) -> dict[str, Any] | None:
         """Return the settings of the artifact, finished or not; None if there is none.
 
         Raises:
             ArtifactError: they are damaged.
         """
-        if (self.artifact / MANIFEST).is_file():
+        if self.has_manifest():
             return Manifest.read(self.artifact).settings
-        path = self.folder / "settings.json"
+        path = self.folder / SETTINGS
         if not path.is_file():
             return None
         settings = read_json(path)
@@ -60,7 +89,7 @@ class BuildRecords:
 
     def is_empty(self) -> bool:
         """Return whether the folder is there but has no settings: a kill came right after its creation."""
-        return self.folder.is_dir() and not (self.folder / "settings.json").exists()
+        return self.folder.is_dir() and not (self.folder / SETTINGS).exists()
 
     def read(self, index: int) -> ShardInfo | None:
         """Return the record of shard ``index``; None if it is not finished, or only unchecked."""
@@ -72,9 +101,27 @@ class BuildRecords:
     def __contains__(self, index: int) -> bool:
         return self._path(index).is_file()
 
+    def infos(self) -> dict[int, ShardInfo]:
+        """Return the records of all finished shards, by index."""
+        indices = sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal())
+        return {index: info for index in indices if (info := self.read(index)) is not None}
+
+    def write_shard(self, name: str, rows: Rows, container: Container) -> tuple[str, int]:
+        """Write a shard atomically; return its SHA-256 and its bytes."""
+        path = self.artifact / name
+        digest = write_shard(path, rows, container)
+        return digest, path.stat().st_size
+
     def write(self, index: int, info: ShardInfo) -> None:
         """Record shard ``index`` as finished."""
         write_json(self._path(index), dataclasses.asdict(info))
+
+    def publish(self, manifest: Manifest) -> None:
+        """Write the listing of what was left out, then the manifest, and remove the records."""
+        write_left_out(self.artifact, [item for shard in manifest.shards for item in shard.left_out])
+        remove_parts(self.artifact)
+        manifest.write(self.artifact)
+        self.remove()
 
     def claim(self, index: int, *, wait: bool = False) -> bool:
         """Claim shard ``index``; False if another process holds it, or has finished the artifact."""
@@ -82,6 +129,14 @@ class BuildRecords:
             return self.claims.claim(index, wait=wait)
         except FileNotFoundError:
             return False
+
+    def release(self, index: int) -> None:
+        """Release shard ``index``; no effect if this object does not hold it."""
+        self.claims.release(index)
+
+    def close(self) -> None:
+        """Release all claims."""
+        self.claims.release_all()
 
     def count_processes(self) -> int:
         """Return how many other processes are at work; 0 on a file system without locks."""
@@ -93,8 +148,8 @@ class BuildRecords:
     def join(self, settings: dict[str, Any], *, first: bool) -> None:
         """Register this process as one at work; the ``first`` makes all records unchecked."""
         self.folder.mkdir(exist_ok=True)
-        if not (self.folder / "settings.json").exists():
-            write_json(self.folder / "settings.json", settings)
+        if not (self.folder / SETTINGS).exists():
+            write_json(self.folder / SETTINGS, settings)
         if first:
             remove_parts(self.artifact)
             self._uncheck()
@@ -114,8 +169,11 @@ class BuildRecords:
         for index, info in enumerate(Manifest.read(self.artifact).shards):
             write_text(self._path(index, ".unchecked"), json.dumps(dataclasses.asdict(info)), sync=False)
 
-    def verify(self) -> None:
-        """Verify all unchecked records, together with the other processes at work; return when none is left."""
+    def verify(self, share: tuple[int, int]) -> None:
+        """Verify all unchecked records, together with the other processes at work; return when none is left.
+
+        Claims share the work, so ``share``, the rank and number of processes, is not needed.
+        """
         indices = sorted(int(path.stem) for path in self.folder.glob("*.unchecked"))
         with ThreadPoolExecutor(THREADS) as pool:
             verified = list(pool.map(self._verify, indices))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -26,6 +25,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from shards.order import StreamingOrder
 from shards.reader import Artifact, open_artifact
+from shards.storage import location
 
 READ = 256  # images that a stream reads at once
 
@@ -51,7 +51,7 @@ class _Reader:
     """An artifact that may be copied to other processes, which open its shards for themselves."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = location(folder)
         artifact = open_artifact(self.folder)
         self.manifest = artifact.manifest
         self._open: tuple[int, Artifact] | None = (os.getpid(), artifact)

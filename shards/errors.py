@@ -15,7 +15,7 @@ class ArtifactError(ValueError):
 
 
 @contextmanager
-def disk_errors(path: Path, count_finished: Callable[[], int]) -> Iterator[None]:
+def disk_errors(path: Path | str, count_finished: Callable[[], int]) -> Iterator[None]:
     """Turn an OSError while ``path`` is written into an ArtifactError that says how to resume."""
     try:
         yield

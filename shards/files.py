@@ -89,4 +89,9 @@ def write_json(path: Path, values: Any) -> None:
     Raises:
         ValueError: a number is not finite. JSON lacks such numbers; null stands for a missing value.
     """
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(values))
+
+
+def json_text(values: Any) -> str:
+    """Return the text of a JSON file; see :func:`write_json`."""
+    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -7,10 +7,9 @@ is the first character of a field that a spreadsheet would compute.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from shards.files import write_text
 from shards.manifest import LeftOut
+from shards.storage import Location, write_text
 
 LEFT_OUT = "left_out.tsv"
 CONTROLS = (*range(32), *range(127, 160), 0x2028, 0x2029)
@@ -18,7 +17,7 @@ ESCAPES = {code: chr(code).encode("unicode_escape").decode() for code in (*CONTR
 FORMULA = "=+-@"  # first characters of a spreadsheet formula
 
 
-def write_left_out(folder: Path, items: Sequence[LeftOut]) -> None:
+def write_left_out(folder: Location, items: Sequence[LeftOut]) -> None:
     """Write the listing into an artifact's directory; nothing if there are no items."""
     if items:
         lines = [("key", "reason"), *((item.key, item.reason) for item in items)]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from shards.errors import ArtifactError
-from shards.files import write_json
 from shards.records import Count, Positive, Range, parse, read_json
+from shards.storage import READ_ONLY, Location, entries, is_file, write_json
 
 MANIFEST = "manifest.json"
 MAX_VALUES = 2**31 - 1  # per row of a column: the limit of Arrow's fixed-size lists
@@ -73,25 +73,24 @@ class Manifest:
         """Tokens per image, N."""
         return self.grid[0] * self.grid[1]
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Location) -> None:
         """Write ``folder/manifest.json`` atomically."""
         write_json(folder / MANIFEST, {**dataclasses.asdict(self), "format_version": self.format_version})
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Location) -> Manifest:
         """Return the manifest of ``folder``.
 
         Raises:
             ArtifactError: it is missing, damaged, or of another version.
         """
         path = folder / MANIFEST
-        if not folder.is_dir():
+        if isinstance(folder, Path) and not folder.is_dir():
             raise ArtifactError(f"no artifact at {folder}: there is no such directory")
-        if not path.is_file():
-            unfinished = (folder / BUILD).is_dir()
+        if not is_file(path):
             raise ArtifactError(
                 f"{folder} is not finished: run the command that makes it again"
-                if unfinished
+                if _is_unfinished(folder)
                 else f"{folder} is not an artifact: it has no {MANIFEST}"
             )
         values = read_json(path)
@@ -101,7 +100,7 @@ class Manifest:
         manifest._check(path)
         return manifest
 
-    def _check(self, path: Path) -> None:
+    def _check(self, path: Location) -> None:
         """Raise ArtifactError if fields contradict each other or a shard lies outside the directory."""
         names = [shard.name for shard in self.shards]
         fault = None
@@ -125,9 +124,21 @@ class Manifest:
 
 
 BUILD = ".build"  # records of finished shards, while an artifact is being written
+SETTINGS = "settings.json"  # in it
 
 
-def _check_version(kind: object, version: object, path: Path) -> None:
+def _is_unfinished(folder: Location) -> bool:
+    """Return whether a directory without a manifest is an artifact that is being written.
+
+    Raises:
+        ArtifactError: its bucket is missing.
+    """
+    if isinstance(folder, Path):
+        return (folder / BUILD).is_dir()
+    return is_file(folder / BUILD / SETTINGS) if folder.scheme in READ_ONLY else BUILD in entries(folder)
+
+
+def _check_version(kind: object, version: object, path: Location) -> None:
     """Raise ArtifactError unless this version reads the format version of the artifact."""
     supported = FORMAT_VERSIONS.get(kind) if isinstance(kind, str) else None  # type: ignore[call-overload]
     if supported is None or version == supported:  # parsing reports an unknown kind

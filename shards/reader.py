@@ -5,6 +5,7 @@ artifact.manifest.rows, artifact.manifest.class_names
 batch = artifact.gather(rows, views)                     # Batch of (B, N) arrays
 rows = artifact.shard_rows(3)                            # a complete shard
 
+The artifact may be at a URL: then whole shards are downloaded, verified, and read on local disk (:mod:`shards.cache`).
 A memory map serves to parse a shard; after that only the requested rows are read, at their offsets in the file.
 Reading rows through the map is not faster, and keeps up to 2 MB of the file resident per row.
 """
@@ -24,16 +25,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shards.cache import ShardCache
 from shards.errors import ArtifactError
 from shards.files import file_sha256, require_regular
 from shards.manifest import Kind, Manifest, ShardInfo
+from shards.order import WINDOW
 from shards.rows import Rows, unpack_starts
 from shards.shard_files import ArrowShard, Column, Shard, TarShard, columns_of
+from shards.storage import READ_ONLY, Location, Url, entries, location
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_OPEN = 4096  # shards; each has two file descriptors
+MAX_OPEN_REMOTE = 2 * WINDOW  # an open shard occupies the disk after it has left the cache
+CONNECTIONS = 4  # shards that a stream downloads at the same time
 THREADS = min(8, os.cpu_count() or 1)  # that hash shards
 
 
@@ -99,12 +105,13 @@ class Drawn:
 class Artifact:
     """A finished artifact, open for reading. Shards are opened on first use. Thread-safe."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Location, manifest: Manifest, cache: ShardCache | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._cache = (cache or ShardCache.temporary()) if isinstance(folder, Url) else None
         self.columns = columns_of(manifest)
         self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._max_open = min(MAX_OPEN, _file_limit() // 4)
+        self._max_open = min(MAX_OPEN if self._cache is None else MAX_OPEN_REMOTE, _file_limit() // 4)
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -141,11 +148,25 @@ class Artifact:
         path = self.folder / info.name
         opener = ArrowShard if self.manifest.container == "arrow" else TarShard
         try:
-            return opener(path, info, self.columns)
+            if isinstance(path, Path):
+                return opener(path, info, self.columns)
+            assert self._cache is not None
+            with self._cache.shard(path, info) as local:
+                return opener(local, info, self.columns)
         except FileNotFoundError:
             raise ArtifactError(f"shard {path} is missing; run the command that made {self.folder} again") from None
+        except ArtifactError:  # of the cache
+            raise
         except Exception as error:  # Arrow, NumPy and JSON raise all kinds of errors on damaged bytes
             raise ArtifactError(f"shard {path} is damaged: {_one_line(error)}") from error
+
+    def _map_all(self, indices: Iterable[int]) -> Iterator[Shard]:
+        """Yield some shards in order; those at a URL are downloaded side by side."""
+        if self._cache is None:
+            yield from map(self._map, indices)
+            return
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            yield from pool.map(self._map, indices)
 
     def gather(self, rows: NDArray[np.int64], views: NDArray[np.int64], *, entropy: bool = True) -> Batch:
         """Return view ``views[i]`` of row ``rows[i]``; reads no other view.
@@ -169,8 +190,7 @@ class Artifact:
         """
 
         def rows() -> Iterator[tuple[Shard, int]]:
-            for index in shards.tolist():
-                shard = self._map(index)
+            for shard in self._map_all(shards.tolist()):
                 for row in range(shard.n_rows):
                     yield shard, row
 
@@ -264,12 +284,12 @@ class Artifact:
     def _damage(self, index: int) -> str | None:
         info = self.manifest.shards[index]
         path = self.folder / info.name
-        reason = _check_size(path, info, self.columns)
-        if reason is not None:
-            return reason
         try:
-            if file_sha256(path) != info.sha256:
-                return "its bytes are not those that were written (SHA-256 differs)"
+            if isinstance(path, Path):
+                if (reason := _check_size(path, info, self.columns)) is not None:
+                    return reason
+                if file_sha256(path) != info.sha256:
+                    return "its bytes are not those that were written (SHA-256 differs)"
             self._map(index)
         except OSError as error:
             return f"it cannot be read: {error.strerror}"
@@ -279,30 +299,41 @@ class Artifact:
 
 
 def open_artifact(
-    path: str | os.PathLike[str], kind: Kind | None = None, *, verify: bool = False, share: tuple[int, int] = (0, 1)
+    path: str | os.PathLike[str],
+    kind: Kind | None = None,
+    *,
+    verify: bool = False,
+    share: tuple[int, int] = (0, 1),
+    cache: ShardCache | None = None,
+    download: bool = False,
 ) -> Artifact:
     """Open a finished artifact and check that its shards exist and have the right size.
 
     Args:
-        path: its directory.
+        path: its directory, or the URL of one. Web servers cannot be listed, so shards there are checked when read.
         kind: the required kind; None accepts both.
-        verify: also read every byte, and compare each shard's SHA-256 and columns with the manifest.
+        verify: also read every byte, and compare each shard's SHA-256 and columns with the manifest. A URL's shards
+            are compared when they arrive, whatever this says.
         share: with ``verify``, this process's rank and the number of processes that share the work.
+        cache: where the shards of a URL are kept; None: in a temporary directory.
+        download: with ``verify``, download the shards of a URL now.
 
     Raises:
         ArtifactError: it is not an artifact, not finished, of another kind, or damaged; all damaged shards are named.
     """
-    folder = Path(path)
+    folder = location(path)
     manifest = Manifest.read(folder)
     if kind is not None and manifest.kind != kind:
         command = {"codes": "dpar tokenize", "patches": "dpar patchify"}[kind]
         raise ArtifactError(f"{folder} holds {manifest.kind}; {kind} are needed here, which `{command}` makes")
-    artifact = Artifact(folder, manifest)
-    if verify:
+    artifact = Artifact(folder, manifest, cache)
+    if verify and (download or isinstance(folder, Path)):
         bad = list(artifact.damaged(share))
-    else:
+    elif isinstance(folder, Path):
         checked = ((shard.name, _check_size(folder / shard.name, shard, artifact.columns)) for shard in manifest.shards)
         bad = [(name, reason) for name, reason in checked if reason is not None]
+    else:
+        bad = [] if folder.scheme in READ_ONLY else list(_check_listing(manifest, entries(folder)))
     if bad:
         shown = ", ".join(f"{name} ({reason})" for name, reason in bad[:20]) + (" …" if len(bad) > 20 else "")
         raise ArtifactError(
@@ -310,6 +341,15 @@ def open_artifact(
             "run the command that made it again: it rebuilds only those"
         )
     return artifact
+
+
+def _check_listing(manifest: Manifest, sizes: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """Yield the names of shards that a listing lacks or gives another size, with the reason."""
+    for info in manifest.shards:
+        if info.name not in sizes:
+            yield info.name, "missing"
+        elif info.bytes is not None and sizes[info.name] != info.bytes:
+            yield info.name, f"its size is {sizes[info.name]} bytes, not {info.bytes}"
 
 
 def _check_size(path: Path, info: ShardInfo, columns: dict[str, Column]) -> str | None:

@@ -17,11 +17,10 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 from shards.errors import ArtifactError
-from shards.files import open_regular
+from shards.storage import Location, read_bytes
 
 T = TypeVar("T")
 
@@ -41,15 +40,14 @@ Count = Annotated[int, Range(0)]
 Positive = Annotated[int, Range(1)]
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Location) -> Any:
     """Return the JSON value in a file.
 
     Raises:
         ArtifactError: the file cannot be read or holds no JSON that this package could have written.
     """
     try:
-        with open_regular(path) as file:
-            data = file.read()
+        data = read_bytes(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
     return parse_json(data, str(path))

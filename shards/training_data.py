@@ -5,8 +5,8 @@
 
 Arrow shards are read in a global random order (:class:`shards.order.TrainingOrder`). WebDataset shards are streamed:
 each is read sequentially once per epoch, and its images are mixed with those of a few other shards
-(:class:`shards.order.StreamingOrder`). Either way a batch is a function of (seed, step), and the shares of any number
-of processes add up to the same global batch.
+(:class:`shards.order.StreamingOrder`). All shards at a URL are streamed, as whole ones are downloaded. Either way a
+batch is a function of (seed, step), and the shares of any number of processes add up to the same global batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from shards.order import StreamingOrder, TrainingOrder
 from shards.reader import Artifact, Batch, Drawn, concatenated
+from shards.storage import Url
 
 
 class TrainingData:
@@ -36,7 +37,7 @@ class TrainingData:
             seed: of the order.
             rank: this process.
             world_size: number of processes that share each batch.
-            streaming: read shards sequentially; None: only WebDataset shards.
+            streaming: read shards sequentially; None: WebDataset shards, and those at a URL.
 
         Raises:
             ValueError: the batch is not divisible by the number of processes, or there are no rows.
@@ -49,7 +50,9 @@ class TrainingData:
         self.artifact = artifact
         self.order: TrainingOrder
         self._windows: _Windows | None = None
-        if manifest.container == "webdataset" if streaming is None else streaming:
+        if streaming is None:
+            streaming = manifest.container == "webdataset" or isinstance(artifact.folder, Url)
+        if streaming:
             sizes = [shard.rows for shard in manifest.shards]
             self.order = order = StreamingOrder(shard_rows=sizes, views=manifest.views, batch=batch, seed=seed)
             self._windows = _Windows(artifact, order)

@@ -13,7 +13,8 @@ The life of a shard:
     4. a later run of the command verifies its SHA-256; on a mismatch it starts again at 1
 
 A shard is a function of its index and the settings, so any number of processes may share the work, and running the
-same command again resumes and ends with the same bytes.
+same command again resumes and ends with the same bytes. A URL takes the place of a directory
+(:mod:`shards.remote_records`): there add() puts a complete file, and nothing is claimed.
 """
 
 from __future__ import annotations
@@ -24,29 +25,38 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from shards.build_records import BuildRecords, remove_parts
+from shards.build_records import BuildRecords
 from shards.errors import ArtifactError, disk_errors
-from shards.left_out import write_left_out
-from shards.locks import FOLDER, Claims
 from shards.manifest import BUILD, MANIFEST, Container, LeftOut, Manifest, ShardInfo
 from shards.records import differences
-from shards.rows import EXTENSION, Rows, write_shard
+from shards.remote_records import RemoteRecords
+from shards.rows import EXTENSION, Rows
+from shards.storage import Location
 
 
 class ArtifactBuild:
     """An artifact that is being written; ``finished`` is its manifest if it was complete when opened."""
 
     def __init__(
-        self, folder: Path, *, settings: dict[str, Any], n_shards: int, container: Container, overwrite: bool = False
+        self,
+        folder: Location,
+        *,
+        settings: dict[str, Any],
+        n_shards: int,
+        container: Container,
+        overwrite: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """Open ``folder`` for writing, create it if missing, and verify what earlier runs wrote.
 
         Args:
-            folder: the artifact's directory.
+            folder: the artifact's directory, or its URL.
             settings: JSON values that decide the bytes.
             n_shards: number of shards.
             container: format of the shards.
             overwrite: delete an artifact made with other settings.
+            share: this process's rank and the number of processes; at a URL, where nothing can be claimed, each
+                verifies its share.
 
         Raises:
             ArtifactError: the folder holds something else, or an artifact made with other settings; processes with
@@ -56,28 +66,21 @@ class ArtifactBuild:
         self.settings = json.loads(json.dumps(settings))
         self.n_shards = n_shards
         self.container = container
-        self.records = BuildRecords(folder)
-        self.claims = self.records.claims
+        self.records = _records_of(folder)
         self.finished: Manifest | None = None
-        if folder.exists() and not folder.is_dir():
-            raise ArtifactError(f"{folder} is a file; name a directory to write to")
         with self._disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with self._exclusive():
+            self.records.prepare()
+            with self.records.exclusive():
                 self._join(overwrite)
-            self.records.verify()
-            with self._exclusive():
-                if (folder / MANIFEST).is_file():  # verify() removes it if a shard is damaged
+            self.records.verify(share)
+            with self.records.exclusive():
+                if self.records.has_manifest():  # verify() removes it if a shard is damaged
                     self.finished = Manifest.read(folder)
                     self.records.remove()
         if self.finished is not None:
             self.close()
 
-    def _exclusive(self) -> AbstractContextManager[bool]:
-        """Keep the build's other processes waiting for the block."""
-        return Claims(self.folder).claimed(FOLDER, wait=True)
-
-    def _disk_errors(self, path: Path) -> AbstractContextManager[None]:
+    def _disk_errors(self, path: Location) -> AbstractContextManager[None]:
         return disk_errors(path, lambda: self.n_shards - self.remaining())
 
     def _join(self, overwrite: bool) -> None:
@@ -99,7 +102,7 @@ class ArtifactBuild:
                 )
             self.records.remove_artifact()
             before = None
-        names = sorted(p.name for p in self.folder.iterdir())[:3]
+        names = self.records.names()[:3]
         if before is None and names and not (names == [BUILD] and self.records.is_empty()):
             raise ArtifactError(
                 f"{self.folder} holds something else ({', '.join(names)} …); name an empty or new directory"
@@ -116,25 +119,25 @@ class ArtifactBuild:
 
     def remaining(self) -> int:
         """Return the number of unfinished shards, whoever writes them; 0 if the artifact is finished."""
-        if self.finished is not None or (self.folder / MANIFEST).is_file():
+        if self.finished is not None or self.records.has_manifest():
             return 0
         return sum(index not in self.records for index in range(self.n_shards))
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without claims: the copy writes shards of the build that this process has opened and finishes."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("records", "claims")}
+        return {name: value for name, value in self.__dict__.items() if name != "records"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.records = BuildRecords(self.folder)
-        self.claims = self.records.claims
+        self.records = _records_of(self.folder)
 
     def todo(self, rank: int = 0, world_size: int = 1, *, only: int | None = None) -> Generator[int, None, None]:
         """Claim the shards that this process has to write, one by one; :meth:`add` releases each.
 
         The process passes once over all shards, from a start that depends on its rank, and takes those that are
         neither finished nor claimed by another process, of the same ``torchrun`` or started by hand. On a file system
-        without locks it takes every ``world_size``-th. With ``only`` it claims this shard or none, and waits while
+        without locks it takes every ``world_size``-th. At a URL nothing is claimed
+        (:mod:`shards.remote_records`). With ``only`` it claims this shard or none, and waits while
         another process has it.
 
         Raises:
@@ -149,13 +152,13 @@ class ArtifactBuild:
                     continue
                 with self._disk_errors(self.records.folder):
                     claimed = self.records.claim(index, wait=only is not None)
-                if not claimed or (not self.claims.has_locks and index % world_size != rank):
+                if not claimed or (not self.records.has_locks and index % world_size != rank):
                     continue
-                if (self.folder / MANIFEST).is_file():  # another process has finished the artifact
-                    self.claims.release(index)
+                if self.records.has_manifest():  # another process has finished the artifact
+                    self.records.release(index)
                     return
                 if self.done(index) is not None:
-                    self.claims.release(index)
+                    self.records.release(index)
                     continue
                 yield index
         except GeneratorExit:  # the caller stopped early
@@ -170,21 +173,21 @@ class ArtifactBuild:
         Raises:
             ArtifactError: the disk refuses; no partial shard is left.
         """
-        path = self.folder / self.name(index)
+        name = self.name(index)
         try:
-            with self._disk_errors(path):
-                digest = write_shard(path, rows, self.container)
+            with self._disk_errors(self.folder / name):
+                digest, size = self.records.write_shard(name, rows, self.container)
                 info = ShardInfo(
-                    name=path.name,
+                    name=name,
                     rows=len(rows),
                     sha256=digest,
-                    bytes=path.stat().st_size,
+                    bytes=size,
                     statistics=statistics or {},
                     left_out=tuple(left_out),
                 )
                 self.records.write(index, info)
         finally:
-            self.claims.release(index)
+            self.records.release(index)
 
     def finish(self, make_manifest: Callable[[tuple[ShardInfo, ...]], Manifest]) -> Manifest | None:
         """Write the manifest if every shard is finished; return None while other processes still write some.
@@ -194,21 +197,20 @@ class ArtifactBuild:
         """
         if self.finished is not None:
             return self.finished
-        with self._disk_errors(self.folder / MANIFEST), self._exclusive():
-            if (self.folder / MANIFEST).is_file():  # written by another process
+        with self._disk_errors(self.folder / MANIFEST), self.records.exclusive():
+            if self.records.has_manifest():  # written by another process
                 self.finished = Manifest.read(self.folder)
-            else:
-                infos = [info for index in range(self.n_shards) if (info := self.done(index)) is not None]
-                if len(infos) == self.n_shards:
-                    manifest = make_manifest(tuple(infos))
-                    write_left_out(self.folder, [item for info in infos for item in info.left_out])
-                    remove_parts(self.folder)
-                    manifest.write(self.folder)
-                    self.records.remove()
-                    self.finished = manifest
+            elif len(infos := self.records.infos()) == self.n_shards:
+                manifest = make_manifest(tuple(infos[index] for index in range(self.n_shards)))
+                self.records.publish(manifest)
+                self.finished = manifest
         self.close()
         return self.finished
 
     def close(self) -> None:
         """Release all locks; other processes take over the shards that this one has not written."""
-        self.claims.release_all()
+        self.records.close()
+
+
+def _records_of(folder: Location) -> BuildRecords | RemoteRecords:
+    return BuildRecords(folder) if isinstance(folder, Path) else RemoteRecords(folder)

@@ -24,6 +24,7 @@ from pipeline.reports.pictures import enlarge, sheet
 from pipeline.runs.run_folder import RUN, read_run
 from pipeline.runtime.errors import StageError
 from shards.reader import Artifact, open_artifact
+from shards.storage import Location, location
 
 CHUNK = 2048  # training images in memory at the same time
 SHOWN = 16  # samples on a sheet
@@ -68,16 +69,16 @@ def find_nearest(codes: NDArray[np.integer], training: Artifact, tokenizer: VQTo
     )
 
 
-def recorded_training(run: Path) -> Path | None:
+def recorded_training(run: Path) -> Location | None:
     """The artifact that a run records as its training data; None for weights without a run."""
     home = run_of(run)
     if home is None or not (home / RUN).is_file():
         return None
     data = read_run(home)["inputs"].get("data")
-    return None if data is None else Path(data)
+    return None if data is None else location(data)
 
 
-def open_training(folder: Path, generator: Generator, option: str) -> Artifact:
+def open_training(folder: Location, generator: Generator, option: str) -> Artifact:
     """Open the artifact whose images are compared with samples; ``option`` is the one that can name another.
 
     Raises:

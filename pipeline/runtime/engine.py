@@ -20,10 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from pipeline.runtime.progress import Progress
+from shards.storage import Location
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class Pieces(Protocol):
         """Their number."""
 
     @property
-    def output(self) -> Path:
+    def output(self) -> Location:
         """Where they are written, for messages."""
 
     def is_done(self, index: int, /) -> bool:

@@ -24,8 +24,8 @@ from pipeline.runtime.device import rank, world_size
 from pipeline.runtime.errors import StageError
 from shards.files import atomic_path
 from shards.locks import Claims
-from shards.manifest import MANIFEST
 from shards.records import differences
+from shards.storage import Location
 from shards.writer import ArtifactBuild
 
 LOCKS = ".locks"
@@ -79,7 +79,7 @@ class Shards:
     build: ArtifactBuild
 
     @property
-    def output(self) -> Path:
+    def output(self) -> Location:
         """The artifact's directory."""
         return self.build.folder
 
@@ -90,7 +90,8 @@ class Shards:
 
     def is_done(self, index: int) -> bool:
         """Return whether a shard is finished."""
-        return index in self.build.records or (self.build.folder / MANIFEST).is_file()
+        build = self.build
+        return index in build.records or build.records.has_manifest() or build.done(index) is not None
 
     def missing(self, only: int | None = None) -> Generator[int, None, None]:
         """See :meth:`shards.writer.ArtifactBuild.todo`."""

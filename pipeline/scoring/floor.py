@@ -28,6 +28,7 @@ from pipeline.scoring.features import (
 from pipeline.scoring.kernel_distance import kernel_distance
 from pipeline.scoring.records import Floor, Scores
 from pipeline.scoring.reference import CHUNK, FolderImages, Originals, Reference, open_reference, spread
+from shards.storage import Location
 
 
 def scores_of(samples: Features, reference: Reference, bootstrap: Bootstrap) -> Scores:
@@ -64,12 +65,12 @@ def scores_of(samples: Features, reference: Reference, bootstrap: Bootstrap) -> 
 class RealImages:
     """A second set of real images."""
 
-    path: Path
+    path: Location
     images: Originals | FolderImages
     fingerprint: str
 
     @classmethod
-    def open(cls, path: Path, extract: Extractor, fetch: bool) -> RealImages:
+    def open(cls, path: Location, extract: Extractor, fetch: bool) -> RealImages:
         """Look at what is at ``path``, without computing anything; ``fetch`` lets originals be fetched.
 
         Raises:

@@ -38,6 +38,7 @@ from pipeline.sources.originals import load_originals, tokenize_settings
 from shards.files import atomic_path, file_sha256
 from shards.manifest import MANIFEST
 from shards.reader import Artifact, open_artifact
+from shards.storage import Location, Url, is_file
 
 CHUNK = 500  # images in memory at the same time
 NEEDED = ("pool", "spatial")  # features of a reference
@@ -197,14 +198,19 @@ class ReferenceSource:
     fingerprint: str
 
 
-def open_reference(path: Path, extract: Extractor, fetch: bool = False) -> ReferenceSource:
+def is_artifact(path: Location) -> bool:
+    """Return whether a reference is an artifact; at a URL it can be nothing else."""
+    return isinstance(path, Url) or is_file(path / MANIFEST)
+
+
+def open_reference(path: Location, extract: Extractor, fetch: bool = False) -> ReferenceSource:
     """Open what is at ``path``, without computing anything; ``fetch`` lets an artifact's originals be fetched.
 
     Raises:
         StageError, ArtifactError: samples cannot be compared with it, or its images differ in size, are
             not in colour, or are damaged.
     """
-    if (path / MANIFEST).is_file():
+    if isinstance(path, Url) or is_artifact(path):
         artifact = open_artifact(path)
         return ReferenceSource(
             images=Originals(artifact, fetch),

@@ -35,6 +35,7 @@ from shards.manifest import Manifest
 from shards.patch_statistics import by_compressibility, class_name, lengths_differ
 from shards.reader import Artifact
 from shards.rows import Rows
+from shards.storage import size
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 EXTREMES = 5  # images and classes named at each end
@@ -135,7 +136,7 @@ def numbers(artifact: Artifact, survey: Survey, settings: InspectSettings) -> In
         classes=len(manifest.class_names),
         container=manifest.container,
         shards=len(manifest.shards),
-        bytes=sum((artifact.folder / shard.name).stat().st_size for shard in manifest.shards),
+        bytes=sum(size(artifact.folder / s.name) if s.bytes is None else s.bytes for s in manifest.shards),
         source=manifest.source,
         tokenizer=manifest.tokenizer,
         entropy_model=manifest.entropy_model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from pipeline.settings.fields import (
@@ -18,14 +17,15 @@ from pipeline.settings.fields import (
     at_least,
     require,
 )
+from shards.storage import Location
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSettings:
     """A linear classifier on a frozen model's features."""
 
-    train: Annotated[Path, "Artifact to fit the classifier on: patches for DPAR; codes will do for LlamaGen.", DATA]
-    test: Annotated[Path, "Artifact to count its hits on.", DATA]
+    train: Annotated[Location, "Artifact to fit the classifier on: patches for DPAR; codes will do for LlamaGen.", DATA]
+    test: Annotated[Location, "Artifact to count its hits on.", DATA]
     layer: Annotated[int | None, "Layer whose outputs are the features, from 1. (default: the last)", MODEL] = None
     weight_decay: Annotated[float, "Of the classifier's matrix: added to the loss as half of it times |W|².", OPTIM] = (
         1e-4

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import tomllib
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from pipeline.settings.fields import GROUPS
 from shards.files import open_regular
+from shards.storage import Url, location
 
 
 class Command(TyperCommand):
@@ -70,17 +72,51 @@ def option_parameters(settings_class: type[Any]) -> dict[str, inspect.Parameter]
     for field in dataclasses.fields(settings_class):
         kind, *notes = typing.get_args(hints[field.name])
         repeatable = typing.get_origin(kind) is tuple
+        parser = parser_of(kind)
+        if parser is not None:
+            kind = str if field.default is dataclasses.MISSING else str | None
         if repeatable:  # its help states the default
             kind = list[typing.get_args(kind)[0]] | None  # type: ignore[misc]
         required = field.default is dataclasses.MISSING
         default = inspect.Parameter.empty if required else None if repeatable else field.default
         texts = [note for note in notes if isinstance(note, str)]
         shown = not (repeatable or default is None)
-        option = typer.Option(help=texts[0], rich_help_panel=texts[-1], show_default=shown)
+        metavar = None if parser is None else "<path>"
+        option = typer.Option(
+            help=texts[0], rich_help_panel=texts[-1], show_default=shown, parser=parser, metavar=metavar
+        )
         parameters[field.name] = _parameter(field.name, default, Annotated[kind, option])
-    config = typer.Option(help="TOML file with any of these options; flags win.", is_eager=True, callback=read_config)
-    parameters["config"] = _parameter("config", None, Annotated[Path | None, config])
+    config = typer.Option(
+        help="TOML file with any of these options; flags win.",
+        is_eager=True,
+        callback=read_config,
+        parser=local_path,
+        metavar="<path>",
+    )
+    parameters["config"] = _parameter("config", None, Annotated[str | None, config])
     return parameters
+
+
+def parser_of(kind: Any) -> Callable[[str], Any] | None:
+    """Return what parses an option of this type, if it is a path or the location of an artifact."""
+    kinds = set(typing.get_args(kind)) or {kind}
+    return location if Url in kinds else local_path if Path in kinds else None
+
+
+def local_argument(metavar: str, help: str) -> Any:
+    """Return Typer's description of an argument that is a path on this machine."""
+    return typer.Argument(metavar=metavar, help=help, parser=local_path)
+
+
+def local_path(text: str) -> Path:
+    """Return a path on this machine.
+
+    Raises:
+        typer.BadParameter: it is a URL.
+    """
+    if isinstance(place := location(text), Path):
+        return place
+    raise typer.BadParameter(f"{text} is a URL; only a path on this machine is possible here")
 
 
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:

@@ -29,6 +29,7 @@ from pipeline.settings.fields import (
     at_least,
     require,
 )
+from shards.storage import Location
 
 SCORING_BATCH = 32
 # What `dpar eval --protocol paper` fixes: section 4 of the paper, and the evaluation of LlamaGen that it takes over.
@@ -113,7 +114,7 @@ class SampleSettings(SamplingSettings, EngineSettings):
     keep_rows: Annotated[int | None, "Rows of tokens kept, from the top.", SAMPLING] = None
     show_patches: Annotated[bool, "Draw the patches on the images of the sheet.", OUTPUT] = False
     show_nearest: Annotated[
-        Path | None, "Training artifact: put the nearest training image below each sample, in nearest.png.", OUTPUT
+        Location | None, "Training artifact: put the nearest training image below each sample, in nearest.png.", OUTPUT
     ] = None
     png: Annotated[bool, "Write each picture as a PNG file.", OUTPUT] = True
     npz: Annotated[bool, "Write samples.npz as ADM's evaluation suite reads it.", OUTPUT] = False
@@ -140,13 +141,13 @@ class EvalSettings(SamplingSettings, EngineSettings):
     """Scoring a run."""
 
     reference: Annotated[
-        Path,
+        Location,
         "What samples are compared with: an artifact, a folder of images, or an .npz of images or statistics.",
         DATA,
         RUN_TIME,
     ]
     held_out: Annotated[
-        Path | None,
+        Location | None,
         "Held-out artifact for bits per token: patches for DPAR; codes will do for LlamaGen. "
         "(default: the reference, if it is an artifact)",
         DATA,
@@ -206,7 +207,7 @@ class EvalSettings(SamplingSettings, EngineSettings):
         OUTPUT,
     ] = None
     training: Annotated[
-        Path | None,
+        Location | None,
         "Training artifact, of the sheet of nearest training images. (default: the one that the run records)",
         DATA,
         RUN_TIME,
@@ -215,7 +216,7 @@ class EvalSettings(SamplingSettings, EngineSettings):
         Path | None, "File of Inception's weights. (default: torch-fidelity fetches them)", OUTPUT, RUN_TIME
     ] = None
     floor: Annotated[
-        Path | None,
+        Location | None,
         "A second set of real images, an artifact or a folder, such as training images: its distance to the reference "
         "is what samples can be expected to reach. As many images as --samples, evenly spread.",
         DATA,

@@ -24,6 +24,7 @@ from pipeline.settings.fields import (
     at_least,
     require,
 )
+from shards.storage import Location
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,18 @@ class OptimSettings:
     init: Annotated[str | None, "Weights to start from: a directory, run, Hub name or LlamaGen's .pt file.", MODEL] = (
         None
     )
-    validation: Annotated[Path | None, "Held-out artifact for bits per token. (default: none)", DATA, RUN_TIME] = None
+    validation: Annotated[Location | None, "Held-out artifact for bits per token. (default: none)", DATA, RUN_TIME] = (
+        None
+    )
+    cache: Annotated[
+        Path | None,
+        "Folder on local disk for the shards of a URL, shared by this machine's processes. (default: a temporary one)",
+        DATA,
+        RUN_TIME,
+    ] = None
+    cache_size: Annotated[
+        float, "GB of shards in --cache, at most; the least recently used are removed.", DATA, RUN_TIME
+    ] = 100.0
     eval_every: Annotated[int, "Steps between validations and sheets; one more comes at the end.", OUTPUT, RUN_TIME] = (
         2000
     )
@@ -118,6 +130,7 @@ class OptimSettings:
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "batch", "micro_batch", "eval_every", "log_every", "checkpoint_every", "keep")
         at_least(self, 0, "lr", "warmup", "weight_decay", "beta1", "beta2", "clip", "dropout", "ema", "sheet", "seed")
+        require(self.cache_size > 0, f"--cache-size is {self.cache_size}; it must be above 0")
         require(self.epochs > 0, f"--epochs is {self.epochs}; it must be above 0")
         for name in ("beta1", "beta2", "dropout", "ema"):
             require(getattr(self, name) < 1, f"--{name} is {getattr(self, name)}; it must be below 1")

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from pipeline.runtime.errors import StageError
 from pipeline.sources.folder import Folder
-from pipeline.sources.locations import expand, is_url, local_files
+from pipeline.sources.locations import expand, local_files
 from pipeline.sources.photos import Photos
 from pipeline.sources.source import IndexedSource, Item, Source, UnusableImage, require_indexed
 from shards.files import require_regular
 from shards.manifest import LeftOut
+from shards.storage import is_url
 
 __all__ = [
     "HUB",

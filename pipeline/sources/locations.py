@@ -1,4 +1,4 @@
-"""Resolves a user's DATA: the files of a path, a glob or braces; and tells paths from URLs.
+"""Resolves a user's DATA: the files of a path, a glob or braces.
 
 expand("imagenet-{000..146}.tar")                        # 147 names
 local_files("tars/*.tar")                                # existing files, sorted
@@ -16,11 +16,6 @@ from collections.abc import Sequence
 from pipeline.runtime.errors import StageError
 
 MAX_NAMES = 1_000_000  # maximum number of names that braces may expand to
-
-
-def is_url(data: str) -> bool:
-    """Return whether ``data`` is a URL for fsspec (``https://…``, ``s3://…``) rather than a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", data) is not None
 
 
 def expand(data: str) -> list[str]:

@@ -19,9 +19,9 @@ from pipeline.settings.fields import Views
 from pipeline.sources import HUB, Source, UnusableImage, open_source
 from pipeline.sources.crops import n_views
 from pipeline.sources.crops import views as crops
-from pipeline.sources.locations import is_url
 from shards.errors import ArtifactError
 from shards.records import Positive, parse
+from shards.storage import is_url
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

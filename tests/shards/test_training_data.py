@@ -1,6 +1,7 @@
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ from shards.errors import ArtifactError
 from shards.manifest import Container, Kind, Manifest, ShardInfo
 from shards.reader import Artifact, Batch, open_artifact
 from shards.rows import Rows
+from shards.storage import Url
 from shards.training_data import TrainingData
 from shards.writer import ArtifactBuild
+
+Place = TypeVar("Place", Path, Url)
 
 CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
 SIZES = (5, 0, 9, 3, 7, 1, 4, 6, 8, 2, 5, 5)  # rows per shard: two windows
@@ -19,7 +23,7 @@ TOTAL = sum(SIZES)
 BATCH = 12
 
 
-def make(out: Path, container: Container, kind: Kind = "patches") -> Path:
+def make(out: Place, container: Container, kind: Kind = "patches") -> Place:
     build = ArtifactBuild(out, settings={}, n_shards=len(SIZES), container=container)
     for index in build.todo():
         rng = np.random.default_rng(index)

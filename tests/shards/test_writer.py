@@ -24,6 +24,7 @@ from shards.left_out import LEFT_OUT
 from shards.manifest import BUILD, MANIFEST, Container, LeftOut, Manifest, ShardInfo
 from shards.reader import open_artifact
 from shards.rows import EXTENSION, Rows
+from shards.storage import Location, location
 from shards.writer import ArtifactBuild
 
 N_SHARDS = 12
@@ -63,13 +64,13 @@ def make_manifest(shards: tuple[ShardInfo, ...], settings: dict[str, Any] = SETT
     )
 
 
-def opened(out: Path, container: Container = "arrow", **options: Any) -> ArtifactBuild:
+def opened(out: Location, container: Container = "arrow", **options: Any) -> ArtifactBuild:
     values = {"settings": SETTINGS, "n_shards": N_SHARDS, "container": container, **options}
     return ArtifactBuild(out, **values)
 
 
 def run(
-    out: Path,
+    out: Location,
     container: Container = "arrow",
     rank: int = 0,
     world_size: int = 1,
@@ -86,7 +87,7 @@ def run(
     return build.finish(lambda shards: make_manifest(shards, build.settings))
 
 
-def start(out: Path, *arguments: object) -> subprocess.Popen[bytes]:
+def start(out: Location, *arguments: object) -> subprocess.Popen[bytes]:
     """``run`` in a process of its own."""
     command = [sys.executable, __file__, str(out), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -527,4 +528,4 @@ def test_a_shards_size_is_in_the_manifest(tmp_path: Path) -> None:
 if __name__ == "__main__":
     folder, kind, rank, world_size, pause, large = sys.argv[1:]
     os.environ.pop("PYTHONPATH", None)
-    run(Path(folder), kind, int(rank), int(world_size), float(pause), bool(int(large)))  # type: ignore[arg-type]
+    run(location(folder), kind, int(rank), int(world_size), float(pause), bool(int(large)))  # type: ignore[arg-type]

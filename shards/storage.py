@@ -1,0 +1,258 @@
+"""Where an artifact lies: a directory on disk, or a URL that ``fsspec`` reaches.
+
+    place = location("s3://bucket/codes")                    # a Url; a path stays a Path
+    read_bytes(place / "manifest.json")
+    for piece in pieces(place / "00003.tar", size): ...
+
+Paths keep what :mod:`shards.files` does with them. A put to an object store is atomic, so a reader sees the old object
+or the complete new one there too. Credentials come from where ``s3fs`` and ``gcsfs`` look.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from shards import files
+from shards.errors import ArtifactError
+
+T = TypeVar("T")
+
+WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds to wait before each retry
+PIECE = 8 * 2**20  # bytes per request
+SMALLEST_PIECE = 2**16  # bytes per request over a connection that breaks
+CONNECTIONS = 8  # at the same time, where many small files are handled
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # of this package, by scheme
+READ_ONLY = ("http", "https")
+ANOTHER_REGION = re.compile(r"region|specified endpoint|PermanentRedirect|location constraint", re.IGNORECASE)
+
+
+class Url(str):
+    """The address of a directory or file; ``/`` appends a name."""
+
+    __slots__ = ()
+
+    def __truediv__(self, name: str) -> Url:
+        return Url(f"{self}/{name}")
+
+    @property
+    def scheme(self) -> str:
+        """The part before ``://``."""
+        return self.partition("://")[0]
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.rpartition("/")[2]
+
+    def with_name(self, name: str) -> Url:
+        """Return the address of another name in the same directory."""
+        return Url(f"{self.rpartition('/')[0]}/{name}")
+
+
+Location = Path | Url
+
+
+def is_url(text: str) -> bool:
+    """Return whether ``text`` is a URL for fsspec (``https://…``, ``s3://…``) rather than a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", text) is not None
+
+
+def location(place: str | os.PathLike[str]) -> Location:
+    """Return the location of an artifact as a user names it; ``file://`` is a path."""
+    text = os.fspath(place)
+    if text.startswith("file://"):
+        return Path(unquote(urlsplit(text).path))
+    return Url(text.rstrip("/")) if is_url(text) else Path(text)
+
+
+def read_bytes(place: Location) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        OSError: a file on disk cannot be read.
+        ArtifactError: a URL cannot be read.
+    """
+    if isinstance(place, Path):
+        with files.open_regular(place) as file:
+            return file.read()
+    data: bytes = _call(place, "read", lambda filesystem, path: filesystem.cat_file(path))
+    return data
+
+
+def write_text(place: Location, text: str, *, errors: str = "strict") -> None:
+    """Write a UTF-8 file atomically."""
+    if isinstance(place, Path):
+        files.write_text(place, text, errors=errors)
+    else:
+        data = text.encode("utf-8", errors)
+        _call(place, "written", lambda filesystem, path: filesystem.pipe_file(path, data))
+
+
+def write_json(place: Location, values: Any) -> None:
+    """Write a JSON file atomically; see :func:`shards.files.write_json`."""
+    write_text(place, files.json_text(values))
+
+
+def put(file: Path, url: Url) -> None:
+    """Copy a file on disk to a URL."""
+    _call(url, "written", lambda filesystem, path: filesystem.put_file(os.fspath(file), path))
+
+
+def remove(urls: Sequence[Url]) -> None:
+    """Remove files, in any order; missing ones are no error."""
+
+    def remove_one(url: Url) -> None:
+        with suppress(FileNotFoundError):
+            _call(url, "removed", lambda filesystem, path: filesystem.rm_file(path))
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        list(pool.map(remove_one, urls))
+
+
+def size(place: Location) -> int:
+    """Return the bytes of a file.
+
+    Raises:
+        FileNotFoundError: it is missing.
+    """
+    if isinstance(place, Path):
+        return place.stat().st_size
+    return int(_call(place, "read", lambda filesystem, path: filesystem.info(path))["size"])
+
+
+def is_file(place: Location) -> bool:
+    """Return whether there is a file."""
+    if isinstance(place, Path):
+        return place.is_file()
+    try:
+        size(place)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def entries(url: Url) -> dict[str, int]:
+    """Return the names in a directory at a URL, with the bytes of each; none if it is missing.
+
+    Raises:
+        ArtifactError: its bucket is missing, or it cannot be listed.
+    """
+    try:
+        own, items = _call(url, "listed", lambda filesystem, path: (path, filesystem.ls(path, detail=True)))
+    except FileNotFoundError:
+        return {}
+    sizes = {item["name"].strip("/"): item.get("size") or 0 for item in items}
+    sizes.pop(own.strip("/"), None)  # a store may list the directory itself
+    return {name.rpartition("/")[2]: bytes_ for name, bytes_ in sizes.items()}
+
+
+def pieces(url: Url, size: int) -> Iterator[bytes]:
+    """Yield the bytes of a file at a URL, some at a time.
+
+    A connection that breaks is resumed where it broke: fsspec resumes S3 and not HTTP, so pieces are requested here,
+    smaller ones after each failure.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ArtifactError: it has fewer bytes, or cannot be read.
+    """
+    at, most = 0, PIECE
+
+    def read(filesystem: Any, path: str) -> bytes:
+        nonlocal most
+        end, next_time = min(at + most, size), most
+        most = max(most // 4, SMALLEST_PIECE)
+        data: bytes = filesystem.cat_file(path, start=at, end=end)
+        most = next_time
+        return data if len(data) <= end - at else data[at:end]  # some servers send all of it, whatever is asked
+
+    while at < size:
+        data = _call(url, "read", read)
+        if not data:
+            raise _shorter(url)
+        yield data
+        at += len(data)
+
+
+def _call(url: Url, verb: str, action: Callable[[Any, str], T]) -> T:
+    """Return ``action(filesystem, path)``, repeated while the connection fails.
+
+    Raises:
+        FileNotFoundError: there is nothing at the URL.
+        ArtifactError: anything else.
+    """
+    filesystem, path = _filesystem(url)
+    for wait in (*WAITS, None):
+        try:
+            return action(filesystem, path)
+        except Exception as error:  # each kind of storage has its own errors
+            fault = _fault(url, verb, error)
+            if fault is None and wait is None:
+                tries = len(WAITS) + 1
+                reason = _one_line((isinstance(error, FileNotFoundError) and error.__cause__) or error)
+                fault = ArtifactError(f"{url} cannot be {verb}: {tries} tries failed, at last with: {reason}")
+            if fault is not None:
+                raise fault from error
+        time.sleep(wait or 0.0)
+    raise AssertionError
+
+
+def _filesystem(url: Url) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False)  # other processes write, too
+    except ImportError as error:
+        extra = EXTRAS.get(url.scheme)
+        advice = f"pip install 'dpar[{extra}]'" if extra else _one_line(error)
+        raise ArtifactError(f"{url}: {url.scheme}:// needs a package that is not installed: {advice}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{url}: there is no such kind of URL ({_one_line(error)})") from error
+    return filesystem, path
+
+
+def _fault(url: Url, verb: str, error: Exception) -> Exception | None:
+    """Return the error for the user; None if another try may succeed."""
+    text, cause = _one_line(error), error.__cause__
+    status = getattr(error, "status", getattr(cause, "status", None))  # of HTTP
+    kind = type(error).__name__
+    if isinstance(error, ArtifactError):
+        return error
+    if ANOTHER_REGION.search(text) or getattr(error, "errno", None) == getattr(errno, "EREMCHG", -1):
+        return ArtifactError(
+            f"{url} cannot be {verb}: its bucket is in another region, or at another endpoint ({text}). Set "
+            "AWS_DEFAULT_REGION to the region of the bucket"
+        )
+    if status == 416 or "InvalidRange" in str(cause) or "range is not satisfiable" in text:
+        return _shorter(url)
+    if isinstance(error, FileNotFoundError):
+        if cause is not None and status is None and type(cause).__module__.startswith("aiohttp"):
+            return None  # fsspec's word for a server that does not answer
+        if "bucket" in text.replace(url.partition("://")[2], "").lower():
+            return ArtifactError(f"{url} cannot be {verb}: there is no such bucket. Make it, or name another one")
+        return FileNotFoundError(errno.ENOENT, "no such file", str(url))
+    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in kind:
+        return ArtifactError(
+            f"{url} cannot be {verb}: permission denied ({text}). Check the credentials, and what they allow"
+        )
+    if isinstance(error, NotImplementedError):
+        return ArtifactError(f"{url} cannot be {verb}: {url.scheme}:// does not support that")
+    return None
+
+
+def _shorter(url: Url) -> ArtifactError:
+    return ArtifactError(f"{url} has fewer bytes than its manifest says: it was replaced or cut off")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
