@@ -87,10 +87,11 @@ class Manifest:
         path = folder / MANIFEST
         if isinstance(folder, Path) and not folder.is_dir():
             raise ArtifactError(f"no artifact at {folder}: there is no such directory")
-        if not is_file(path):
+        is_finished, is_begun = _look(folder)
+        if not is_finished:
             raise ArtifactError(
                 f"{folder} is not finished: run the command that makes it again"
-                if _is_unfinished(folder)
+                if is_begun
                 else f"{folder} is not an artifact: it has no {MANIFEST}"
             )
         values = read_json(path)
@@ -127,15 +128,18 @@ BUILD = ".build"  # records of finished shards, while an artifact is being writt
 SETTINGS = "settings.json"  # in it
 
 
-def _is_unfinished(folder: Location) -> bool:
-    """Return whether a directory without a manifest is an artifact that is being written.
+def _look(folder: Location) -> tuple[bool, bool]:
+    """Return whether a directory has a manifest, and whether it has the records of an artifact being written.
 
     Raises:
-        ArtifactError: its bucket is missing.
+        ArtifactError: a URL cannot be listed; stores explain that, while they refuse a file without a reason.
     """
     if isinstance(folder, Path):
-        return (folder / BUILD).is_dir()
-    return is_file(folder / BUILD / SETTINGS) if folder.scheme in READ_ONLY else BUILD in entries(folder)
+        return (folder / MANIFEST).is_file(), (folder / BUILD).is_dir()
+    if folder.scheme in READ_ONLY:
+        return is_file(folder / MANIFEST), is_file(folder / BUILD / SETTINGS)
+    names = entries(folder)
+    return MANIFEST in names, BUILD in names
 
 
 def _check_version(kind: object, version: object, path: Location) -> None:

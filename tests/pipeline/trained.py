@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 from pipeline.runtime.progress import Progress
 from pipeline.settings.training import TrainSettings
 from pipeline.train import train
-from shards.manifest import Kind, Manifest, ShardInfo
+from shards.manifest import Container, Kind, Manifest, ShardInfo
 from shards.rows import Rows
+from shards.storage import Location, Url
 from shards.writer import ArtifactBuild
+
+Place = TypeVar("Place", Path, Url)
 
 V, GRID, N, VIEWS = 16, (4, 4), 16, 2
 QUIET = Progress(quiet=True)
@@ -28,20 +31,22 @@ EXACT = {"dropout": 0.0, "guidance_dropout": 0.0}
 
 
 def build(
-    out: Path,
+    out: Place,
     kind: Kind = "patches",
     grid: tuple[int, int] = GRID,
     tokenizer: str = "0" * 64,
     classes: int = 2,
     seed: int = 0,
-) -> Path:
+    container: Container = "arrow",
+    sizes: tuple[int, ...] = SIZES,
+) -> Place:
     """Codes that count up by their class, a few of them wrong."""
     settings = {"strategy": "entropy", "threshold": 2.0, "max_length": 4, "row_reset": True, "static_length": None}
-    maker = ArtifactBuild(out, settings=settings, n_shards=len(SIZES), container="arrow")
+    maker = ArtifactBuild(out, settings=settings, n_shards=len(sizes), container=container)
     rng = np.random.default_rng(seed)
     for index in maker.todo():
-        shape = (SIZES[index], VIEWS, grid[0] * grid[1])
-        labels = np.arange(SIZES[index]) % classes
+        shape = (sizes[index], VIEWS, grid[0] * grid[1])
+        labels = np.arange(sizes[index]) % classes
         codes = (np.arange(shape[-1]) * (labels[:, None, None] + 1) + np.zeros(shape, int)) % V
         codes = np.where(rng.random(shape) < 0.1, rng.integers(0, V, shape), codes)
         starts = rng.random(shape) < 0.5
@@ -58,12 +63,12 @@ def build(
     def manifest(shards: tuple[ShardInfo, ...]) -> Manifest:
         return Manifest(
             kind=kind,
-            container="arrow",
+            container=container,
             grid=grid,
             codebook_size=V,
             views=VIEWS,
             class_names=("a", "b", "c")[:classes],
-            rows=sum(SIZES),
+            rows=sum(sizes),
             shards=shards,
             settings=settings,
             source={},
@@ -88,7 +93,7 @@ def chosen(**values: Any) -> TrainSettings:
     return TrainSettings(**{**defaults, **values})
 
 
-def run(patches: Path, out: Path, **values: Any) -> dict[str, Any]:
+def run(patches: Location, out: Path, **values: Any) -> dict[str, Any]:
     return train(patches, out, chosen(**values), QUIET)
 
 
@@ -105,19 +110,19 @@ def options(settings: TrainSettings) -> list[str]:
     return found
 
 
-def command(patches: Path, out: Path, environment: dict[str, str] | None = None, **values: Any) -> Any:
+def command(patches: Location, out: Path, environment: dict[str, str] | None = None, **values: Any) -> Any:
     """``dpar train`` in a process of its own, with the settings of ``chosen(**values)``."""
     return subprocess.Popen(
         [sys.executable, "-m", "dpar", "train", str(patches), str(out), *options(chosen(**values))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500", **(environment or {})},
-        cwd=patches.parent,
+        cwd=out.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def together(patches: Path, out: Path, n: int = 2, **values: Any) -> list[Any]:
+def together(patches: Location, out: Path, n: int = 2, **values: Any) -> list[Any]:
     """The ``n`` processes of one run, as ``torchrun`` would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,0 +1,266 @@
+"""Artifacts in buckets and on web servers: a real S3 server (moto) and a web server that breaks connections."""
+
+import hashlib
+import json
+import logging
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import s3fs
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from cli import app
+from dpar import VQConfig, VQTokenizer
+from shards import storage
+from shards.errors import ArtifactError
+from shards.manifest import BUILD, MANIFEST
+from shards.reader import open_artifact
+from shards.storage import Url, entries, location
+from tests.pipeline.trained import build, ends, metrics, results, together, weights
+from tests.pipeline.trained import run as train
+from tests.shards.test_writer import files, opened, start
+from tests.shards.test_writer import run as write
+from tests.web import WebServer
+
+PLAIN = {"container": "webdataset", "sizes": (9, 0, 8, 5, 4, 3, 6, 7, 2, 9, 1)}  # more shards than a window has
+
+
+@pytest.fixture(autouse=True)
+def brief_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "WAITS", (0.01,) * 4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """The address of an S3 server with one bucket; s3fs finds it, and credentials, in the environment."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "someone")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_CONFIG_FILE", "/dev/null")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield f"http://{host}:{port}"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, request: pytest.FixtureRequest) -> Url:
+    """A directory of the bucket for one test."""
+    place = location(f"s3://bucket/{hashlib.md5(request.node.name.encode()).hexdigest()}")
+    assert isinstance(place, Url)
+    return place
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[WebServer]:
+    with WebServer(tmp_path / "web") as server:
+        yield server
+
+
+def objects(url: Url) -> dict[str, str]:
+    return {name: hashlib.sha256(storage.read_bytes(url / name)).hexdigest() for name in entries(url)}
+
+
+def dpar(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+@pytest.mark.slow
+def test_the_commands_give_from_bucket_to_bucket_the_bytes_and_losses_of_a_local_run(
+    tmp_path: Path, bucket: Url
+) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        folder = tmp_path / "photos" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(folder / f"{i}.png")
+    torch.manual_seed(0)
+    config = VQConfig(codebook_size=16, channels=32, channel_multipliers=(1, 1), residual_blocks=1, latent_channels=32)
+    VQTokenizer(config).save_pretrained(tmp_path / "vq")
+    encode = ("--tokenizer", tmp_path / "vq", "--image-size", 8, "--shard-size", 2, "--container", "webdataset")
+    cut = ("--strategy", "static", "--static-length", 2)
+    recipe = ("--model", "dpar-tiny", "--steps", 4, "--batch", 8, "--log-every", 1, "--sheet", 0, "--device", "cpu")
+    places: dict[str, Any] = {"here": tmp_path / "here", "there": bucket}
+    numbers = {}
+    for name, place in places.items():
+        dpar("tokenize", tmp_path / "photos", place / "codes", *encode)
+        dpar("patchify", place / "codes", place / "patches", *cut)
+        dpar("train", place / "patches", tmp_path / name / "run", *recipe, "--cache", tmp_path / "cache")
+        numbers[name] = json.loads(dpar("inspect", place / "patches", "--json", "--verify")) | {"artifact": None}
+    for stage in ("codes", "patches"):
+        assert objects(bucket / stage) == files(tmp_path / "here" / stage)
+    assert numbers["here"] == numbers["there"]
+    assert results(tmp_path / "here" / "run") == results(tmp_path / "there" / "run")
+    digests = {path.name for path in (tmp_path / "cache").iterdir() if path.suffix == ""}
+    assert digests == {shard.sha256 for shard in open_artifact(bucket / "patches").manifest.shards}
+
+
+@pytest.mark.slow
+def test_writers_to_a_bucket_that_are_killed_leave_no_partial_shard_and_the_bytes_of_an_undisturbed_run(
+    tmp_path: Path, bucket: Url
+) -> None:
+    write(tmp_path / "a")
+    expected = files(tmp_path / "a")
+    for kill in range(2):
+        process = start(bucket, "arrow", 0, 1, 0.05, 0)
+        while process.poll() is None and len(entries(bucket / BUILD)) < 3 * kill + 3:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.communicate()
+        left = objects(bucket)
+        assert MANIFEST not in left
+        assert {name: expected[name] for name in left if name[0].isdigit()} == {
+            name: digest for name, digest in left.items() if name[0].isdigit()
+        }
+        recorded = [int(name[:5]) for name in entries(bucket / BUILD) if name[0].isdigit()]
+        assert not set(opened(bucket).todo()) & set(recorded)
+    write(bucket)
+    assert objects(bucket) == expected
+
+
+def test_a_missing_bucket_is_one_message_for_readers_and_writers(tmp_path: Path, endpoint: str) -> None:
+    gone = location("s3://another-bucket/codes")
+    with pytest.raises(ArtifactError, match=r"^s3://another-bucket/codes cannot be listed: there is no such bucket"):
+        open_artifact(gone)
+    with pytest.raises(ArtifactError, match=r"^s3://another-bucket/codes cannot be listed: there is no such bucket"):
+        opened(gone)
+
+
+def test_a_bucket_that_is_not_allowed_is_one_message_for_readers_and_writers(bucket: Url, endpoint: str) -> None:
+    def require_keys(after: bytes) -> None:
+        request = urllib.request.Request(f"{endpoint}/moto-api/reset-auth", after, {"Content-Type": "text/plain"})
+        urllib.request.urlopen(request).close()
+
+    require_keys(b"0")
+    try:
+        with pytest.raises(ArtifactError, match=f"^{bucket} cannot be listed: permission denied .*Check the creden"):
+            open_artifact(bucket)
+        with pytest.raises(ArtifactError, match=f"^{bucket} cannot be listed: permission denied .*Check the creden"):
+            opened(bucket)
+    finally:
+        require_keys(b"inf")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (400, "AuthorizationHeaderMalformed", "the region 'us-east-1' is wrong; expecting 'eu-west-1'"),
+        (301, "PermanentRedirect", "The bucket must be addressed using the specified endpoint"),
+    ],
+)
+def test_a_bucket_in_another_region_is_one_message(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, status: int, code: str, message: str
+) -> None:
+    """moto accepts every region, so a server stands in that answers as S3 does."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_address[1]}")
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(ArtifactError, match=r"another region.* Set AWS_DEFAULT_REGION to the region of the bucket"):
+            open_artifact("s3://bucket/codes")
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.shutdown()
+        server.server_close()
+
+
+def test_training_refuses_an_artifact_that_is_still_being_written(tmp_path: Path, bucket: Url) -> None:
+    opened(bucket)
+    with pytest.raises(ArtifactError, match=f"^{bucket} is not finished: run the command that makes it again"):
+        train(bucket, tmp_path / "run")
+
+
+@pytest.mark.parametrize("arguments", [("train", "a", "s3://b/run"), ("train", "a", "run", "--cache", "s3://b/c")])
+def test_a_url_where_only_a_folder_is_possible_is_wrong_usage(arguments: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert f"{arguments[-1]} is a URL; only a path on this machine is possible here" in " ".join(done.output.split())
+
+
+@pytest.mark.slow
+def test_training_over_connections_that_break_gives_the_losses_of_a_local_run(tmp_path: Path, web: WebServer) -> None:
+    build(web.folder / "patches", **PLAIN)
+    expected = train(web.folder / "patches", tmp_path / "local", steps=20)
+    web.most_bytes = 5000
+    assert (open_artifact(web.folder / "patches").manifest.shards[0].bytes or 0) > 4 * web.most_bytes
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(storage, "SMALLEST_PIECE", 1000)
+    assert train(location(f"{web.url}/patches"), tmp_path / "remote", steps=20)["loss"] == expected["loss"]
+    monkeypatch.undo()
+    assert results(tmp_path / "remote") == results(tmp_path / "local")
+    for name, tensor in weights(tmp_path / "local").items():
+        assert torch.equal(tensor, weights(tmp_path / "remote")[name])
+
+
+@pytest.mark.slow
+def test_a_shard_that_stays_away_ends_training_with_its_name_and_the_run_resumes(
+    tmp_path: Path, web: WebServer
+) -> None:
+    build(web.folder / "patches", **PLAIN)
+    url = location(f"{web.url}/patches")
+    settings: dict[str, Any] = {"steps": 20, "checkpoint_every": 2}
+    train(web.folder / "patches", tmp_path / "local", **settings)
+    web.refused = "/patches/00003.tar"
+    with pytest.raises(ArtifactError, match=rf"{url}/00003\.tar cannot be read: 5 tries failed"):
+        train(url, tmp_path / "remote", **settings)
+    stopped = len(metrics(tmp_path / "remote")) if (tmp_path / "remote" / "metrics.jsonl").exists() else 0
+    assert stopped < 20
+    web.refused = None
+    train(url, tmp_path / "remote", **settings)
+    assert results(tmp_path / "remote") == results(tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_machine_download_each_shard_once_into_their_cache(tmp_path: Path, web: WebServer) -> None:
+    build(web.folder / "patches", **PLAIN)
+    settings: dict[str, Any] = {"steps": 20, "cache": tmp_path / "cache", "sheet": 0}
+    ends(together(location(f"{web.url}/patches"), tmp_path / "run", **settings))
+    gets = [path for path in web.requests if path.endswith(".tar")]
+    assert sorted(gets) == sorted(set(gets))
+    assert len(gets) == len(PLAIN["sizes"])
+    train(web.folder / "patches", tmp_path / "local", **settings)
+    for (_, *ours), (_, *expected) in zip(results(tmp_path / "run"), results(tmp_path / "local"), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-4)
