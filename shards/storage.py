@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds to wait before each retry
 PIECE = 8 * 2**20  # bytes per request
-SMALLEST_PIECE = 2**16  # bytes per request over a connection that breaks
+SMALLEST_PIECE = 2**12  # bytes per request over a connection that breaks
 CONNECTIONS = 8  # at the same time, where many small files are handled
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # of this package, by scheme
 READ_ONLY = ("http", "https")
@@ -170,10 +170,10 @@ def pieces(url: Url, size: int) -> Iterator[bytes]:
 
     def read(filesystem: Any, path: str) -> bytes:
         nonlocal most
-        end, next_time = min(at + most, size), most
-        most = max(most // 4, SMALLEST_PIECE)
+        end, asked = min(at + most, size), most
+        most = max((end - at) // 4, SMALLEST_PIECE)
         data: bytes = filesystem.cat_file(path, start=at, end=end)
-        most = next_time
+        most = asked
         return data if len(data) <= end - at else data[at:end]  # some servers send all of it, whatever is asked
 
     while at < size:
