@@ -201,8 +201,11 @@ class BuildRecords:
             self.claims.release(index)
         return True
 
-    def remove_artifact(self) -> None:
-        """Delete shards and records, the manifest first: without it the rest counts as unfinished."""
+    def remove_artifact(self, settings: dict[str, Any], share: tuple[int, int]) -> None:
+        """Delete shards and records, the manifest first: without it the rest counts as unfinished.
+
+        Processes do not do this at the same time, so the new settings and their ``share`` are not needed.
+        """
         (self.artifact / MANIFEST).unlink(missing_ok=True)
         for path in self.artifact.iterdir():
             if re.match(r"\d{5,}\.", path.name) or path.name == LEFT_OUT:

@@ -39,6 +39,7 @@ class ShardCache:
         """
         self.folder, self.most = folder, most
         self._verified: set[str] = set()
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def temporary(cls) -> ShardCache:
@@ -47,8 +48,6 @@ class ShardCache:
         cache = cls(Path(directory.name), TEMPORARY)
         cache._directory = directory
         return cache
-
-    _directory: tempfile.TemporaryDirectory[str] | None = None
 
     @contextmanager
     def shard(self, url: Url, info: ShardInfo) -> Iterator[Path]:

@@ -24,6 +24,7 @@ from shards.rows import Rows, write_shard
 from shards.storage import CONNECTIONS, READ_ONLY, Url, entries, is_file, pieces, put, remove, size, write_json
 
 FRESH = 10.0  # seconds
+PATIENCE = 600.0  # seconds that processes wait for the first one to delete what --overwrite replaces
 
 
 class RemoteRecords:
@@ -177,8 +178,21 @@ class RemoteRecords:
         manifest.write(self.artifact)
         self.remove()
 
-    def remove_artifact(self) -> None:
-        """Delete shards and records, the manifest first: without it the rest counts as unfinished."""
+    def remove_artifact(self, settings: dict[str, Any], share: tuple[int, int]) -> None:
+        """Delete shards and records, the manifest first: without it the rest counts as unfinished.
+
+        The first of the processes does. The others wait for its ``settings``, or they would delete what it writes next.
+
+        Raises:
+            ArtifactError: the first process does not.
+        """
+        if share[0] != 0:
+            end = time.monotonic() + PATIENCE
+            while self.settings() != settings:
+                if time.monotonic() > end:
+                    raise ArtifactError(f"{self.artifact} is not replaced by the process with RANK=0: start it, too")
+                time.sleep(1.0)
+            return
         remove([self.artifact / MANIFEST])
         names = [name for name in self.names() if re.match(r"\d{5,}\.", name) or name == LEFT_OUT]
         remove([self.artifact / name for name in names])

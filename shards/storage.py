@@ -27,6 +27,7 @@ from shards.errors import ArtifactError
 T = TypeVar("T")
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds to wait before each retry
+SILENCE = 30.0  # seconds without a byte, after which a web server's connection counts as broken
 PIECE = 8 * 2**20  # bytes per request
 SMALLEST_PIECE = 2**12  # bytes per request over a connection that breaks
 CONNECTIONS = 8  # at the same time, where many small files are handled
@@ -127,7 +128,10 @@ def size(place: Location) -> int:
     """
     if isinstance(place, Path):
         return place.stat().st_size
-    return int(_call(place, "read", lambda filesystem, path: filesystem.info(path))["size"])
+    bytes_: int | None = _info(place)["size"]
+    if bytes_ is None:
+        raise ArtifactError(f"{place}: its server does not say how many bytes it has")
+    return bytes_
 
 
 def is_file(place: Location) -> bool:
@@ -135,10 +139,14 @@ def is_file(place: Location) -> bool:
     if isinstance(place, Path):
         return place.is_file()
     try:
-        size(place)
+        return bool(_info(place)["type"] == "file")
     except FileNotFoundError:
         return False
-    return True
+
+
+def _info(url: Url) -> dict[str, Any]:
+    info: dict[str, Any] = _call(url, "read", lambda filesystem, path: filesystem.info(path))
+    return info
 
 
 def entries(url: Url) -> dict[str, int]:
@@ -174,7 +182,7 @@ def pieces(url: Url, size: int) -> Iterator[bytes]:
         most = max((end - at) // 4, SMALLEST_PIECE)
         data: bytes = filesystem.cat_file(path, start=at, end=end)
         most = asked
-        return data if len(data) <= end - at else data[at:end]  # some servers send all of it, whatever is asked
+        return data if len(data) <= end - at else data[at:size]  # some servers send all of it, whatever is asked
 
     while at < size:
         data = _call(url, "read", read)
@@ -210,8 +218,13 @@ def _call(url: Url, verb: str, action: Callable[[Any, str], T]) -> T:
 def _filesystem(url: Url) -> tuple[Any, str]:
     import fsspec
 
+    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write, too
+    if url.scheme in READ_ONLY:
+        from aiohttp import ClientTimeout
+
+        options["client_kwargs"] = {"timeout": ClientTimeout(sock_connect=SILENCE, sock_read=SILENCE)}
     try:
-        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False)  # other processes write, too
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         extra = EXTRAS.get(url.scheme)
         advice = f"pip install 'dpar[{extra}]'" if extra else _one_line(error)
@@ -224,11 +237,12 @@ def _filesystem(url: Url) -> tuple[Any, str]:
 def _fault(url: Url, verb: str, error: Exception) -> Exception | None:
     """Return the error for the user; None if another try may succeed."""
     text, cause = _one_line(error), error.__cause__
+    words = text.replace(url.partition("://")[2], "")  # the user's own names say nothing
     status = getattr(error, "status", getattr(cause, "status", None))  # of HTTP
     kind = type(error).__name__
     if isinstance(error, ArtifactError):
         return error
-    if ANOTHER_REGION.search(text) or getattr(error, "errno", None) == getattr(errno, "EREMCHG", -1):
+    if ANOTHER_REGION.search(words) or getattr(error, "errno", None) == getattr(errno, "EREMCHG", -1):
         return ArtifactError(
             f"{url} cannot be {verb}: its bucket is in another region, or at another endpoint ({text}). Set "
             "AWS_DEFAULT_REGION to the region of the bucket"
@@ -238,7 +252,7 @@ def _fault(url: Url, verb: str, error: Exception) -> Exception | None:
     if isinstance(error, FileNotFoundError):
         if cause is not None and status is None and type(cause).__module__.startswith("aiohttp"):
             return None  # fsspec's word for a server that does not answer
-        if "bucket" in text.replace(url.partition("://")[2], "").lower():
+        if "bucket" in words.lower():
             return ArtifactError(f"{url} cannot be {verb}: there is no such bucket. Make it, or name another one")
         return FileNotFoundError(errno.ENOENT, "no such file", str(url))
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in kind:

@@ -71,7 +71,7 @@ class ArtifactBuild:
         with self._disk_errors(folder):
             self.records.prepare()
             with self.records.exclusive():
-                self._join(overwrite)
+                self._join(overwrite, share)
             self.records.verify(share)
             with self.records.exclusive():
                 if self.records.has_manifest():  # verify() removes it if a shard is damaged
@@ -83,7 +83,7 @@ class ArtifactBuild:
     def _disk_errors(self, path: Location) -> AbstractContextManager[None]:
         return disk_errors(path, lambda: self.n_shards - self.remaining())
 
-    def _join(self, overwrite: bool) -> None:
+    def _join(self, overwrite: bool, share: tuple[int, int]) -> None:
         """Join the processes at work, and make all records unchecked if it is the only one. Runs exclusively."""
         n_others = self.records.count_processes()
         before = self.records.settings()
@@ -100,8 +100,8 @@ class ArtifactBuild:
                     f"{count} writing to {self.folder} with other settings: {changes}. "
                     "Stop them first, or name another output"
                 )
-            self.records.remove_artifact()
-            before = None
+            self.records.remove_artifact(self.settings, share)
+            before = self.records.settings()  # at a URL, of the process that removed it
         names = self.records.names()[:3]
         if before is None and names and not (names == [BUILD] and self.records.is_empty()):
             raise ArtifactError(

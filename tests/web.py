@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ class WebServer:
         self.folder = folder
         self.ranges = True  # whether Range headers are obeyed
         self.most_bytes: int | None = None  # after which every answer breaks off
+        self.silent = 0  # requests still to be left without an answer
         self.refused: str | None = None  # a path that is answered with 503
         self.requests: list[str] = []  # paths of all GETs
         self.sent = 0  # bytes of all bodies
@@ -33,6 +35,11 @@ class WebServer:
                 self.answer(body=True)
 
             def answer(self, body: bool) -> None:
+                if outer.silent:
+                    outer.silent -= 1
+                    time.sleep(20)
+                    outer.requests.append("ended in silence")
+                    return
                 path = outer.folder / self.path[1:]
                 if self.path == outer.refused or not path.is_file():
                     self.send_error(503 if self.path == outer.refused else 404)

@@ -16,7 +16,7 @@ EXAMPLES = {
     ),
     "train": (
         "dpar train patches run --model dpar-tiny --steps 2000 --batch 32",
-        "torchrun --nproc-per-node 8 -m dpar train patches run --model dpar-b",
+        "dpar train s3://bucket/patches run --cache /nvme/dpar",
     ),
     "eval": (
         "dpar eval run scores --reference patches-holdout --samples 1000",

@@ -4,10 +4,12 @@ import hashlib
 import re
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -151,6 +153,18 @@ def test_other_settings_and_foreign_files_are_refused_at_a_url(url: Url) -> None
         opened(foreign)
 
 
+def test_processes_that_replace_an_artifact_together_delete_nothing_of_its_successor(url: Url) -> None:
+    run(url)
+    new: dict[str, Any] = {"settings": {"threshold": 2}, "overwrite": True}
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(opened, url, share=(1, 2), **new)
+        time.sleep(0.2)
+        first = opened(url, share=(0, 2), **new)
+        index = next(first.todo(0, 2))
+        first.add(index, shard_rows(index))
+        assert list(second.result().todo(1, 2)) == [*range(6, 12), *range(1, 6)]
+
+
 def test_missing_shards_and_those_of_another_size_are_named_when_an_artifact_is_opened(url: Url) -> None:
     run(url)
     storage.remove([url / "00001.arrow"])
@@ -253,6 +267,16 @@ def test_a_connection_that_breaks_is_resumed_where_it_broke(web: WebServer) -> N
     assert isinstance(url, Url)
     assert b"".join(storage.pieces(url, len(data))) == data
     assert web.sent < 2 * len(data)
+
+
+def test_a_server_that_falls_silent_is_asked_again(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "SILENCE", 0.5)
+    (web.folder / "file").write_bytes(b"x" * 5000)
+    web.silent = 1
+    url = location(f"{web.url}/file")
+    assert isinstance(url, Url)
+    assert b"".join(storage.pieces(url, 5000)) == b"x" * 5000
+    assert "ended in silence" not in web.requests
 
 
 def test_a_server_that_knows_no_ranges_is_read_too(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
