@@ -29,6 +29,7 @@ from pipeline.scoring.kernel_distance import kernel_distance
 from pipeline.settings.sampling import SampleSettings
 from pipeline.sources import open_indexed
 from pipeline.sources.crops import views
+from pipeline.sources.source import IndexedSource
 from shards.files import write_json
 
 SIDE, GRID = 128, (16, 16)
@@ -70,9 +71,8 @@ def on_their_span(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[NDArr
     return a @ basis, b @ basis
 
 
-def load(split: str, rows: NDArray[np.int64]) -> Pixels:
-    """Emoji of a split, as `dpar tokenize` crops them."""
-    source = open_indexed("builtin:emoji", split=split)
+def load(source: IndexedSource, rows: NDArray[np.int64]) -> Pixels:
+    """Images of a source, as `dpar tokenize` crops them."""
     return np.concatenate([views(source.load(int(row)), SIDE, "center", (1.0,)) for row in rows])
 
 
@@ -103,9 +103,9 @@ def as_file(pixels: Pixels, **options: Any) -> Pixels:
 def without_generator(args: argparse.Namespace, extract: Callable[[Pixels], NDArray[np.float32]]) -> Measuring:
     """Effects of decoding, files, resize, and of the reference and its size, on reconstructions."""
     tokenizer = VQTokenizer.from_pretrained("builtin:emoji")
-    total = len(open_indexed("builtin:emoji", split="train"))
-    rows = np.random.default_rng(args.seed).permutation(total)[: args.samples + args.references]
-    samples, originals = np.split(load("train", rows), [args.samples])
+    training, held_out = (open_indexed("builtin:emoji", split=split) for split in ("train", "validation"))
+    rows = np.random.default_rng(args.seed).permutation(len(training))[: args.samples + args.references]
+    samples, originals = np.split(load(training, rows), [args.samples])
     codes = encode(tokenizer, samples)
     pixels, half = (decode(tokenizer, codes, GRID, precision=precision) for precision in ("fp32", "bf16"))
     measured, reference = extract(pixels), extract(originals)
@@ -128,10 +128,9 @@ def without_generator(args: argparse.Namespace, extract: Callable[[Pixels], NDAr
         table.add("references", "fewer, of the same images", measured, reference[: len(reference) // part])
     for part in (2, 4):
         table.add("samples", "fewer", measured[: len(measured) // part])
-    n_validation = len(open_indexed("builtin:emoji", split="validation"))
-    validation = extract(load("validation", np.arange(n_validation)))
+    validation = extract(load(held_out, np.arange(len(held_out))))
     table.add("reference set", "validation images", measured, validation)
-    table.add("reference set", "as many training images", measured, reference[:n_validation])
+    table.add("reference set", "as many training images", measured, reference[: len(held_out)])
     table.add("reference set", "the originals of the samples", measured, extract(samples))
     return table
 
@@ -139,9 +138,9 @@ def without_generator(args: argparse.Namespace, extract: Callable[[Pixels], NDAr
 def with_generator(args: argparse.Namespace, extract: Callable[[Pixels], NDArray[np.float32]]) -> Measuring:
     """Effects of guidance, of how labels are drawn and of decoding, on samples of a trained generator."""
     generator = Generator.load(Path(args.run), SampleSettings(seed=args.seed)).with_rule(None, None)
-    source = open_indexed("builtin:emoji", split="train")
+    source = open_indexed("builtin:emoji", split="train", classes=generator.class_names)
     rows = np.random.default_rng(args.seed).permutation(len(source))[: args.references]
-    table = Measuring(extract(load("train", rows)), args.seed)
+    table = Measuring(extract(load(source, rows)), args.seed)
     classes = list(range(len(generator.class_names)))
     every = np.asarray([source.label(int(row)) for row in rows])
     drawn = {how: labels_of(classes, args.samples, how, args.seed) for how in ("random", "balanced")}

@@ -66,7 +66,7 @@ class ArtifactBuild:
         self.settings = json.loads(json.dumps(settings))
         self.n_shards = n_shards
         self.container = container
-        self.records = _records_in(folder)
+        self.records = _records_of(folder)
         self.finished: Manifest | None = None
         with self._disk_errors(folder):
             self.records.prepare()
@@ -129,16 +129,16 @@ class ArtifactBuild:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.records = _records_in(self.folder)
+        self.records = _records_of(self.folder)
 
     def todo(self, rank: int = 0, world_size: int = 1, *, only: int | None = None) -> Generator[int, None, None]:
         """Claim the shards that this process has to write, one by one; :meth:`add` releases each.
 
         The process passes once over all shards, from a start that depends on its rank, and takes those that are
         neither finished nor claimed by another process, of the same ``torchrun`` or started by hand. On a file system
-        without locks it takes every ``world_size``-th. With ``only`` it claims this shard or none, and waits while
-        another process has it. At a URL nothing is claimed: see
-        :mod:`shards.remote_records`.
+        without locks it takes every ``world_size``-th. At a URL nothing is claimed
+        (:mod:`shards.remote_records`). With ``only`` it claims this shard or none, and waits while
+        another process has it.
 
         Raises:
             ArtifactError: a lock file cannot be written.
@@ -212,5 +212,5 @@ class ArtifactBuild:
         self.records.close()
 
 
-def _records_in(folder: Location) -> BuildRecords | RemoteRecords:
+def _records_of(folder: Location) -> BuildRecords | RemoteRecords:
     return BuildRecords(folder) if isinstance(folder, Path) else RemoteRecords(folder)

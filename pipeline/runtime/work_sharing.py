@@ -80,7 +80,7 @@ class Shards:
 
     @property
     def output(self) -> Location:
-        """The artifact's directory or URL."""
+        """The artifact's directory."""
         return self.build.folder
 
     @property
@@ -90,7 +90,8 @@ class Shards:
 
     def is_done(self, index: int) -> bool:
         """Return whether a shard is finished."""
-        return index in self.build.records or self.build.records.has_manifest()
+        build = self.build
+        return index in build.records or build.records.has_manifest() or build.done(index) is not None
 
     def missing(self, only: int | None = None) -> Generator[int, None, None]:
         """See :meth:`shards.writer.ArtifactBuild.todo`."""
