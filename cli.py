@@ -33,7 +33,7 @@ from pipeline.settings.models import ConvertSettings, FlopsSettings, ProbeSettin
 from pipeline.settings.options import Command, Commands, build_settings, local_argument, local_path, option_parameters
 from pipeline.settings.sampling import EvalSettings, ExportSettings, SampleSettings
 from pipeline.settings.training import EntropySettings, TrainSettings, TrainTokenizerSettings
-from shards.storage import Location, location
+from shards.storage import location
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -157,8 +157,7 @@ def tokenize(data: Data, out: OutArtifact, settings: TokenizeSettings) -> None:
     """Images to codes: the first stage."""
     from pipeline.tokenize import tokenize as run
 
-    place = location(out)
-    summary(run(data, place, settings), place)
+    summary(run(data, location(out), settings), out)
 
 
 @command("entropy", EntropySettings)
@@ -185,8 +184,7 @@ def patchify(
         return
     from pipeline.patchify import patchify as run
 
-    place = location(out)
-    summary(run(location(codes), place, settings), place)
+    summary(run(location(codes), location(out), settings), out)
 
 
 @command("train", TrainSettings)
@@ -366,7 +364,7 @@ def show(*lines: str) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def summary(manifest: Manifest | None, out: Location) -> None:
+def summary(manifest: Manifest | None, out: str) -> None:
     """Print a few lines about an artifact; None is one that other processes finish, and report."""
     if manifest is None:
         return
@@ -376,7 +374,7 @@ def summary(manifest: Manifest | None, out: Location) -> None:
 
         lines += patch_summary(manifest.statistics)
     if manifest.left_out and manifest.kind == "codes":  # the reasons stay with the codes
-        lines.append(f"{manifest.left_out} left out; {out / 'left_out.tsv'} has the reasons")
+        lines.append(f"{manifest.left_out} left out; {os.path.join(out, 'left_out.tsv')} has the reasons")
     show(*lines)
 
 

@@ -195,11 +195,7 @@ class DPARPipeline:
             top_p=top_p,
             seed=seed,
         )
-        known = keep = None
-        if image is not None:
-            known, keep = (part.expand(len(labels), -1) for part in self._kept(image, mask, keep_rows))
-        elif mask is not None or keep_rows is not None:
-            raise ModelError("mask and keep_rows belong to an image")
+        known, keep = self._kept(len(labels), image, mask, keep_rows)
         tokens = len(labels) * self.generator.config.n_tokens
 
         def observe(images: slice, position: int, _: torch.Tensor) -> None:
@@ -309,10 +305,14 @@ class DPARPipeline:
         return self.tokenizer.encode(from_uint8(pixels).unsqueeze(0))
 
     def _kept(
-        self, image: Image.Image, mask: Image.Image | None, keep_rows: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes (1, N) of a picture, and which of them stay, (1, N) bool."""
+        self, count: int, image: Image.Image | None, mask: Image.Image | None, keep_rows: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """Codes (count, N) of a picture, and which of them stay, (count, N) bool; None without a picture."""
         rows, columns = self.grid
+        if image is None:
+            if mask is not None or keep_rows is not None:
+                raise ModelError("mask and keep_rows belong to an image")
+            return None, None
         if (mask is None) == (keep_rows is None):
             raise ModelError("an image needs one of mask and keep_rows: what of it stays")
         if mask is not None:
@@ -330,7 +330,7 @@ class DPARPipeline:
             nothing = f"keep_rows {keep_rows} keeps all {rows} rows of tokens"
         if keep.all():
             raise ModelError(f"there is nothing to sample: {nothing}")
-        return self._encode(image), torch.from_numpy(keep)[None]
+        return self._encode(image).expand(count, -1), torch.from_numpy(keep).expand(count, -1)
 
     @torch.no_grad()
     def _entropy(self, codes: torch.Tensor, batch: int) -> torch.Tensor:

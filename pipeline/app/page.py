@@ -179,7 +179,7 @@ def _patchify_tab(model: Model, jobs: Jobs, examples: list[Path]) -> None:
             )
             limit = gr.Slider(
                 0,
-                16,
+                max(16, rule.max_length or 0),
                 rule.max_length or 0,
                 step=1,
                 label="Most tokens in a patch",
@@ -193,8 +193,7 @@ def _patchify_tab(model: Model, jobs: Jobs, examples: list[Path]) -> None:
                 decoded = titled_image("Reconstruction", scale=20)
                 patches = titled_image("Patches", scale=20)
                 entropy = titled_image("Entropy of each token", scale=23)
-    measured = gr.State(None)
-    settings: list[Any] = [threshold, limit, row_reset]
+    measured, settings = gr.State(None), list[Any]([threshold, limit, row_reset])
 
     def place(measured: PatchedImage | None, *values: Any) -> Updates:
         if measured is None:

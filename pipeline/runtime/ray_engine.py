@@ -322,7 +322,7 @@ def ray_engine(options: EngineOptions, progress: Progress) -> Iterator[RayEngine
         if not ray.is_initialized():
             try:
                 ray.init(options.ray_address, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except Exception as error:  # Ray raises Exception itself where a node does not start in time
                 where = f"--ray-address {options.ray_address}" if options.ray_address else "this machine"
                 raise StageError(f"Ray cannot be used at {where}: {str(error).splitlines()[0]}") from error
             stack.callback(ray.shutdown)
