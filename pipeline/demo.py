@@ -67,7 +67,7 @@ class Size:
 
 
 FULL = Size(train_images=960, validation_images=120, steps=60, samples=72)
-TINY = Size(train_images=60, validation_images=30, steps=12, samples=12)
+TINY = Size(train_images=60, validation_images=30, steps=8, samples=12)
 
 
 def demo(out: Path, *, run_command: RunCommand, tiny: bool = False, progress: Progress | None = None) -> Path:
