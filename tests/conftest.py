@@ -1,11 +1,13 @@
-"""Ctrl-C and the order of tests.
+"""Ctrl-C, the order of tests, and a fixture that many modules use.
 
 Some tests press Ctrl-C, and a shell that runs the tests in the background starts them with it ignored.
 """
 
 import signal
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -14,3 +16,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest test first, so that no worker waits for it at the end."""
     items.sort(key=lambda item: not item.name.startswith("test_the_demo_"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread, for equal sums and for processes that share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -200,7 +200,7 @@ def _patchify_tab(model: Model, jobs: Jobs, examples: list[Path]) -> None:
             return {status: gr.skip()}
         try:
             placed = place_patches(model, measured, *values)
-        except Exception as error:
+        except Exception as error:  # whatever fails is text on the page
             return {status: failure(error)}
         return {
             patches: placed.picture,
@@ -213,7 +213,7 @@ def _patchify_tab(model: Model, jobs: Jobs, examples: list[Path]) -> None:
             return {**empty, status: note("Pick an image, or upload one.")}
         try:
             result = jobs.run(_session(request), lambda _: model.pipe.patchify(picture))
-        except Exception as error:
+        except Exception as error:  # likewise
             return {**empty, status: failure(error)}
         reconstruction, map_of_entropy = measured_pictures(model.pipe, result)
         return {decoded: reconstruction, entropy: map_of_entropy, measured: result, **place(result, *values)}
@@ -253,7 +253,7 @@ def _wire(
             )
         except Cancelled:
             return {results.status: note("Stopped.")}
-        except Exception as error:
+        except Exception as error:  # whatever fails is text on the page
             return {results.status: failure(error)}
         return results.show(pictures, patches, guided, sentence)
 

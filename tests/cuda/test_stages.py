@@ -1,13 +1,11 @@
 """The stages as they run on a GPU, on a machine without one: no operation mixes devices."""
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from dpar import PatchLayout
 from pipeline.evaluate import evaluate
@@ -27,12 +25,7 @@ GPU: dict[str, Any] = {"device": "cuda", "precision": "bf16"}
 MODELS = ("dpar-tiny", "llamagen-tiny")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -41,12 +41,7 @@ QUIET = Progress(quiet=True)
 TOKENIZER = {"path": "vq", "fingerprint": "0" * 64}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save_model(path: Path, seed: int = 0, std: float = 0.4, **sizes: Any) -> Path:

@@ -51,12 +51,7 @@ CLASSES = ("bird", "cat & dog", "fish")
 FOLDERS = ("0000-bird", "0001-cat_dog", "0002-fish")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -37,12 +37,7 @@ A_CLASS = 5
 QUIET = Progress(quiet=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def picture(rng: np.random.Generator) -> Image.Image:
