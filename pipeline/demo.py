@@ -66,7 +66,7 @@ class Size:
     guidance: tuple[float, ...] = (1.0, 2.0)
 
 
-FULL = Size(train_images=960, validation_images=120, steps=60, samples=72)
+FULL = Size(train_images=640, validation_images=120, steps=40, samples=48)
 TINY = Size(train_images=60, validation_images=30, steps=8, samples=12)
 
 
