@@ -22,7 +22,7 @@ from pipeline.sample import sample_pictures
 from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
 from pipeline.settings.sampling import EvalSettings, SampleSettings
 from pipeline.tokenize import tokenize
-from tests.kill_campaign import group, n_shards, stamps
+from tests.kill_campaign import group, stamps
 from tests.pipeline.sampled import CPU, QUIET, RULE, SIZE, everything, save_home, save_run
 
 NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
@@ -95,13 +95,13 @@ def test_when_a_node_joins_and_one_is_lost_the_bytes_are_those_of_one_process_an
 
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(tokenize, str(home / "photos"), out, encode(home, **RAY), QUIET)
-        wait_until(lambda: n_shards(out) or run.done())
+        wait_until(lambda: stamps(out) or run.done())
         stopped = [*workers(first), *workers(lost)]
         send(signal.SIGSTOP, stopped)  # while they hold claims on shards
         try:
-            written = n_shards(out)
+            written = len(stamps(out))
             cluster.add_node(**NODE)
-            wait_until(lambda: n_shards(out) > written)  # only the new node's worker can have written it
+            wait_until(lambda: len(stamps(out)) > written)  # only the new node's worker can have written it
             before = stamps(out)
             send(signal.SIGKILL, [raylet(lost), *workers(lost)])
         finally:
@@ -127,7 +127,7 @@ def test_ctrl_c_stops_the_workers_and_keeps_finished_shards(home: Path, cluster:
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_until(lambda: n_shards(out) or driver.poll() is not None)
+    wait_until(lambda: stamps(out) or driver.poll() is not None)
     driver.send_signal(signal.SIGINT)
     _, message = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 130
