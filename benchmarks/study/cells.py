@@ -33,7 +33,7 @@ from shards.files import write_json
 from shards.manifest import Manifest
 
 LR, WARMUP = 8e-4, 100
-TIMES = 8  # checkpoints and validations of a run
+TIMES = 5  # checkpoints and validations of a run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ PARTS = ("main", "choices", "thresholds", "limits", "probe", "equal-flops", "spe
 class Size:
     """What is equal in all rows."""
 
-    steps: int = 800
-    batch: int = 32  # images per step
+    steps: int = 500
+    batch: int = 16  # images per step
     width: int = 128
     length: float = 1.81  # mean tokens per patch of DPAR's training data
     samples: int | None = None  # per row; None is as many as there are held-out images
