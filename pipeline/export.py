@@ -86,16 +86,17 @@ def export(run: Path, out: Path, settings: ExportSettings, progress: Progress | 
 
 
 def training_cost(run: Path) -> TrainingCost | None:
-    """What the run recorded at its end; None of a run that has not ended."""
-    ends = [line for line in read_metrics(run) if "training_gflops_per_image" in line]
-    if not ends:
+    """What the run has cost so far; None if it has not measured the cost of an image yet."""
+    lines = read_metrics(run)
+    costs = [line["training_gflops_per_image"] for line in lines if "training_gflops_per_image" in line]
+    if not costs:
         return None
     settings = read_run(run)["settings"]
     return TrainingCost(
         model=settings["model"],
-        steps=ends[-1]["step"],
+        steps=max(line["step"] for line in lines),
         batch=settings["batch"],
-        gflops_per_image=ends[-1]["training_gflops_per_image"],
+        gflops_per_image=costs[-1],
     )
 
 

@@ -15,7 +15,7 @@ from dpar.bundle import BUNDLE, Bundle
 from dpar.errors import ModelError
 from dpar.tokenizer import from_uint8
 from pipeline.evaluate import evaluate
-from pipeline.export import export
+from pipeline.export import export, training_cost
 from pipeline.patchify import patchify
 from pipeline.runs.weights import fingerprint_of
 from pipeline.runtime.errors import StageError
@@ -85,6 +85,15 @@ def test_stages_take_the_parts_of_a_bundle_where_weights_are_named(home: Path, t
     result = evaluate(Path(bundle), tmp_path / "scores", scores, QUIET)
     direct = evaluate(home / "dpar", tmp_path / "direct", scores, QUIET)
     assert result.newest.bits_per_token == direct.newest.bits_per_token
+
+
+def test_the_cost_of_a_bundle_counts_the_steps_after_the_measured_ones(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "dpar", tmp_path / "run")
+    lines = [{"step": 500, "training_gflops_per_image": 3.0}, {"step": 3400, "loss": 4.0}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cost = training_cost(tmp_path / "run")
+    assert cost is not None
+    assert (cost.steps, cost.gflops_per_image) == (3400, 3.0)
 
 
 def test_an_entropy_model_of_a_bundle_refuses_codes_of_another_tokenizer(home: Path, tmp_path: Path) -> None:
