@@ -1,7 +1,7 @@
 """An exponential moving average of a model's weights, which often gives better samples than the weights themselves.
 
 average = EMA(model, decay=0.9999)
-average.update(model)                                    # after each optimizer step: a ← decay·a + (1 - decay)·w
+average.update(model, skip)                              # after each optimizer step: a ← decay·a + (1 - decay)·w
 with average.in_place_of(model):
     bits = bits_per_token(model, ...)
 """
@@ -30,9 +30,11 @@ class EMA:
             average.copy_(weight)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Update the average with the weights after a step."""
-        torch._foreach_lerp_(self._local(), _local(model), 1 - self.decay)
+    def update(self, model: nn.Module, skip: Tensor) -> None:
+        """Update the average with the weights after a step; not where ``skip``, a scalar on the device, is 1."""
+        weight = (1 - self.decay) * (1 - skip)
+        for average, value in zip(self._local(), _local(model), strict=True):
+            average.lerp_(value, weight)
 
     @contextlib.contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:

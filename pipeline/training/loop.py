@@ -49,6 +49,7 @@ from pipeline.training.micro_batches import MicroBatch, micro_batches
 from pipeline.training.optimizer import make_optimizer
 from pipeline.training.preview import Painter
 from pipeline.training.schedule import learning_rate, total_steps
+from pipeline.training.step_results import Step, StepResults
 from pipeline.training.throughput import Speed, peak_memory
 from pipeline.training.trackers import Trackers
 from shards.reader import Artifact
@@ -67,17 +68,6 @@ class Objective:
     unconditional: bool = False
     guidance_dropout: float = 0.0
     painter: Painter | None = None  # of sample sheets
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """The result of one step; everything but the loss is the same in all processes."""
-
-    loss: float  # this process's mean, nats a token
-    norm: float  # of the gradients
-    skipped: bool  # loss or gradients were not finite, so nothing was changed
-    save_failed: bool  # the checkpoint under way
-    status: int  # that a signal asks the command to end with; 0: none
 
 
 def fit(
@@ -103,22 +93,26 @@ def fit(
         task.begin_at(begin * settings.batch)
         model.train()
         for step in range(begin, n_steps):
-            result = loop.step(step, asked())
+            loop.step(step, asked())
             done = step + 1
             last = done == n_steps
-            if result.save_failed:
-                checkpoints.finish()
-            loop.count_skipped(result, done, progress)
-            if done == min(MEASURED_STEPS, n_steps) and not objective.unconditional:
-                loop.report(result, done, **loop.measure(begin, done, progress))
-            elif done % settings.log_every == 0 or last:
-                loop.report(result, done)
-            if done % settings.eval_every == 0 or last:
+            measured = done == min(MEASURED_STEPS, n_steps) and not objective.unconditional
+            logged, validated, saved = (
+                last or done % every == 0
+                for every in (settings.log_every, settings.eval_every, settings.checkpoint_every)
+            )
+            result = loop.read(progress, wait=measured or logged or validated or saved)
+            stops = result is not None and result.status > 0
+            if stops:
+                result = loop.read(progress, wait=True)
+            if result is not None and (measured or logged):
+                loop.report(result, done, **(loop.measure(begin, done, progress) if measured else {}))
+            if validated:
                 loop.validate(done)
-            if done % settings.checkpoint_every == 0 or last or result.status:
+            if saved or stops:
                 loop.save(done)
             task.advance(settings.batch, loop.note(result))
-            if result.status and not last:
+            if result is not None and stops and not last:
                 checkpoints.finish()
                 barrier()
                 message = f"Stopped. Step {done} is saved in {run.folder}; run the same command again to resume."
@@ -161,6 +155,8 @@ class _Loop:
         self.speed = Speed(model.config, self.device, precision_name(self.device, settings.precision), world_size())
         self.spoke, self.images, self.patches = time.monotonic(), 0, 0
         self.measured = 0  # patches of this process since this process began or resumed
+        self.results = StepResults()
+        self.newest: Step | None = None  # result that has been read
         self.skipped, self.in_a_row = 0, 0
         self.rates = ""
 
@@ -186,8 +182,11 @@ class _Loop:
         packed = isinstance(self.model, DPAR)
         return prefetch(micro_batches(self.data, steps, micro=self.micro, packed=packed, pin=on_gpu), limit=1)
 
-    def step(self, step: int, status: int) -> Step:
-        """One optimizer step on global batch ``step``; ``status`` is what a signal asks of this process."""
+    def step(self, step: int, status: int) -> None:
+        """One optimizer step on global batch ``step``; ``status`` is what a signal asks of this process.
+
+        The device itself skips a step that is not finite, and the host does not wait to learn of it.
+        """
         rate = learning_rate(step, self.n_steps, self.peak_lr, self.settings.warmup, self.settings.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -205,19 +204,20 @@ class _Loop:
         unsound = ~torch.isfinite(loss + norm)
         own = to_device(torch.tensor([float(self.checkpoints.failed()), float(status)]), self.device)
         flags = all_reduce_max(torch.cat([unsound.float().view(1), own]))
-        # Single device sync, before stepping. With AdamW's found_inf the average and the count would lag by a step.
-        skip, save_failed, ends, *numbers = torch.cat([flags, torch.stack([loss, norm])]).tolist()
-        if not skip:
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update(self.model)
-        return Step(
-            loss=numbers[0],
-            norm=numbers[1],
-            skipped=bool(skip),
-            save_failed=bool(save_failed),
-            status=int(ends),
-        )
+        self.optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model, skip=flags[0])
+        self.results.add(step + 1, torch.cat([flags, torch.stack([loss, norm])]))
+
+    def read(self, progress: Progress, *, wait: bool) -> Step | None:
+        """The newest result: of this step with ``wait``, else of the one before. Raises StageError, see ``fit``."""
+        for result in self.results.read(wait=wait):
+            if result.save_failed:
+                self.checkpoints.finish()
+            self._count_skipped(result, progress)
+            self.newest = result
+        return self.newest
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         codes = to_device(batch.codes, self.device)
@@ -248,20 +248,20 @@ class _Loop:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def count_skipped(self, result: Step, done: int, progress: Progress) -> None:
-        """Says it where step ``done`` was skipped; raises StageError after too many in a row."""
+    def _count_skipped(self, result: Step, progress: Progress) -> None:
+        """Says it where a step was skipped; raises StageError after too many in a row."""
         if not result.skipped:
             self.in_a_row = 0
             return
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row < MOST_SKIPPED:
-            progress.say(f"step {done} is skipped: its loss or gradient is not finite ({self.skipped} in all)")
+            progress.say(f"step {result.done} is skipped: its loss or gradient is not finite ({self.skipped} in all)")
             return
         raise StageError(
-            f"{MOST_SKIPPED} steps in a row, to step {done}, gave a loss or gradient that is not finite; begin a new "
-            f"run with a lower --lr (it is {self.peak_lr:g}) or more --warmup. The newest checkpoint of this one is in "
-            f"{self.run.checkpoints}"
+            f"{MOST_SKIPPED} steps in a row, to step {result.done}, gave a loss or gradient that is not finite; begin "
+            f"a new run with a lower --lr (it is {self.peak_lr:g}) or more --warmup. The newest checkpoint of this one "
+            f"is in {self.run.checkpoints}"
         )
 
     def report(self, result: Step, done: int, **more: float) -> None:
@@ -299,9 +299,10 @@ class _Loop:
         self.run.log(step=done, **values)
         self.trackers.log(done, values)
 
-    def note(self, result: Step) -> str:
+    def note(self, result: Step | None) -> str:
         """What stands beside the bar."""
-        return f"loss {result.loss:.3f}, {result.loss / math.log(2):.2f} bits/token{self.rates}"
+        loss = "" if result is None else f"loss {result.loss:.3f}, {result.loss / math.log(2):.2f} bits/token"
+        return loss + self.rates
 
     def measure(self, begin: int, done: int, progress: Progress) -> dict[str, float]:
         """Gives and says what an image of the run's first steps cost on average, from its patches (paper section 4.3).
