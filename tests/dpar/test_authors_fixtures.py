@@ -127,7 +127,9 @@ def test_either_format_is_read_with_any_prefix(tiny: Reference, prefix: str, nam
 
 
 def test_what_tensors_cannot_tell_is_asked_for(tiny: Reference) -> None:
-    with pytest.raises(ModelError, match=r"dpar_tiny\.pt does not say how many heads.*pass heads= to from_pretrained"):
+    with pytest.raises(
+        ModelError, match=r"dpar_tiny\.pt does not record its number of heads.*pass heads= to from_pretrained"
+    ):
         DPAR.from_pretrained(tiny.checkpoint)
     with pytest.raises(ModelError, match="rope is '3d'; it must be one of dynamic"):
         DPAR.from_pretrained(tiny.checkpoint, **TINY, rope="3d")

@@ -136,7 +136,7 @@ def test_heads_of_llamagens_own_widths_are_known(tmp_path: Path, width: int, hea
 
 def test_heads_that_nothing_says_have_to_be_given(tmp_path: Path, gpt: State) -> None:
     path = saved(tmp_path / "a.pt", gpt)
-    with pytest.raises(ModelError, match=r"a\.pt does not say how many heads it has.*width of 32.*pass heads="):
+    with pytest.raises(ModelError, match=r"a\.pt does not record its number of heads.*width of 32.*pass heads="):
         LlamaGen.from_pretrained(path)
     with pytest.raises(ModelError, match=r"a\.pt has 2 heads; 4 were asked for"):
         LlamaGen.from_pretrained(training_file(tmp_path / "a.pt", gpt, n_head=2), heads=4)
@@ -154,7 +154,7 @@ def test_the_grid_is_that_of_the_files_name_or_llamagens_default(tmp_path: Path,
 def test_weights_for_384_px_are_refused_for_256_px_with_the_reason(tmp_path: Path) -> None:
     path = saved(tmp_path / "c2i_B_384.pt", shapes_of(768))
     assert read(path, grid=(24, 24)).sizes["grid_width"] == 24
-    with pytest.raises(ModelError, match=r"c2i_B_384\.pt is for a grid of 24×24.*16×16 was asked for.*positions"):
+    with pytest.raises(ModelError, match=r"c2i_B_384\.pt is for a grid of 24×24.*16×16 was asked for.*trained on"):
         LlamaGen.from_pretrained(path, grid=(16, 16))
 
 
@@ -254,8 +254,8 @@ def test_other_formats_and_other_models_are_named_in_one_line(tmp_path: Path, vq
         "a.npz": "is a zip file that PyTorch did not write",
         "a.zip": "is a zip file that PyTorch did not write",
         "list.pt": "holds a list",
-        "empty.pt": "holds no state dict",
-        "nothing.pt": r"holds no state dict under model, .*\(it holds model, steps\)",
+        "empty.pt": "has no state dict",
+        "nothing.pt": r"has no state dict, bare or under model, .*\(it has model, steps\)",
         "resnet.pt": r"holds another model \(its tensors: conv1.weight, fc.bias",
         "t2i.pt": "holds LlamaGen's text-to-image GPT",
     }
@@ -380,5 +380,5 @@ def test_a_file_that_is_written_holds_what_llamagens_strict_loading_expects(tmp_
 
 def test_rotary_positions_of_dpar_still_need_heads_that_divide_by_8() -> None:
     assert LlamaGenConfig(width=3200, heads=32).head_dim == 100
-    with pytest.raises(ModelError, match="100 a head; rotary positions need a multiple of 8"):
+    with pytest.raises(ModelError, match="100 per head; rotary positions need a multiple of 8"):
         DPARConfig(width=3200, heads=32)

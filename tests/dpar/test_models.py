@@ -411,7 +411,7 @@ def test_a_directory_without_a_config_is_no_model(tmp_path: Path) -> None:
 
 
 def test_a_file_in_place_of_a_directory_is_refused(saved: Path) -> None:
-    with pytest.raises(ModelError, match=r"config.json is a file of a model directory; name the directory"):
+    with pytest.raises(ModelError, match=r"config.json is a file of a model directory; pass the directory"):
         LlamaGen.from_pretrained(saved / "config.json")
 
 
@@ -452,7 +452,7 @@ def test_config_values_that_cannot_be_used_are_named(saved: Path, values: dict[s
         (DPARConfig, "classes", -1, "classes is -1"),
         (DPARConfig, "heads", 0, "heads is 0"),
         (DPARConfig, "heads", 7, "width 768 over 7 heads is 109.714 a head"),
-        (DPARConfig, "heads", 64, "width 768 over 64 heads is 12 a head; rotary positions need a multiple of 8"),
+        (DPARConfig, "heads", 64, "width 768 over 64 heads is 12 per head; rotary positions need a multiple of 8"),
         (DPARConfig, "dropout", 1.0, "dropout is 1.0"),
         (DPARConfig, "dropout", -0.1, "dropout is -0.1"),
         (DPARConfig, "encoder_layers", 0, "encoder_layers is 0"),
@@ -525,7 +525,7 @@ def test_a_run_stands_for_its_newest_weights(tmp_path: Path) -> None:
     assert fingerprint(tmp_path / "run") == fingerprint(model)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected.parameters(), strict=True))
     shutil.rmtree(model)
-    with pytest.raises(ModelError, match="has no weights yet: its first checkpoint is still to come"):
+    with pytest.raises(ModelError, match="has no weights yet: it has not written its first checkpoint"):
         DPAR.from_pretrained(tmp_path / "run")
 
 

@@ -575,7 +575,7 @@ def test_sampling_leaves_no_gradients_and_no_trace_in_the_model() -> None:
         ({"known": torch.zeros(3, N).long(), "keep": torch.zeros(4, N).bool()}, r"known is \(3, 15\); \(4, 15\)"),
         ({"known": torch.zeros(4, N).long(), "keep": torch.zeros(4, 9).bool()}, r"keep is \(4, 9\)"),
         ({"known": torch.zeros(4, N).long(), "keep": torch.zeros(4, N)}, "keep is torch.float32; bool"),
-        ({"known": torch.full((4, N), V), "keep": torch.ones(4, N).bool()}, "known codes reach from 19 to 19"),
+        ({"known": torch.full((4, N), V), "keep": torch.ones(4, N).bool()}, "known codes range from 19 to 19"),
         ({"indices": [0, 1]}, "2 indices for 4 labels"),
         ({"indices": [3]}, "1 indices for 4 labels"),
     ],
@@ -590,8 +590,8 @@ def test_settings_out_of_range_are_refused(settings_: dict[str, Any], fault: str
     [
         (torch.zeros(0, dtype=torch.long), r"labels are \(0,\)"),
         (torch.zeros(2, 2, dtype=torch.long), r"labels are \(2, 2\)"),
-        (torch.tensor([0, -1]), "labels reach from -1 to 0; this model has classes 0 to 2, and 3 for none"),
-        (torch.tensor([1, 4]), "labels reach from 1 to 4"),
+        (torch.tensor([0, -1]), "labels range from -1 to 0; this model has classes 0 to 2, and 3 for no class"),
+        (torch.tensor([1, 4]), "labels range from 1 to 4"),
     ],
 )
 def test_labels_that_the_model_does_not_have_are_refused(labels: Tensor, fault: str) -> None:
