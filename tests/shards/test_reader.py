@@ -178,8 +178,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard's size as text": (lambda path: change_shard(path, bytes=""), "shards[0].bytes is '', expected an integer"),
     "another version": (lambda path: change(path, format_version=99), "format version 99; this version reads 2"),
     "another kind": (lambda path: change(path, kind="pixels"), "kind is 'pixels', expected one of codes, patches"),
-    "an older rule": (lambda path: change(path, format_version=1), r"make the patches again with `dpar patchify`"),
-    "a row too many": (lambda path: change(path, rows=TOTAL + 1), f"hold {TOTAL} rows together, and it says"),
+    "an older rule": (
+        lambda path: change(path, format_version=1),
+        r"make the patches again from the codes, with `dpar patchify`",
+    ),
+    "a row too many": (lambda path: change(path, rows=TOTAL + 1), f"have {TOTAL} rows in total, not {TOTAL + 1}"),
     "a shard elsewhere": (lambda path: change_shard(path, name="../a/00000.arrow"), "is not a plain file name"),
     "a shard of a bad name": (lambda path: change_shard(path, name=".."), "is not a plain file name"),
     "a shard twice": (lambda path: change_shard(path, name="00001.arrow"), "a shard is listed twice"),
@@ -207,7 +210,7 @@ def test_a_directory_that_is_not_there_or_no_artifact_is_named(tmp_path: Path) -
 
 def test_an_unfinished_build_says_how_to_go_on(tmp_path: Path) -> None:
     ArtifactBuild(tmp_path / "a", settings={}, n_shards=2, container="arrow").add(0, shard_rows(0, "codes"))
-    with pytest.raises(ArtifactError, match=rf"{tmp_path}/a is not finished: run the command that makes it again"):
+    with pytest.raises(ArtifactError, match=rf"{tmp_path}/a is not finished: rerun the command that makes it"):
         open_artifact(tmp_path / "a")
 
 
@@ -293,10 +296,10 @@ def test_verification_names_all_damaged_shards_in_one_message(tmp_path: Path, co
     with pytest.raises(ArtifactError) as refusal:
         open_artifact(tmp_path / "a", verify=True)
     text = str(refusal.value)
-    assert text.startswith(f"3 of 4 shards of {tmp_path / 'a'} are damaged: {first.name} (its bytes")
+    assert text.startswith(f"3 of 4 shards of {tmp_path / 'a'} are damaged: {first.name} (its SHA-256")
     assert f"{second.name} (its size is" in text
     assert f"{third.name} (missing)" in text
-    assert "run the command that made it again" in text
+    assert "rerun the command that made it" in text
 
 
 def test_each_process_verifies_its_own_share(tmp_path: Path) -> None:
@@ -314,7 +317,7 @@ def test_a_shard_that_is_cut_off_while_it_is_read_is_one_message(tmp_path: Path,
     artifact.gather(np.array([0]), np.array([0]))
     (path,) = (tmp_path / "a").glob("00000.*")
     os.truncate(path, 10)
-    with pytest.raises(ArtifactError, match="has been cut off since it was opened"):
+    with pytest.raises(ArtifactError, match="was truncated after it was opened"):
         artifact.gather(np.array([0]), np.array([0]))
 
 
@@ -540,7 +543,7 @@ def test_codes_above_the_codebook_are_one_message_wherever_they_are_read(tmp_pat
         lambda: artifact.shard_rows(0),
         lambda: artifact.stream(zero, np.zeros(5, np.int64)),
     ):
-        with pytest.raises(ArtifactError, match=r"shard .*a.* holds code \d+; the codebook ends at 6"):
+        with pytest.raises(ArtifactError, match=r"shard .*a.* has code \d+; the codebook ends at 6"):
             read()
 
 

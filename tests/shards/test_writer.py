@@ -338,7 +338,7 @@ def test_what_was_left_out_is_listed_with_its_reason_in_order(tmp_path: Path) ->
 
 def test_an_unfinished_build_is_told_from_an_artifact(tmp_path: Path) -> None:
     opened(tmp_path / "a").add(0, shard_rows(0))
-    with pytest.raises(ArtifactError, match="not finished: run the command that makes it again"):
+    with pytest.raises(ArtifactError, match="not finished: rerun the command that makes it"):
         open_artifact(tmp_path / "a")
 
 
