@@ -104,7 +104,7 @@ def test_the_page_edits_an_image(client: Any, home: Path) -> None:
     from gradio_client import handle_file
 
     drawing = {"background": handle_file(str(home / "photos" / "cat" / "1.png")), "layers": [], "composite": None}
-    status, gallery, *_ = client.predict(True, drawing, "Keep the upper rows", 2, 1, 2, *SAMPLING, api_name="/edit")
+    status, gallery, *_ = client.predict(True, drawing, "Keep the top rows", 2, 1, 2, *SAMPLING, api_name="/edit")
     assert f"{2 * SIDE} of {N} tokens kept" in status
     assert len(gallery["value"]) == 2
 
@@ -195,12 +195,12 @@ def test_patchify_in_a_browser(page: Any) -> None:
     wait_for_text(page, f"^{N} patches$")
 
 
-@pytest.mark.parametrize("mode", ["Keep the upper rows", "Draw what is sampled"])
+@pytest.mark.parametrize("mode", ["Keep the top rows", "Draw the part to sample"])
 def test_edit_in_a_browser(page: Any, mode: str) -> None:
     page.get_by_role("tab", name="Edit").click()
     shown(page, ".gallery-item").first.click()
     page.get_by_text(mode).click()
-    if mode == "Draw what is sampled":
+    if mode == "Draw the part to sample":
         page.get_by_label("Brush").first.click()
         box = shown(page, "canvas").first.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)

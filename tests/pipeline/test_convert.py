@@ -151,7 +151,7 @@ def test_a_dpar_becomes_a_file_of_its_authors_and_a_directory_again(tmp_path: Pa
 
 
 def test_a_hub_takes_directories_only(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"--push-to takes a directory"):
+    with pytest.raises(StageError, match=r"--push-to needs a directory"):
         convert(str(home / "gpt.pt"), tmp_path / "b.pt", ConvertSettings(push_to="me/gpt"), QUIET)
     assert not list(tmp_path.glob("*.pt*"))
 
@@ -173,7 +173,7 @@ def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_hub_that_cannot_be_reached_is_one_message_and_the_directory_is_whole(home: Path, tmp_path: Path) -> None:
     said = dpar("convert", home / "vq.pt", tmp_path / "vq", "--push-to", "me/vq", status=1)
     assert len(said.strip().splitlines()) == 1
-    assert "vq is written, but me/vq on the Hub did not take it" in said
+    assert "vq is written, but the upload to me/vq failed" in said
     assert VQTokenizer.from_pretrained(tmp_path / "vq").config == VQ
 
 
@@ -187,7 +187,7 @@ def test_what_was_pushed_loads_by_its_name(home: Path, tmp_path: Path, no_hub: P
     assert "LlamaGen's GPT: 2 layers" in dpar("convert", "me/gpt", tmp_path / "again")
     original, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("gpt", "again"))
     assert original == again
-    with pytest.raises(ValueError, match="me/other is not a local directory, nor could the Hub be read"):
+    with pytest.raises(ValueError, match="me/other is not a local directory, and the Hub could not be read"):
         LlamaGen.from_pretrained("me/other")
 
 

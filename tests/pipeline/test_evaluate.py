@@ -514,7 +514,7 @@ def test_what_is_no_run_of_train_is_refused(home: Path, tmp_path: Path, kind: st
     (tmp_path / "run").mkdir()
     record = {"format_version": FORMAT_VERSIONS[kind], "kind": kind, "settings": {}, "inputs": {}}
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-    with pytest.raises(StageError, match=f"a run of `dpar {kind}`; one of `dpar train` is needed"):
+    with pytest.raises(StageError, match=f"a run of `dpar {kind}`; a run of `dpar train` is needed"):
         evaluate(tmp_path / "run", tmp_path / "a", EvalSettings(reference=home / "patches", **CPU), QUIET)
 
 
@@ -718,7 +718,7 @@ def test_bad_references_are_one_message_before_anything_is_sampled(home: Path, t
         "negative-statistics.npz": "sigma is not a covariance: it has a negative number on its diagonal",
         "provenance.npz": "its provenance is damaged",
         "pipe.npz": "pipe.npz is not a regular file",
-        "text.npz": "is no .npz file",
+        "text.npz": "is not an .npz file",
         "empty": "holds 0 images",
         "gone": "does not exist",
     }.items():
@@ -753,7 +753,7 @@ def test_few_images_are_said_to_make_the_distance_too_large(
     said = capsys.readouterr().err
     assert said.count("images are few for 64 features") == 1
     assert "10 reference and 4 samples images are few for 64 features" in said
-    assert "none is FID" in said
+    assert "are not FID" in said
 
 
 class Trap:

@@ -159,12 +159,12 @@ def test_the_pipeline_edits_a_picture_as_the_command_does(home: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({}, "an image needs one of mask and keep_rows"),
+        ({}, "an image needs either mask or keep_rows"),
         ({"keep_rows": SIDE}, f"there is nothing to sample: keep_rows {SIDE} keeps all {SIDE} rows"),
         ({"keep_rows": -1}, "keep_rows is -1; the image has 4 rows"),
         ({"mask": Image.new("L", (3, 3))}, "the mask is 3×3 pixels, the image 10×12"),
         ({"mask": Image.new("L", (10, 12))}, "the mask has no white pixel"),
-        ({"image": None, "keep_rows": 1}, "mask and keep_rows belong to an image"),
+        ({"image": None, "keep_rows": 1}, "mask and keep_rows need an image"),
     ],
 )
 def test_an_edit_that_means_nothing_is_one_message(home: Path, given: dict[str, Any], says: str) -> None:

@@ -333,7 +333,7 @@ def test_verify_names_every_damaged_shard(made: Path, tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"1 of 2 shards.*00001\.arrow.*run the command that made it again"):
+    with pytest.raises(ArtifactError, match=r"1 of 2 shards.*00001\.arrow.*rerun the command that made it"):
         look(artifact, verify=True)
     (artifact / "00000.arrow").unlink()
     with pytest.raises(ArtifactError, match=r"2 of 2 shards.*00000\.arrow.*00001\.arrow"):
@@ -390,10 +390,10 @@ def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, Any]) -> Non
 
 FORGED: dict[str, tuple[dict[str, Any], str]] = {
     "a threshold of words": ({"settings": {"threshold": "7"}}, "field settings.threshold is '7', expected a finite"),
-    "an endless limit": ({"settings": {"max_length": -1}}, "field settings makes no patch rule: max_length is -1"),
+    "an endless limit": ({"settings": {"max_length": -1}}, "field settings is not a patch rule: max_length is -1"),
     "a static rule without a length": (
         {"settings": {"strategy": "static"}},
-        "makes no patch rule: a static rule needs",
+        "is not a patch rule: a static rule needs",
     ),
     "settings of codes in a list": ({"settings": {"codes_settings": []}}, "settings.codes_settings is [], expected"),
     "lengths in a list": ({"statistics": {"lengths": [1]}}, "field statistics.lengths is [1], expected an object"),

@@ -360,7 +360,7 @@ def test_no_threshold_comes_nearer_to_the_target_than_the_one_found(
 def test_a_sample_unlike_the_rest_is_said_with_the_threshold_that_would_do(home: Path, tmp_path: Path) -> None:
     said = Said()
     run(home / "arrow", tmp_path / "a", progress=said, entropy_model=str(home / "entropy"), target_length=2.0, sample=1)
-    match = re.search(r"the sample of 1 was not like the rest\..* --threshold ([\d.]+)` moves", said.text)
+    match = re.search(r"the sample of 1 was not representative\..* --threshold ([\d.]+)` moves", said.text)
     assert match, said.text
     moved = run(tmp_path / "a", tmp_path / "b", threshold=float(match[1]))
     assert moved.statistics["mean_length"] == pytest.approx(2.0, rel=0.01)
@@ -373,7 +373,7 @@ def test_a_target_length_between_two_that_can_be_is_said_to_have_no_nearer_thres
     said = Said()
     run(tmp_path / "codes", tmp_path / "a", progress=said, entropy_model=str(home / "entropy"), target_length=2.1)
     # 24 tokens in 11 or in 12 patches
-    assert "3.9% from --target-length 2.1; no threshold comes nearer, the next one gives 2.000" in said.text
+    assert "3.9% from --target-length 2.1; no threshold comes closer, the next one gives 2.000" in said.text
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -420,7 +420,7 @@ def test_entropy_patches_of_static_ones_without_entropies_are_refused(home: Path
 
 
 def test_a_threshold_that_makes_every_token_a_patch_is_refused_with_the_range(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"--threshold 0\.1 makes every token its own patch.* reach from .* nats"):
+    with pytest.raises(StageError, match=r"--threshold 0\.1 makes every token its own patch.* range from .* nats"):
         run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=0.1)
     manifest = run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=0.1, max_length=1)
     assert manifest.statistics["mean_length"] == 1

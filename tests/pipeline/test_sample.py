@@ -212,7 +212,7 @@ def test_a_part_with_other_weights_is_refused_with_both_fingerprints(home: Path,
     torch.manual_seed(9)
     kind(kind.from_pretrained(source).config).save_pretrained(tmp_path / "other")
     theirs, ours = (dpar.fingerprint(path)[:12] for path in (tmp_path / "other", source))
-    with pytest.raises(StageError, match=f"has weights {theirs}, but {ours} made the codes"):
+    with pytest.raises(StageError, match=f"has weights {theirs}, but {ours} are needed"):
         run(home, tmp_path / "out", **{option: str(tmp_path / "other")})
 
 
@@ -404,7 +404,7 @@ def test_an_authors_checkpoint_samples_as_its_run_does(home: Path, authors_file:
     [
         ("tokenizer", "does not say which tokenizer decodes its codes; name it with --tokenizer"),
         ("entropy_model", "does not say which entropy model places its patches; name it with --entropy-model"),
-        ("threshold", r"do not say above which entropy a patch starts; give --threshold \(nats\)"),
+        ("threshold", r"do not record an entropy threshold; give --threshold \(nats\)"),
     ],
 )
 def test_what_an_authors_checkpoint_does_not_say_is_asked_for(
@@ -449,7 +449,7 @@ def test_weights_inside_a_run_are_sampled_with_what_the_run_knows(home: Path, tm
 def test_a_run_without_weights_yet_is_one_message(home: Path, tmp_path: Path) -> None:
     record = json.loads((home / "dpar" / "run.json").read_text(encoding="utf-8"))
     RunFolder(tmp_path / "new", record["kind"], record["settings"], record["inputs"]).close()
-    with pytest.raises(ModelError, match=f"the run {tmp_path}/new has no weights yet: its first checkpoint is still"):
+    with pytest.raises(ModelError, match=f"the run {tmp_path}/new has no weights yet: it has not written"):
         sample_pictures(tmp_path / "new", tmp_path / "out", SampleSettings(**CPU), QUIET)
 
 

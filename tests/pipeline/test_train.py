@@ -185,7 +185,7 @@ def test_llamagen_trains_on_codes_and_the_entropy_model_on_codes_without_classes
     assert found["loss"] < np.log(V) - 0.2
     model = LlamaGen.from_pretrained(tmp_path / "entropy" / "model")
     assert model.config.classes == 0
-    with pytest.raises(StageError, match="the entropy model is of LlamaGen's family"):
+    with pytest.raises(StageError, match="the entropy model must be a LlamaGen"):
         train_entropy(codes, tmp_path / "b", EntropySettings(model="dpar-tiny"), QUIET)
 
 
@@ -226,7 +226,7 @@ def test_validation_is_the_likelihood_of_the_held_out_artifact(patches: Path, tm
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"tokenizer": "1" * 64}, "was made by tokenizer 111111111111, the training data by 000000000000"),
+        ({"tokenizer": "1" * 64}, "was made with tokenizer 111111111111, the training data with 000000000000"),
         ({"grid": (4, 5)}, "its grid is 4×5, the model's 4×4"),
         ({"classes": 3}, "its number of classes is 3, the model's 2"),
         ({"kind": "codes"}, "`dpar patchify`"),

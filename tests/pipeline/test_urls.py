@@ -208,7 +208,7 @@ def test_a_bucket_in_another_region_is_one_message(
 
 def test_training_refuses_an_artifact_that_is_still_being_written(tmp_path: Path, bucket: Url) -> None:
     opened(bucket)
-    with pytest.raises(ArtifactError, match=f"^{bucket} is not finished: run the command that makes it again"):
+    with pytest.raises(ArtifactError, match=f"^{bucket} is not finished: rerun the command that makes it"):
         train(bucket, tmp_path / "run")
 
 
@@ -240,7 +240,7 @@ def test_a_shard_that_stays_away_ends_training_with_its_name_and_the_run_resumes
     settings: dict[str, Any] = {**EPOCH, "checkpoint_every": 2}
     train(web.folder / "patches", tmp_path / "local", **settings)
     web.refused = "/patches/00003.tar"
-    with pytest.raises(ArtifactError, match=rf"{url}/00003\.tar cannot be read: 5 tries failed"):
+    with pytest.raises(ArtifactError, match=rf"{url}/00003\.tar cannot be read after 5 tries"):
         train(url, tmp_path / "remote", **settings)
     assert lines_of(tmp_path / "remote") < EPOCH["steps"]
     web.refused = None
