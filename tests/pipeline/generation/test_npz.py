@@ -59,7 +59,7 @@ def test_a_file_cut_short_is_one_message(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", pixels(9))
     held = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(held[: len(held) // 2])
-    with pytest.raises(StageError, match=r"cut\.npz is no \.npz file"):
+    with pytest.raises(StageError, match=r"cut\.npz is not an \.npz file"):
         NpzImages(tmp_path / "cut.npz")
 
 
