@@ -159,7 +159,7 @@ def test_a_checkpoint_whose_bytes_changed_gives_way_to_the_one_before_with_a_mes
     messages = io.StringIO()
     train(patches, tmp_path / "a", chosen(**settings), Progress(Console(file=messages, width=500)))
     assert f"step-00000004 is damaged: {newest.name} has changed since it was written" in messages.getvalue()
-    assert "the one before it is used" in messages.getvalue()
+    assert "using the one before it" in messages.getvalue()
     assert digests(tmp_path / "a") == before
 
 
