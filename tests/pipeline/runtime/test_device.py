@@ -17,7 +17,7 @@ def test_a_bare_cuda_is_the_gpu_of_this_process(name: str, monkeypatch: pytest.M
 def test_a_gpu_on_a_machine_without_one_is_one_message() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    with pytest.raises(StageError, match="device cuda:0 is not there: this machine, or this PyTorch, has no CUDA"):
+    with pytest.raises(StageError, match="device cuda:0 is not available: this machine, or this PyTorch, has no CUDA"):
         choose_device("cuda")
 
 
