@@ -272,7 +272,7 @@ def test_a_checkpoint_for_another_grid_or_codebook_is_refused_with_both_sides(
 def test_training_options_beside_a_checkpoint_are_wrong_usage(home: Path, tmp_path: Path) -> None:
     options = ("--from-llamagen", home / "gpt.pt", "--device", "cpu", "--steps", 5, "--lr", 0.1)
     said = dpar("entropy", home / "codes", tmp_path / "o", *options, status=2)
-    assert "--from-llamagen trains nothing; leave out --steps, --lr" in said
+    assert "--from-llamagen trains nothing; omit --steps, --lr" in said
     assert not (tmp_path / "o").exists()
 
 

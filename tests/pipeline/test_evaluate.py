@@ -344,11 +344,11 @@ def test_without_entropies_of_the_runs_entropy_model_a_threshold_is_one_message(
     )
     for name, why in (("static", "it holds no entropies"), ("foreign", r"its entropies are of .*other \(\w{12}\)")):
         for given in ({"threshold": (3.0,)}, {"max_length": (2,)}, {"row_reset": False}):
-            with pytest.raises(StageError, match=f"{name} cannot be cut by --threshold, .*{why}, and the run's"):
+            with pytest.raises(StageError, match=f"{name} cannot be patchified with --threshold, .*{why}, and the run's"):
                 run(home, tmp_path / "scores", reference=tmp_path / name, samples=0, **given)
         settings = EvalSettings(reference=tmp_path / name, samples=0, **CPU)
         found = evaluate(home / "dpar-tiny", tmp_path / f"of-{name}", settings)
-        assert "bits per token are by the boundaries stored in" in capsys.readouterr().err.replace("\n", " ")
+        assert "bits per token use the boundaries stored in" in capsys.readouterr().err.replace("\n", " ")
         expected = bits_per_token(
             DPAR.from_pretrained(home / "dpar-tiny" / "model"),
             open_artifact(tmp_path / name),
@@ -491,7 +491,7 @@ def test_a_reference_of_another_tokenizer_is_refused_with_both(home: Path, tmp_p
     shutil.copytree(home / "entropy", tmp_path / "entropy")
     save_patches(tmp_path, home / "photos", tmp_path / "codes", tmp_path / "patches")
     ours, theirs = (dpar.fingerprint(folder / "vq")[:12] for folder in (home, tmp_path))
-    with pytest.raises(StageError, match=f"made by tokenizer {theirs}, the run's training data by {ours}"):
+    with pytest.raises(StageError, match=f"made with tokenizer {theirs}, the run's training data with {ours}"):
         run(home, tmp_path / "scores", reference=tmp_path / "patches")
     assert not (tmp_path / "scores").exists()
 

@@ -374,7 +374,7 @@ def test_editing_refuses_what_it_cannot_mean_before_it_samples(home: Path, tmp_p
         ({"cfg_scale": 0.0}, "--cfg-scale is 0"),
         ({"per_class": 2, "count": 3}, "one of --per-class and --count"),
         ({"labels": "random"}, "--labels random needs --count"),
-        ({"mask": Path("m.png")}, "belong to --image"),
+        ({"mask": Path("m.png")}, "need --image"),
         ({"image": Path("i.png"), "classes": ("a",)}, "one of --mask and --keep-rows"),
         ({"image": Path("i.png"), "keep_rows": 1}, "needs one --classes"),
     ],

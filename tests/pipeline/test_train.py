@@ -244,7 +244,7 @@ def test_a_held_out_artifact_that_does_not_fit_is_refused_before_anything_is_wri
 
 def test_codes_where_dpar_needs_patches_are_refused_with_the_command_that_makes_them(tmp_path: Path) -> None:
     codes = build(tmp_path / "codes", kind="codes")
-    with pytest.raises(StageError, match=f"{codes} holds codes.*DPAR needs patches, which `dpar patchify` makes"):
+    with pytest.raises(StageError, match=f"{codes} holds codes.*DPAR needs patches, as `dpar patchify` writes them"):
         run(codes, tmp_path / "a")
 
 
@@ -253,7 +253,7 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(StageError, match="--batch 4 does not divide by the 3 processes"):
+    with pytest.raises(StageError, match="--batch 4 is not divisible by the 3 processes"):
         run(patches, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -432,7 +432,7 @@ def test_runs_without_set_record_no_such_setting(patches: Path, tmp_path: Path) 
         ("patch_query=median", "it must be one of max, mean"),
         ("offset_embedding=1", "it must be true or false"),
         ("classes=3", "classes follows from the data"),
-        ("dropout=0.2", "it has an option of its own, --dropout"),
+        ("dropout=0.2", "use --dropout instead"),
         ("patch_layers=0", "patch_layers is 0; it must be at least 1"),
     ],
 )

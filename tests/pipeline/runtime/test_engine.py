@@ -94,8 +94,8 @@ def test_under_torchrun_the_message_says_to_leave_it_out(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"gpus_per_worker": 0.5}, "--gpus-per-worker belongs to --engine ray"),
-        ({"ray_address": "auto"}, "--ray-address belongs to --engine ray"),
+        ({"gpus_per_worker": 0.5}, "--gpus-per-worker needs --engine ray"),
+        ({"ray_address": "auto"}, "--ray-address needs --engine ray"),
         ({"engine": "ray", "gpus_per_worker": 1.5}, "--gpus-per-worker is 1.5; it must be a whole number"),
         ({"engine": "ray", "ray_workers": 0}, "--ray-workers is 0; it must be at least 1"),
     ],

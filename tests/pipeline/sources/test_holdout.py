@@ -179,7 +179,7 @@ def test_the_held_out_images_are_counted_and_their_folder_named(home: Path, tmp_
         ({"holdout": -0.1}, "--holdout is -0.1"),
         ({"holdout": float("nan")}, "--holdout is nan"),
         ({"group_regex": "a("}, r"--group-regex 'a\(' is not a regular expression: missing \)"),
-        ({"holdout": None, "group_regex": "a"}, "--group-regex belongs to --holdout"),
+        ({"holdout": None, "group_regex": "a"}, "--group-regex needs --holdout"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(home: Path, values: dict[str, Any], says: str) -> None:
