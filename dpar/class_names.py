@@ -45,4 +45,4 @@ def nearest(name: str, known: Sequence[str]) -> str:
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     first = ", ".join(known[:20]) + (f", … ({len(known)} in all)" if len(known) > 20 else "")
-    return f"there is: {first}" if known else "there is none"
+    return f"available: {first}" if known else "none is available"

@@ -72,4 +72,4 @@ def _check_name(name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ModelError(f"no preset is called {name!r}.{hint} There are: {', '.join(known)}")
+        raise ModelError(f"no preset is called {name!r}.{hint} Available: {', '.join(known)}")

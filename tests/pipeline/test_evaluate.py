@@ -344,7 +344,9 @@ def test_without_entropies_of_the_runs_entropy_model_a_threshold_is_one_message(
     )
     for name, why in (("static", "it holds no entropies"), ("foreign", r"its entropies are of .*other \(\w{12}\)")):
         for given in ({"threshold": (3.0,)}, {"max_length": (2,)}, {"row_reset": False}):
-            with pytest.raises(StageError, match=f"{name} cannot be patchified with --threshold, .*{why}, and the run's"):
+            with pytest.raises(
+                StageError, match=f"{name} cannot be patchified with --threshold, .*{why}, and the run's"
+            ):
                 run(home, tmp_path / "scores", reference=tmp_path / name, samples=0, **given)
         settings = EvalSettings(reference=tmp_path / name, samples=0, **CPU)
         found = evaluate(home / "dpar-tiny", tmp_path / f"of-{name}", settings)

@@ -260,7 +260,7 @@ def test_without_their_source_images_are_drawn_without_originals_and_a_note_says
     shutil.rmtree(here / "photos")
     found = look(artifact, tmp_path / "look", images=1)
     assert found["pictures"] == ["000-decoded.png", "000-entropy.png", "000-patches-0.png", "patches.png"]
-    assert "not there any more" in found["notes"][0]
+    assert "no longer available" in found["notes"][0]
     assert "Originals are not shown" in (tmp_path / "look" / "index.html").read_text(encoding="utf-8")
 
 
@@ -294,7 +294,7 @@ def test_originals_are_pixel_for_pixel_what_was_tokenized(made: Path, tmp_path: 
 
 def test_an_image_that_has_left_the_source_is_named(made: Path, tmp_path: Path) -> None:
     manifest = open_artifact(build(made, tmp_path / "a", kind="codes")[0]).manifest
-    with pytest.raises(StageError, match=r"1 of 2 images are not in their source any more, the first 'cat/99\.png'"):
+    with pytest.raises(StageError, match=r"1 of 2 images are no longer in their source, the first 'cat/99\.png'"):
         load_originals(manifest, ["cat/99.png", "cat/1.png"], [0, 0])
 
 

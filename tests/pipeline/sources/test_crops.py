@@ -137,7 +137,7 @@ def test_n_views_counts_what_views_returns(kind: Any, each: int) -> None:
         (8, "center", [], "no crop range"),
         (8, "center", [1.1, 0.9], "crop range 0.9"),
         (8, "center", [float("nan")], "crop range nan"),
-        (8, "five-crop", [1.0], "no views of kind 'five-crop'; there is: center, flip, ten-crop"),
+        (8, "five-crop", [1.0], "no views of kind 'five-crop'; choose from center, flip, ten-crop"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_named(size: Any, kind: Any, crop_ranges: list[float], message: str) -> None:

@@ -105,7 +105,7 @@ def test_classes_and_limit_choose_from_the_emoji() -> None:
 
 
 def test_an_unknown_split_or_class_of_the_emoji_lists_what_there_is() -> None:
-    with pytest.raises(StageError, match=r"builtin:emoji: no folder for the split 'test' in it; there is: train, val"):
+    with pytest.raises(StageError, match=r"builtin:emoji: no folder for the split 'test' in it; available: train, val"):
         open_indexed("builtin:emoji", split="test")
     with pytest.raises(StageError, match="no class 'flags' in this data; did you mean 'flag'"):
         open_indexed("builtin:emoji", classes=["flags"])

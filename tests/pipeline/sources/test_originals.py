@@ -101,7 +101,7 @@ def test_originals_are_found_by_key_from_any_working_directory(
     found = load_originals(made, [keys[4], keys[1], keys[4]], [0, 0, 0])
     expected = [FILES[keys[i]] if keys[i] in FILES else png(i) for i in (4, 1, 4)]
     np.testing.assert_array_equal(found, [np.asarray(Image.open(io.BytesIO(data))) for data in expected])
-    with pytest.raises(StageError, match="1 of 2 images are not in their source any more, the first 'a/nothing'"):
+    with pytest.raises(StageError, match="1 of 2 images are no longer in their source, the first 'a/nothing'"):
         load_originals(made, [keys[0], "a/nothing"], [0, 0])
 
 

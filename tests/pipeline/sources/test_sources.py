@@ -416,7 +416,7 @@ def test_images_beside_class_folders_are_left_out_with_a_reason(tmp_path: Path) 
     save(tmp_path / "stray.png")
     source = open_indexed(str(tmp_path))
     assert keys(source) == ["cat/1.png"]
-    assert source.left_out == (LeftOut("stray.png", "image beside the class folders: it has no class"),)
+    assert source.left_out == (LeftOut("stray.png", "image outside the class folders: it has no class"),)
 
 
 def test_an_empty_class_folder_gets_no_label_but_is_reported(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_a_folder_of_splits_asks_for_one(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("split", ["val", "..", "train/../train", ""])
 def test_a_split_that_is_not_a_subfolder_is_an_error(tmp_path: Path, split: str) -> None:
     save(tmp_path / "train" / "cat" / "1.png")
-    with pytest.raises(StageError, match=f"no subfolder for the split '{split}'; (there is: train|did you mean)"):
+    with pytest.raises(StageError, match=f"no subfolder for the split '{split}'; (available: train|did you mean)"):
         open_indexed(str(tmp_path), split=split)
 
 
@@ -483,7 +483,7 @@ def test_a_folder_is_read_once_and_deeper_links_are_not_followed(tmp_path: Path)
         ((root if "store/" not in link else tmp_path) / link).symlink_to(target, target_is_directory=True)
     source = open_indexed(str(root))
     assert keys(source) == ["cat/1.png", "stored/1.png"]
-    again = "link to a folder that is read already: not followed"
+    again = "link to a folder already listed: not followed"
     deeper = "link to a folder: not followed"
     assert {x.key: x.reason for x in source.left_out} == {
         **dict.fromkeys(["around", "root", "same", "stored again"], again),
@@ -641,7 +641,7 @@ def test_a_limit_below_one_is_an_error(tmp_path: Path, limit: int, builtin: bool
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("builtin:photo", "no such built-in data; there is: builtin:photos, builtin:emoji"),
+        ("builtin:photo", "no such built-in data; choose from builtin:photos, builtin:emoji"),
         ("no/such/folder", r"no such folder or file; accepted:\n  a folder of class folders (.|\n)*builtin:photos"),
         ("", "no path given"),
         (__file__, "is a file, not a folder, and its ending is not .tar, .parquet or .arrow; accepted:"),

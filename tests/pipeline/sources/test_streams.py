@@ -319,7 +319,7 @@ def test_a_description_is_json_and_its_listing_is_the_tars_and_their_sizes(serve
 
 
 def test_a_stream_has_no_random_access_and_says_what_to_do(server: Server) -> None:
-    with pytest.raises(StageError, match=r"is read in order over the network.* download the tars first"):
+    with pytest.raises(StageError, match=r"is read sequentially over the network.* download the tars first"):
         require_indexed(stream(server))
 
 
@@ -329,7 +329,7 @@ def test_a_stream_has_no_random_access_and_says_what_to_do(server: Server) -> No
         ("pipe:touch /tmp/owned.tar", "pipe: would run a command"),
         ("http://x/a.tar::pipe:touch x.tar", "pipe: would run a command"),
         ("http://x/images.zip", "over the network only tars are read"),
-        ("nosuch://x/a.tar", "no such kind of URL"),
+        ("nosuch://x/a.tar", "this kind of URL is not supported"),
         ("http://x/{a.tar", "its braces cannot be read|over the network only tars"),
         ("http://x/{a,a}.tar", "names http://x/a.tar twice"),
     ],

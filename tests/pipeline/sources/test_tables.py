@@ -116,7 +116,7 @@ def test_splits_are_told_by_the_names_of_the_files(tmp_path: Path) -> None:
         write_parquet(tmp_path / "data" / f"{name}.parquet", {"image": PNGS[:n], "label": [n] * n})
     assert labels(open_indexed(str(tmp_path / "data"))) == [2, 2, 1]
     assert keys(open_indexed(str(tmp_path / "data"), split="test")) == ["test/000000000"]
-    with pytest.raises(StageError, match="no split 'val'; there is: test, train"):
+    with pytest.raises(StageError, match="no split 'val'; available: test, train"):
         open_indexed(str(tmp_path / "data"), split="val")
 
 
@@ -226,7 +226,7 @@ def test_a_row_cannot_name_a_file_outside_the_data_sets_folder(tmp_path: Path) -
     parquet = write_parquet(tmp_path / "x" / "a.parquet", {"image": kept, "label": [0] * len(paths)})
     for source in (open_indexed(parquet), kept_as_paths(tmp_path / "x", *paths)):
         for i in range(len(paths)):
-            with pytest.raises(UnusableImage, match=r"leads out of the data set's folder|not a regular file"):
+            with pytest.raises(UnusableImage, match=r"outside the dataset's folder|not a regular file"):
                 source.load(i)
 
 
@@ -275,7 +275,7 @@ def test_the_hub_out_of_reach_is_one_message(name: str) -> None:
         [sys.executable, "-c", code, name], capture_output=True, text=True, check=True, env=environment
     )
     assert done.stdout.startswith(
-        "nobody/nothing: no such file or folder here, and as a dataset of the Hugging Face Hub"
+        "nobody/nothing: no such file or folder here, and not available as a dataset on the Hugging Face Hub"
     )
     assert "HF_HOME" in done.stdout
 
@@ -291,5 +291,5 @@ def test_a_slip_in_a_path_is_not_asked_of_the_hub(name: str, tmp_path: Path, mon
 def test_an_artifact_in_place_of_images_is_refused(tmp_path: Path) -> None:
     for name in ("manifest.json", "00000.arrow"):
         (tmp_path / name).write_bytes(b"{}")
-    with pytest.raises(StageError, match="holds codes that dpar made, not images"):
+    with pytest.raises(StageError, match="holds codes written by dpar, not images"):
         open_indexed(str(tmp_path))

@@ -294,7 +294,7 @@ def test_the_second_image_of_a_key_is_left_out(tmp_path: Path) -> None:
 
 def test_dpars_own_shards_are_not_taken_for_images(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "shard-00000.tar", {"a.codes.npy": b"x", "a.jpg": jpeg()})
-    with pytest.raises(StageError, match=r"shard-00000\.tar: is a shard of codes that dpar made"):
+    with pytest.raises(StageError, match=r"shard-00000\.tar: is a shard of codes written by dpar"):
         open_indexed(tar)
 
 
@@ -539,7 +539,7 @@ def test_another_tar_under_the_same_name_is_another_listing(tmp_path: Path) -> N
     found.append(open_indexed(str(path)))
     assert keys(found[0]) == keys(found[1]) == keys(found[2])
     assert len({str(source.describe()["listing_sha256"]) for source in found}) == 3
-    with pytest.raises(StageError, match=r"a\.tar: has been changed since its images were listed.*--overwrite"):
+    with pytest.raises(StageError, match=r"a\.tar: has changed since its images were listed.*--overwrite"):
         found[1].load(0)
 
 
@@ -563,7 +563,7 @@ def test_a_named_pipe_for_a_tar_is_refused_instead_of_waited_for(tmp_path: Path)
 )
 def test_braces_that_stand_for_too_many_names_are_refused_before_they_are_made(tmp_path: Path, braces: str) -> None:
     for data in (f"{tmp_path}/{braces}.tar", f"https://example.org/{braces}.tar"):
-        with pytest.raises(StageError, match="its braces stand for more than 1,000,000 names"):
+        with pytest.raises(StageError, match="its braces expand to more than 1,000,000 names"):
             open_indexed(data)
 
 
