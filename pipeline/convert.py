@@ -66,7 +66,7 @@ def convert(src: str, dst: Path, settings: ConvertSettings, progress: Progress |
         raise StageError("--push-to needs a directory, which from_pretrained can load; DST must not end in .pt")
     weights = read_weights(path, heads=settings.heads, grid=settings.grid, rope=settings.rope)
     if weights.model_type not in MODELS:
-        raise StageError(f"{src} holds a {weights.model_type!r} model; there are {', '.join(MODELS)}")
+        raise StageError(f"{src} holds a {weights.model_type!r} model; expected one of {', '.join(MODELS)}")
     model = weights.meta_model(MODELS[weights.model_type])
     values = dataclasses.asdict(cast("DataclassInstance", model.config))
     if _holds(dst, weights, values):

@@ -91,13 +91,13 @@ def cost_table(settings: FlopsSettings) -> list[CostRow]:
     return rows
 
 
-HEADER = ("model", "px", "patches", "params", "paper", "off", "GMACs", "paper", "off", "+attn", "train", "sample")
+HEADER = ("model", "px", "patches", "params", "paper", "diff", "GMACs", "paper", "diff", "+attn", "train", "sample")
 NOTES = (
     "params: millions. GMACs: 1e9 multiply-accumulates of the linear layers in one forward pass per image, the "
     "paper's count; +attn: with attention products. train: TFLOPs per image, 3 × 2 × MACs. sample: GMACs to "
-    "sample an image with guidance, for DPAR with --entropy-model (the paper's is llamagen-b). off: relative "
-    "difference from the paper's figure. The paper's 120 M for DPAR-B match neither its own GFLOPs nor its other rows: "
-    "the sizes that reproduce all twelve of its GFLOPs have 115.0 M."
+    "sample an image with guidance, for DPAR with --entropy-model (the paper's is llamagen-b). diff: relative "
+    "difference from the paper's figure. The paper's 120 M for DPAR-B are inconsistent with its own GFLOPs and its "
+    "other rows: the sizes that reproduce all twelve of its GFLOPs have 115.0 M."
 )
 
 

@@ -175,7 +175,7 @@ def test_each_row_has_its_cost_of_sampling_and_its_differences_from_the_paper(ro
         assert held["gmacs_off"] == pytest.approx(own.linear / 1e9 / PAPER_GMACS[row.model, resolution] - 1)
         assert abs(held["gmacs_off"]) < 0.005
     assert rows[0].parameters_off == pytest.approx(115.0 / 120 - 1, abs=0.001)
-    assert "120 M for DPAR-B match neither" in NOTES
+    assert "120 M for DPAR-B are inconsistent" in NOTES
 
 
 def test_the_table_is_narrow_enough_for_80_columns_and_the_full_one_has_every_column(rows: list[CostRow]) -> None:

@@ -451,7 +451,7 @@ def test_config_values_that_cannot_be_used_are_named(saved: Path, values: dict[s
         (DPARConfig, "grid_width", -1, "grid_width is -1"),
         (DPARConfig, "classes", -1, "classes is -1"),
         (DPARConfig, "heads", 0, "heads is 0"),
-        (DPARConfig, "heads", 7, "width 768 over 7 heads is 109.714 a head"),
+        (DPARConfig, "heads", 7, "width 768 over 7 heads is 109.714 per head"),
         (DPARConfig, "heads", 64, "width 768 over 64 heads is 12 per head; rotary positions need a multiple of 8"),
         (DPARConfig, "dropout", 1.0, "dropout is 1.0"),
         (DPARConfig, "dropout", -0.1, "dropout is -0.1"),
@@ -503,12 +503,12 @@ def test_every_preset_makes_a_model(name: str) -> None:
     ("name", "nearest"), [("dpar-bb", "dpar-b"), ("dparl", "dpar-l"), ("lamagen-xl", "llamagen-xl")]
 )
 def test_an_unknown_preset_suggests_the_nearest(name: str, nearest: str) -> None:
-    with pytest.raises(ModelError, match=f"no preset is called '{name}'. Did you mean {nearest}\\? There are: dpar-"):
+    with pytest.raises(ModelError, match=f"no preset is called '{name}'. Did you mean {nearest}\\? Available: dpar-"):
         preset(name)
 
 
 def test_a_preset_unlike_any_is_answered_with_all() -> None:
-    with pytest.raises(ModelError, match=r"no preset is called '?qqq'?\. There are: .*llamagen-xxl"):
+    with pytest.raises(ModelError, match=r"no preset is called '?qqq'?\. Available: .*llamagen-xxl"):
         preset("qqq")
 
 

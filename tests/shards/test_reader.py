@@ -556,7 +556,7 @@ def test_labels_past_the_classes_are_one_message_wherever_they_are_read(
     write_artifact(tmp_path / "a", container, [rows], kind="codes")
     artifact, every = open_artifact(tmp_path / "a"), np.arange(5)
     for read in (lambda: artifact.gather(every, every * 0), lambda: artifact.shard_rows(0)):
-        with pytest.raises(ArtifactError, match=rf"holds label {label}; the classes end at 99"):
+        with pytest.raises(ArtifactError, match=rf"has label {label}; the classes end at 99"):
             read()
 
 
