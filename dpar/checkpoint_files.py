@@ -224,7 +224,7 @@ def _rope(arguments: dict[str, Any], asked: str | None, path: Path) -> str:
     if stored is not None and not isinstance(stored, str):
         raise ModelError(f"{path}: rope in its training arguments is {shown(stored)}; a name is needed")
     if stored is not None and asked not in (None, stored):
-        raise ModelError(f"{path} has rotary positions {stored!r}; {asked!r} were asked for")
+        raise ModelError(f"{path} has rotary positions {stored!r}; requested were {asked!r}")
     return stored or asked or "dynamic"
 
 
@@ -278,7 +278,7 @@ def _heads(rotary: tuple[int, int] | None, arguments: dict[str, Any], width: int
             "pass heads= to from_pretrained"
         )
     if asked not in (None, stored):
-        raise ModelError(f"{path} has {stored} heads; {asked} were asked for")
+        raise ModelError(f"{path} has {stored} heads; {asked} were requested")
     return stored
 
 
@@ -302,12 +302,12 @@ def _grid(
         grid, source = (side, side), f"_{named[-1]} in its name"
     if grid is not None and asked is not None and tuple(asked) != grid:
         raise ModelError(
-            f"{path} is for a grid of {grid[0]}×{grid[1]} ({source}), but {asked[0]}×{asked[1]} was asked for: "
+            f"{path} is for a grid of {grid[0]}×{grid[1]} ({source}), but {asked[0]}×{asked[1]} was requested: "
             "weights work only on the grid they were trained on"
         )
     if grid is not None:
         return grid, source
-    return (asked, "as asked") if asked is not None else ((16, 16), "LlamaGen's default; not recorded in the file")
+    return (asked, "as requested") if asked is not None else ((16, 16), "LlamaGen's default; not recorded in the file")
 
 
 def _check_rotary(freqs_cis: Tensor, sizes: dict[str, Any], path: Path) -> None:

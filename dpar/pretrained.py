@@ -177,12 +177,12 @@ def read_weights(
         raise ModelError(f"{folder} holds a {shown(kind)} model; a {needed_type!r} model is needed here")
     _check_format(folder / CONFIG, str(kind), values.pop("format", None))
     if rope is not None and values.get("rope") != rope:
-        raise ModelError(f"{folder} has rotary positions {values.get('rope')!r}; {rope!r} were asked for")
+        raise ModelError(f"{folder} has rotary positions {values.get('rope')!r}; requested were {rope!r}")
     if heads is not None and values.get("heads") != heads:
-        raise ModelError(f"{folder} has {values.get('heads')} heads; {heads} were asked for")
+        raise ModelError(f"{folder} has {values.get('heads')} heads; {heads} were requested")
     if grid is not None and (values.get("grid_height"), values.get("grid_width")) != tuple(grid):
         stored = f"{values.get('grid_height')}×{values.get('grid_width')}"
-        raise ModelError(f"{folder} is for a grid of {stored}; {grid[0]}×{grid[1]} was asked for")
+        raise ModelError(f"{folder} is for a grid of {stored}; {grid[0]}×{grid[1]} was requested")
     return Weights(
         model_type=str(kind),
         values=values,

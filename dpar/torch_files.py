@@ -47,7 +47,7 @@ def load(path: Path) -> Any:
         if unsafe:
             raise ModelError(
                 f"{path} holds Python objects ({', '.join(unsafe)}), which could run code when they are read; "
-                "a checkpoint of tensors (and argparse.Namespace) alone is needed"
+                "only tensors (and argparse.Namespace) are accepted"
             ) from error
         what = "a zip file that PyTorch did not write" if zipped else "not a file that PyTorch wrote, or damaged"
         raise ModelError(f"{path} is {what}; {NEEDED}") from error

@@ -193,11 +193,11 @@ class EntropyMeter:
         self.batch: int | None = stored.get("batch")  # products round differently in batches of another size
         if settings.entropy_model is not None and manifest.kind == "patches":
             if self.origin is None:
-                raise StageError(f"{artifact.folder} holds no entropies; to measure them, patchify the codes anew")
+                raise StageError(f"{artifact.folder} holds no entropies; to measure them, patchify the codes again")
             if fingerprint_of(settings.entropy_model, "entropy_model") != self.origin["fingerprint"]:
                 raise StageError(
                     f"{artifact.folder} already holds entropies, of another entropy model; "
-                    "omit --entropy-model to use them, or patchify the codes anew"
+                    "omit --entropy-model to use them, or patchify the codes again"
                 )
         elif settings.entropy_model is not None:
             model = load_entropy_model(settings.entropy_model)

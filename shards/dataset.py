@@ -106,7 +106,7 @@ class ArtifactDataset(Dataset[Sample]):
         """Return several images, read together; DataLoader prefers this method if it exists."""
         rows = np.asarray(indices, np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"there are {len(self)} images; {int(rows.min())} to {int(rows.max())} were asked for")
+            raise IndexError(f"there are {len(self)} images; {int(rows.min())} to {int(rows.max())} were requested")
         if self.view is None:
             views = torch.randint(self.manifest.views, (len(rows),)).numpy()
         else:

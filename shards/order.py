@@ -1,4 +1,4 @@
-"""The images of each training step: a function of (seed, step) alone, so that resuming needs no state.
+"""The images of each training step: a function of (seed, step) only, so that resuming needs no state.
 
     order = TrainingOrder(rows=len(artifact), views=manifest.views, batch=256, seed=0)
     rows, views = order.batch(step)                          # (256,) each; a rank takes its slice

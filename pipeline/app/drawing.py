@@ -105,7 +105,7 @@ def mean_patches(pictures: Sequence[Picture]) -> float:
 
 
 def _check_count(count: int) -> None:
-    require(1 <= count <= MOST_IMAGES, f"{count} pictures were asked for; from 1 to {MOST_IMAGES} are possible")
+    require(1 <= count <= MOST_IMAGES, f"{count} pictures were requested; from 1 to {MOST_IMAGES} are possible")
 
 
 def _pictures(

@@ -173,7 +173,7 @@ class Checkpoints:
         self._saving: Future[Any] | None = None
         self._step = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        # Saving overlaps with training steps, so it needs a process group of its own.
+        # Saving overlaps with training steps, so it needs a separate process group.
         self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
         for message in ("torch.distributed is disabled", "TypedStorage is deprecated"):  # raised inside torch
             warnings.filterwarnings("ignore", message)

@@ -138,7 +138,7 @@ def test_an_unknown_number_of_heads_must_be_given(tmp_path: Path, gpt: State) ->
     path = saved(tmp_path / "a.pt", gpt)
     with pytest.raises(ModelError, match=r"a\.pt does not record its number of heads.*width of 32.*pass heads="):
         LlamaGen.from_pretrained(path)
-    with pytest.raises(ModelError, match=r"a\.pt has 2 heads; 4 were asked for"):
+    with pytest.raises(ModelError, match=r"a\.pt has 2 heads; 4 were requested"):
         LlamaGen.from_pretrained(training_file(tmp_path / "a.pt", gpt, n_head=2), heads=4)
 
 
@@ -154,16 +154,16 @@ def test_the_grid_comes_from_the_file_name_or_llamagens_default(tmp_path: Path, 
 def test_weights_for_384_px_are_refused_for_256_px_with_the_reason(tmp_path: Path) -> None:
     path = saved(tmp_path / "c2i_B_384.pt", shapes_of(768))
     assert read(path, grid=(24, 24)).sizes["grid_width"] == 24
-    with pytest.raises(ModelError, match=r"c2i_B_384\.pt is for a grid of 24×24.*16×16 was asked for.*trained on"):
+    with pytest.raises(ModelError, match=r"c2i_B_384\.pt is for a grid of 24×24.*16×16 was requested.*trained on"):
         LlamaGen.from_pretrained(path, grid=(16, 16))
 
 
 def test_a_directory_must_match_the_requested_heads_and_grid(tmp_path: Path) -> None:
     LlamaGen(GPT).save_pretrained(tmp_path)
     assert LlamaGen.from_pretrained(tmp_path, heads=2, grid=(3, 3)).config == GPT
-    with pytest.raises(ModelError, match="has 2 heads; 4 were asked for"):
+    with pytest.raises(ModelError, match="has 2 heads; 4 were requested"):
         LlamaGen.from_pretrained(tmp_path, heads=4)
-    with pytest.raises(ModelError, match="is for a grid of 3×3; 4×4 was asked for"):
+    with pytest.raises(ModelError, match="is for a grid of 3×3; 4×4 was requested"):
         LlamaGen.from_pretrained(tmp_path, grid=(4, 4))
 
 

@@ -105,7 +105,7 @@ def test_editing_samples_what_is_painted_and_reports_what_is_kept(model: Model, 
     ("labels", "each", "values", "message"),
     [
         ([], 1, {}, "choose at least one class"),
-        ([0, 1, 2], 30, {}, "90 pictures were asked for; from 1 to 64 are possible"),
+        ([0, 1, 2], 30, {}, "90 pictures were requested; from 1 to 64 are possible"),
         ([7], 1, {}, "no class 7; they are 0 to 2"),
         ([0], 1, {"seed": None}, "seed is empty; give a number"),
         ([0], 1, {"seed": -1}, "the seed is -1; it must be from 0 to"),
