@@ -193,7 +193,7 @@ def train(
     out: Out,
     settings: TrainSettings,
 ) -> None:
-    """Train DPAR, or LlamaGen on the same data: the fourth stage."""
+    """Train DPAR or the LlamaGen baseline: the fourth stage."""
     from pipeline.train import train as run
 
     show_metrics(run(location(patches), out, settings))
@@ -244,7 +244,7 @@ def serve_app(
 
 @command("probe", ProbeSettings)
 def probe(run: Run, out: Out, settings: ProbeSettings) -> None:
-    """Train a linear classifier on a run's features and report its accuracy."""
+    """Train a linear classifier on a run's features."""
     from pipeline.probe import markdown
     from pipeline.probe import probe as run_probe
 
@@ -322,7 +322,7 @@ def flops(
         bool, typer.Option("--markdown", help="Print a Markdown table.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
-    """Print the cost of each model, compared with the paper's figures."""
+    """Print the cost of each model and the paper's figures."""
     from pipeline.flops import NOTES, cost_table, tables
     from pipeline.flops import markdown as markdown_table
 

@@ -698,7 +698,7 @@ def test_bad_references_are_one_message_before_anything_is_sampled(home: Path, t
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "empty").mkdir()
     for name, says in {
-        "mixed": r"odd.png is 8×9 pixels, .* 8×8; the images of a reference must have one size",
+        "mixed": r"odd.png is 8×9 pixels, .* 8×8; the images of a reference must have the same size",
         "grey": r"grey.png is not in colour \(mode L\)",
         "grey.npz": r"arr_0 is \(4, 8, 8, 1\) uint8; colour images",
         "floats.npz": r"arr_0 is \(4, 8, 8, 3\) float32; colour images",
