@@ -46,7 +46,7 @@ class Plan:
 
 
 def labels_of(classes: list[int], count: int, how: str, seed: int) -> NDArray[np.int64]:
-    """Return the classes of ``count`` images, (count,) int64: ``balanced`` cycles through them, ``random`` draws with the seed."""
+    """Return the classes of ``count`` images, (count,) int64: ``balanced`` cycles, ``random`` draws with the seed."""
     if how == "balanced":
         return np.asarray(classes, np.int64)[np.arange(count) % len(classes)]
     drawn = np.random.Generator(np.random.Philox(key=[seed, 2**63])).integers(0, len(classes), count)
