@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each sets up .venv first, from nothing.
+# Two commands: `make demo` and `make test`. Each first creates .venv if it is missing.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

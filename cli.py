@@ -1,7 +1,7 @@
 """The command line: parses, calls a stage, renders what it returns. No logic lives here.
 
     dpar tokenize | entropy | patchify | train | eval        the five stages, in order
-    dpar train-tokenizer | sample | app | probe | inspect | convert | flops | demo   what people need around them
+    dpar train-tokenizer | sample | app | probe | inspect | convert | export | flops | demo      around them
 
 Options and their headings come from the stages' settings (``pipeline/settings/``); ``--config FILE.toml`` takes
 the same names.
@@ -46,10 +46,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its tables have no room for the text in 80 columns, and load for a quarter of a second
+    rich_markup_mode=None,  # its tables are too narrow for the text in 80 columns, and take 0.25 s to load
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
-console = Terminal(quiet=os.environ.get("RANK", "0") != "0")  # one of the processes of torchrun speaks for all
+console = Terminal(quiet=os.environ.get("RANK", "0") != "0")  # only the first process of torchrun prints
 errors = Terminal(stderr=True)
 
 Data = Annotated[
@@ -63,12 +63,12 @@ Data = Annotated[
 ]
 Out = Annotated[Path, local_argument("OUT", "Directory to write; running again resumes.")]
 OutArtifact = Annotated[str, typer.Argument(metavar="OUT", help="Directory or URL to write; running again resumes.")]
-Codes = Annotated[str, typer.Argument(metavar="CODES", help="What `dpar tokenize` made; a directory or URL.")]
-Run = Annotated[Path, local_argument("RUN", "What `dpar train` made, or a LlamaGen's weights.")]
+Codes = Annotated[str, typer.Argument(metavar="CODES", help="Output of `dpar tokenize`; a directory or URL.")]
+Run = Annotated[Path, local_argument("RUN", "Output of `dpar train`, or weights of a LlamaGen.")]
 
 
 def command(name: str, settings_class: type[Any] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function: its ``settings`` become one option per field, its errors one message."""
+    """Turn a function into a command: its ``settings`` become one option per field, its errors one message."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True).parameters
@@ -92,7 +92,7 @@ def command(name: str, settings_class: type[Any] | None = None) -> Callable[[Cal
 
 
 def checked_settings(settings_class: type[Any], values: dict[str, Any]) -> Any:
-    """The settings; values that they refuse are wrong usage (exit status 2)."""
+    """Return the settings; invalid values are wrong usage (exit status 2)."""
     try:
         return build_settings(settings_class, values)
     except StageError as error:
@@ -102,7 +102,7 @@ def checked_settings(settings_class: type[Any], values: dict[str, Any]) -> Any:
 
 
 class readable_errors:
-    """Turns what a stage raises into one message and an exit status."""
+    """Turns an exception of a stage into one message and an exit status."""
 
     def __enter__(self) -> None:
         return None
@@ -113,7 +113,7 @@ class readable_errors:
         if error is None or isinstance(error, (typer.Exit, typer.Abort, SystemExit)) or os.environ.get("DPAR_DEBUG"):
             return
         if isinstance(error, Stopped):
-            if console.quiet:  # all stopped at the same step, and the first process reports it
+            if console.quiet:  # all processes stop at the same step, and the first reports it
                 raise typer.Exit(error.status)
             fail(str(error), error.status, lead="")
         if isinstance(error, (Exception, KeyboardInterrupt)) and not claim_error_report(error):
@@ -127,19 +127,19 @@ class readable_errors:
 
 
 def fail(message: str, status: int, lead: str = "Error: ") -> typing.NoReturn:
-    """Prints one message on standard error and ends with this status."""
+    """Print one message on standard error and exit with this status."""
     errors.print(f"[bold red]{lead}[/]{escape(message)}" if lead else escape(message), soft_wrap=True, highlight=False)
     raise typer.Exit(status)
 
 
 def show_version(asked: bool) -> None:
-    """Prints the version and ends."""
+    """Print the version and exit."""
     if asked:
         from pipeline.runtime.provenance import made_by
 
-        made = made_by()
-        commit = f" ({made['git']})" if "git" in made else ""
-        print(f"dpar {made.get('dpar', 'not installed')}{commit}")  # noqa: T201
+        versions = made_by()
+        commit = f" ({versions['git']})" if "git" in versions else ""
+        print(f"dpar {versions.get('dpar', 'not installed')}{commit}")  # noqa: T201
         raise typer.Exit
 
 
@@ -176,7 +176,7 @@ def patchify(
     out: OutArtifact,
     settings: PatchifySettings,
 ) -> None:
-    """Entropies and patch boundaries: the third stage."""
+    """Codes to entropies and patch boundaries: the third stage."""
     if settings.compare is not None:
         from pipeline.boundary_agreement import compare, lines
 
@@ -189,11 +189,11 @@ def patchify(
 
 @command("train", TrainSettings)
 def train(
-    patches: Annotated[str, typer.Argument(metavar="PATCHES", help="What `dpar patchify` made; a directory or URL.")],
+    patches: Annotated[str, typer.Argument(metavar="PATCHES", help="Output of `dpar patchify`; a directory or URL.")],
     out: Out,
     settings: TrainSettings,
 ) -> None:
-    """Train DPAR, or LlamaGen beside it: the fourth stage."""
+    """Train DPAR or the LlamaGen baseline: the fourth stage."""
     from pipeline.train import train as run
 
     show_metrics(run(location(patches), out, settings))
@@ -244,7 +244,7 @@ def serve_app(
 
 @command("probe", ProbeSettings)
 def probe(run: Run, out: Out, settings: ProbeSettings) -> None:
-    """What a linear classifier can read off a run's features."""
+    """Train a linear classifier on a run's features."""
     from pipeline.probe import markdown
     from pipeline.probe import probe as run_probe
 
@@ -266,7 +266,7 @@ def inspect_artifact(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """Show what is in an artifact. With --out, pictures of images with their patches too."""
+    """Show the contents of an artifact. With --out, also draw images with their patches."""
     from pipeline.inspect import inspect as look
     from pipeline.reports.inspection import tables
 
@@ -322,7 +322,7 @@ def flops(
         bool, typer.Option("--markdown", help="Print a Markdown table.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
-    """What each model costs, beside the paper's figures."""
+    """Print the cost of each model and the paper's figures."""
     from pipeline.flops import NOTES, cost_table, tables
     from pipeline.flops import markdown as markdown_table
 
@@ -339,10 +339,10 @@ def flops(
 
 @command("demo")
 def demo(
-    out: Annotated[Path, local_argument("OUT", "Directory for everything it makes.")] = Path("demo"),
-    tiny: Annotated[bool, typer.Option("--tiny", help="A minute's worth, to see that everything works.")] = False,
+    out: Annotated[Path, local_argument("OUT", "Directory for all outputs.")] = Path("demo"),
+    tiny: Annotated[bool, typer.Option("--tiny", help="Take one minute, to check that everything works.")] = False,
 ) -> None:
-    """Run all stages on emoji. In minutes, on those that ship here; ends with a report."""
+    """Run all stages on the built-in emoji. It takes a few minutes and ends with a report."""
     from pipeline.demo import demo as run
 
     report = run(out, run_command=in_this_process, tiny=tiny)
@@ -350,7 +350,7 @@ def demo(
 
 
 def in_this_process(arguments: list[str]) -> None:
-    """Runs one ``dpar`` command as the command line would, without starting Python again."""
+    """Run one ``dpar`` command as the command line would, without starting Python again."""
     try:
         status = app(arguments, standalone_mode=False)
     except typer.Exit as ended:  # its message is printed already
@@ -360,12 +360,12 @@ def in_this_process(arguments: list[str]) -> None:
 
 
 def show(*lines: str) -> None:
-    """Print lines as they are."""
+    """Print lines without markup or wrapping."""
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def summary(manifest: Manifest | None, out: str) -> None:
-    """Print a few lines about an artifact; None is one that other processes finish, and report."""
+    """Print a summary of an artifact; nothing for None, as other processes finish and report that one."""
     if manifest is None:
         return
     lines = [f"{manifest.rows} images, {manifest.views} views each, {len(manifest.class_names)} classes: {out}"]
@@ -386,8 +386,8 @@ def show_metrics(metrics: dict[str, Any]) -> None:
         "validation_bits_per_token": "held-out bits/token",
         "training_gflops_per_image": "training GFLOPs/image",
     }
-    if shown := [f"{text} {metrics[name]:.6g}" for name, text in names.items() if name in metrics]:
-        show(", ".join(shown))
+    if parts := [f"{text} {metrics[name]:.6g}" for name, text in names.items() if name in metrics]:
+        show(", ".join(parts))
 
 
 def main() -> None:

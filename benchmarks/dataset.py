@@ -1,8 +1,8 @@
-"""How fast artifacts are checked and read for training: `python benchmarks/dataset.py [--images N] [--views V]`.
+"""Speed of verifying artifacts and reading them for training: `python benchmarks/dataset.py [--images N] [--views V]`.
 
-Makes patches artifacts of random codes and entropies, Arrow and WebDataset, and measures each way of reading them in
-a process of its own, with its peak memory (which counts mapped file pages, and torch where patches are collated).
-Rates are by the clock, and by the seconds of processor time that the reading took, which a busy machine changes less.
+Writes patches artifacts of random codes and entropies, Arrow and WebDataset, and measures each way of reading them in
+a separate process, with its peak memory (including mapped file pages, and torch where patches are collated).
+Rates are per second of wall time and per second of the reader's processor time, which a busy machine affects less.
 """
 
 import argparse
@@ -29,7 +29,7 @@ VOCABULARY = 16384
 
 
 def make_artifact(out: Path, *, images: int, views: int, tokens: int, container: Container = "arrow") -> Path:
-    """A patches artifact of random codes and entropies in ``out``, with 1000 classes."""
+    """Write a patches artifact of random codes and entropies into ``out``, with 1000 classes."""
     from dpar.patching import patch_starts
 
     side = math.isqrt(tokens)
@@ -70,7 +70,7 @@ def make_artifact(out: Path, *, images: int, views: int, tokens: int, container:
 
 
 def peak_memory() -> int:
-    """Most bytes this process ever held, file pages included."""
+    """Return the peak memory of this process in bytes, including file pages."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -78,18 +78,18 @@ def peak_memory() -> int:
 
 
 def verify(folder: Path, most: int) -> float:
-    """Bytes checked."""
+    """Verify every shard and return their bytes."""
     artifact = open_artifact(folder, verify=True)
     return float(sum(shard.bytes or 0 for shard in artifact.manifest.shards))
 
 
 def read(folder: Path, most: int) -> float:
-    """Images read in training's order."""
+    """Read images in training order and return their number."""
     return _batches(folder, most, lambda batch: None)
 
 
 def collate(folder: Path, most: int) -> float:
-    """Images read in training's order and laid out as the packed model takes them."""
+    """Read images in training order, build their patch layouts, and return their number."""
     import torch
 
     from dpar.packing import PatchLayout
@@ -108,7 +108,7 @@ def _batches(folder: Path, most: int, use: Callable[[Batch], object]) -> float:
 
 
 def webdataset(folder: Path, most: int) -> float:
-    """Images read by the webdataset library, shuffled in a buffer."""
+    """Read images with the webdataset library, shuffled in a buffer, and return their number."""
     from webdataset import WebDataset
 
     artifact = open_artifact(folder)
@@ -132,14 +132,14 @@ class Measured:
 
 
 def timed(work: Callable[[Path, int], float], folder: Path, most: int) -> Measured:
-    work(folder, min(BATCH, most))  # what is imported and first opened is not measured
+    work(folder, min(BATCH, most))  # imports and opens files before the measurement
     began, worked = time.perf_counter(), time.process_time()
     amount = work(folder, most)
     return Measured(amount, time.perf_counter() - began, time.process_time() - worked, peak_memory())
 
 
 def fresh(work: Callable[[Path, int], float], folder: Path, most: int) -> Measured:
-    """:func:`timed` in a process of its own."""
+    """Run :func:`timed` in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(timed, work, folder, most).result()
 
@@ -156,13 +156,14 @@ def main() -> None:
         shape = {"views": arguments.views, "tokens": arguments.tokens}
         began = time.perf_counter()
         arrow = make_artifact(Path(home) / "arrow", images=arguments.images, **shape)
-        made = time.perf_counter() - began
+        writing = time.perf_counter() - began
         tar_images = min(arguments.images, arguments.tar_images)
         tar = make_artifact(Path(home) / "tar", images=tar_images, container="webdataset", **shape)
         print(
-            f"{arguments.images:,} images × {arguments.views} views × {arguments.tokens} tokens, made in {made:.0f} s\n"
+            f"{arguments.images:,} images × {arguments.views} views × {arguments.tokens} tokens, "
+            f"written in {writing:.0f} s\n"
         )
-        print("| | amount | seconds | a second | a second of processor time | peak memory |")
+        print("| | amount | seconds | per second | per second of processor time | peak memory |")
         print("| --- | --- | --- | --- | --- | --- |")
         few = min(arguments.images, 100_000)
         rates = {}
@@ -170,20 +171,21 @@ def main() -> None:
             ("verification of every SHA-256", verify, arrow, 0),
             ("Arrow, random order", read, arrow, few),
             ("Arrow, random order, collated", collate, arrow, few),
-            ("Arrow, a whole epoch, collated", collate, arrow, arguments.images),
+            ("Arrow, a full epoch, collated", collate, arrow, arguments.images),
             ("WebDataset, streamed", read, tar, tar_images),
             ("WebDataset, streamed, collated", collate, tar, tar_images),
             ("WebDataset, the webdataset library", webdataset, tar, min(tar_images, 20_000)),
         ):
-            found = fresh(work, folder, most)
+            measured = fresh(work, folder, most)
             unit, scale = ("MB", 1e6) if work is verify else ("images", 1)
-            amounts = [found.amount, found.amount / found.seconds, found.amount / found.processor_seconds]
+            done = measured.amount
+            amounts = [done, done / measured.seconds, done / measured.processor_seconds]
             amount, rate, by_processor = (f"{value / scale:,.0f} {unit}" for value in amounts)
             rates[name] = amounts[2]
-            memory = f"{found.memory / 1e6:.0f} MB"
-            print(f"| {name} | {amount} | {found.seconds:.1f} | {rate} | {by_processor} | {memory} |", flush=True)
+            memory = f"{measured.memory / 1e6:.0f} MB"
+            print(f"| {name} | {amount} | {measured.seconds:.1f} | {rate} | {by_processor} | {memory} |", flush=True)
         ratio = rates["WebDataset, streamed"] / rates["WebDataset, the webdataset library"]
-        print(f"\nStreaming takes 1/{ratio:.1f} of the processor time of the webdataset library's own reader.")
+        print(f"\nStreaming takes 1/{ratio:.1f} of the processor time of the webdataset library.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How much what surrounds a model changes its Fréchet distance: `python -m benchmarks.fid_effects`.
+"""Effects of the evaluation protocol on the Fréchet distance: `python -m benchmarks.fid_effects`.
 
-The tables of docs/fid.md, on EfficientNet-Lite0's features, whose weights come in a package. Without a generator, what
-is scored are reconstructions of emoji by `builtin:emoji` against originals of others: everything but guidance and the
-drawing of labels by a generator can be measured on them. `--run RUN` measures these on a trained generator.
+Prints the tables of docs/fid.md, with EfficientNet-Lite0's features, whose weights come in a package. The default needs
+no generator: it scores reconstructions of emoji by `builtin:emoji` against the originals of other emoji. `--run RUN`
+uses a trained generator, to measure guidance and the drawing of labels too.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from pipeline.sources.source import IndexedSource
 from shards.files import write_json
 
 SIDE, GRID = 128, (16, 16)
-SMALL = 96  # px, that pictures are brought to from SIDE
+SMALL = 96  # px, to which pictures are resized from SIDE
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 Pixels = NDArray[np.uint8]  # (n, SIDE, SIDE, 3)
 
 
 class Measuring:
-    """A reference, and the lines of a table of distances from it."""
+    """A table of distances from a reference."""
 
     def __init__(self, reference: NDArray[np.float32], seed: int) -> None:
         self.reference, self.bootstrap = reference, Bootstrap(seed=seed)
@@ -66,32 +66,37 @@ class Measuring:
 
 
 def on_their_span(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The same sets in an orthonormal basis of all of them: no distance changes, and few images have few dimensions."""
+    """Project both sets onto their common span: distances are unchanged, and few images need few dimensions.
+
+    Args:
+        a: (n, d).
+        b: (m, d).
+    """
     basis, _ = np.linalg.qr(np.concatenate([a, b]).T.astype(np.float64))  # (d, n + m)
     return a @ basis, b @ basis
 
 
 def load(source: IndexedSource, rows: NDArray[np.int64]) -> Pixels:
-    """Images of a source, as `dpar tokenize` crops them."""
+    """Load images of a source, cropped as by `dpar tokenize`."""
     return np.concatenate([views(source.load(int(row)), SIDE, "center", (1.0,)) for row in rows])
 
 
 @torch.no_grad()
 def encode(tokenizer: VQTokenizer, pixels: Pixels) -> NDArray[np.int64]:
-    """Codes (n, 256) of images."""
+    """Return the codes (n, 256) of images."""
     parts = [tokenizer.encode(from_uint8(torch.from_numpy(part))) for part in np.array_split(pixels, len(pixels) // 16)]
     return torch.cat(parts).numpy()
 
 
 def resized(pixels: Pixels, size: int, mode: str, antialias: bool = False) -> Pixels:
-    """Images at another size, as integers."""
+    """Resize images and round them to integers."""
     images = torch.from_numpy(pixels).movedim(-1, 1).float()
     images = F.interpolate(images, size=(size, size), mode=mode, antialias=antialias)
     return images.round().clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy()
 
 
 def as_file(pixels: Pixels, **options: Any) -> Pixels:
-    """Images as they are after they have been written to files and read again."""
+    """Encode images as files and read them again."""
     read = []
     for image in pixels:
         file = io.BytesIO()
@@ -101,7 +106,7 @@ def as_file(pixels: Pixels, **options: Any) -> Pixels:
 
 
 def without_generator(args: argparse.Namespace, extract: Callable[[Pixels], NDArray[np.float32]]) -> Measuring:
-    """Effects of decoding, files, resize, and of the reference and its size, on reconstructions."""
+    """Measure the effects of decoding, file format, resize and reference on reconstructions."""
     tokenizer = VQTokenizer.from_pretrained("builtin:emoji")
     training, held_out = (open_indexed("builtin:emoji", split=split) for split in ("train", "validation"))
     rows = np.random.default_rng(args.seed).permutation(len(training))[: args.samples + args.references]
@@ -136,7 +141,7 @@ def without_generator(args: argparse.Namespace, extract: Callable[[Pixels], NDAr
 
 
 def with_generator(args: argparse.Namespace, extract: Callable[[Pixels], NDArray[np.float32]]) -> Measuring:
-    """Effects of guidance, of how labels are drawn and of decoding, on samples of a trained generator."""
+    """Measure the effects of guidance, labels and decoding on samples of a trained generator."""
     generator = Generator.load(Path(args.run), SampleSettings(seed=args.seed)).with_rule(None, None)
     source = open_indexed("builtin:emoji", split="train", classes=generator.class_names)
     rows = np.random.default_rng(args.seed).permutation(len(source))[: args.references]

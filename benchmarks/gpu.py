@@ -1,18 +1,18 @@
-"""Everything worth knowing of a GPU, in ten minutes: `python benchmarks/gpu.py --minutes 9 --out results`.
+"""Test and measure DPAR on a GPU in ten minutes: `python benchmarks/gpu.py --minutes 9 --out results`.
 
-Parts run in order of worth, each in a process of its own that is ended at its share of the time; what a part does not
-use goes to the later ones. A part's file OUT/PART.md is written line by line, so what was measured before a limit is
-kept. At the end OUT/gpu.md joins them: Markdown with the GPU's name, for docs/performance.md.
+Parts run in order of importance, each in a separate process that is killed when its share of the time is over; unused
+time goes to the later parts. Each part writes OUT/PART.md line by line, so results before a time limit are kept.
+OUT/gpu.md joins them at the end: Markdown with the GPU's name, for docs/performance.md.
 
     tests        the tests marked `gpu`
     attention    each backend of packed attention against sdpa, forward and backward; then its time at B, L, XL
     training     images/s, MFU, memory and the ratio to LlamaGen (benchmarks/train.py), with and without --compile
-    sampling     images/s and ms per token of B and XL beside LlamaGen, with and without CUDA graphs
+    sampling     images/s and ms per token of B and XL against LlamaGen, with and without CUDA graphs
     rates        VQ-16's encoder and the entropy models
     nccl         DistributedDataParallel and FSDP in one NCCL process
 
-`--part NAME` runs one. `--device cpu --tiny` runs everything at sizes that mean nothing, to see that it works. Codes
-and weights are random; nothing is fetched.
+`--part NAME` runs one. `--device cpu --tiny` runs everything at tiny sizes, to check the script. Codes and weights are
+random; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--part", choices=sorted(SHARES), help="only this one, printed")
+    parser.add_argument("--part", choices=sorted(SHARES), help="run and print only this part")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a test of this script")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to check the script")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("this machine, or this PyTorch, has no CUDA; --device cpu --tiny tries the script without")
+        sys.exit("this machine, or this PyTorch, has no CUDA; --device cpu --tiny checks the script without it")
     if arguments.part:
         for line in PART[arguments.part](device, arguments.tiny):
             print(line, flush=True)
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def run_part(part: str, path: Path, seconds: float, options: list[str]) -> str:
-    """Runs a part with its output in a file; gives a sentence on how it ended."""
+    """Run a part with its output in a file, and return a sentence that says how it ended."""
     began = time.monotonic()
     with open(path, "w", encoding="utf-8") as out:
         process = subprocess.Popen(
@@ -92,7 +92,7 @@ def run_part(part: str, path: Path, seconds: float, options: list[str]) -> str:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.communicate()
-            return f"Ended at its limit of {seconds:.0f} s; what was measured before is above."
+            return f"Stopped at its limit of {seconds:.0f} s; results until then are above."
     spent = time.monotonic() - began
     if process.returncode:
         return f"FAILED after {spent:.0f} s:\n\n```\n{errors.strip()[-3000:]}\n```"
@@ -100,7 +100,7 @@ def run_part(part: str, path: Path, seconds: float, options: list[str]) -> str:
 
 
 def tests(device: torch.device, tiny: bool) -> Iterator[str]:
-    """The tests that need a GPU; each test's name and outcome."""
+    """Run the tests that need a GPU and print each test's outcome."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rA", "--tb=short", "-p", "no:cacheprovider"]
     command += ["tests/dpar/test_attention.py"] if tiny else []
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -109,12 +109,12 @@ def tests(device: torch.device, tiny: bool) -> Iterator[str]:
     for line in process.stdout:
         yield line.rstrip()
     yield "```"
-    if process.wait() not in (0, 5):  # 5: there were none
+    if process.wait() not in (0, 5):  # 5: no tests were collected
         raise SystemExit("tests failed")
 
 
 def attention(device: torch.device, tiny: bool) -> Iterator[str]:
-    """Backends against sdpa in float32, then timed against it."""
+    """Compare the outputs, gradients and times of each backend with sdpa."""
     yield "| backend | size | largest difference, forward | backward | ms, forward and backward | × sdpa |"
     yield "| --- | --- | ---: | ---: | ---: | ---: |"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -122,20 +122,20 @@ def attention(device: torch.device, tiny: bool) -> Iterator[str]:
         config = preset(f"dpar-{size}")
         layout = boundaries(batch, TOKENS, PAPER_PATCH_LENGTH[256]).to(device)
         shape = (layout.n_patches, config.heads, config.head_dim)
-        q, k, v, pull = (torch.randn(shape, device=device) for _ in range(4))
+        q, k, v, grad = (torch.randn(shape, device=device) for _ in range(4))
 
-        exact = passes("sdpa", [q, k, v], pull, layout)
+        exact = passes("sdpa", [q, k, v], grad, layout)
         half = [x.to(dtype) for x in (q, k, v)]
         times: dict[str, float] = {}
         for backend in ("sdpa", *(name for name in get_args(PackedBackend) if name != "sdpa")):
             try:
                 choose_backend(device, dtype, backend)
-                measured = passes(backend, half, pull, layout)
-            except Exception as error:  # every backend gets its row
+                measured = passes(backend, half, grad, layout)
+            except Exception as error:  # show it in the backend's row
                 yield f"| {backend} | {size} | {type(error).__name__}: {str(error).splitlines()[0][:120]} | | | |"
                 continue
             differences = [float((a.float() - b).abs().max()) for a, b in zip(measured, exact, strict=True)]
-            run = functools.partial(passes, backend, half, pull, layout)
+            run = functools.partial(passes, backend, half, grad, layout)
             times[backend] = seconds_of(run, device, 2 if tiny else 20)
             yield (
                 f"| {backend} | {size} | {differences[0]:.1e} | {max(differences[1:]):.1e} | "
@@ -143,15 +143,15 @@ def attention(device: torch.device, tiny: bool) -> Iterator[str]:
             )
 
 
-def passes(backend: PackedBackend, qkv: list[Tensor], pull: Tensor, layout: PatchLayout) -> list[Tensor]:
-    """Output and gradients of packed attention."""
+def passes(backend: PackedBackend, qkv: list[Tensor], grad: Tensor, layout: PatchLayout) -> list[Tensor]:
+    """Return output and gradients of packed attention, with ``grad`` the gradient of the output."""
     q, k, v = (x.detach().requires_grad_() for x in qkv)
     out = packed_attention(q, k, v, layout.cu_seqlens, layout.longest, backend, layout.host_cu_seqlens)
-    return [out, *torch.autograd.grad(out, (q, k, v), pull.to(out.dtype))]
+    return [out, *torch.autograd.grad(out, (q, k, v), grad.to(out.dtype))]
 
 
 def training(device: torch.device, tiny: bool) -> Iterator[str]:
-    """benchmarks/train.py, the most telling settings first."""
+    """Run benchmarks/train.py, the most important settings first."""
     if tiny:
         settings = [["--size=tiny", "--batch=2", "--steps=1", "--no-memory"]]
     else:
@@ -162,14 +162,14 @@ def training(device: torch.device, tiny: bool) -> Iterator[str]:
         command = [sys.executable, str(ROOT / "benchmarks" / "train.py"), f"--device={device}", "--no-plain", *setting]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         lines = process.stdout.strip().splitlines()
-        if process.returncode:  # out of memory on a smaller GPU, say
+        if process.returncode:  # such as out of memory on a smaller GPU
             lines += [f"`{' '.join(setting)}`: {process.stderr.strip().splitlines()[-1]}"]
         yield "\n".join(lines) + "\n"
 
 
 def sampling(device: torch.device, tiny: bool) -> Iterator[str]:
-    """DPAR and LlamaGen of one size take turns; whole images with guidance."""
-    yield "| model | entropy model | batch | graphs | images/s | ms per token | × LlamaGen | FLOPs say |"
+    """Sample complete images with guidance by DPAR and LlamaGen of one size, in turn."""
+    yield "| model | entropy model | batch | graphs | images/s | ms per token | × LlamaGen | by FLOPs |"
     yield "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |"
     cases: list[tuple[str, int, str, bool]]
     if tiny:
@@ -201,11 +201,11 @@ def sampling(device: torch.device, tiny: bool) -> Iterator[str]:
                 for i, (sampler, own_rule) in enumerate(zip(samplers, (None, rule), strict=True)):
                     synchronize(device)
                     began = time.perf_counter()
-                    _, made = sampler.sample(labels, own_rule, options, batch=batch)
+                    _, sampled_starts = sampler.sample(labels, own_rule, options, batch=batch)
                     synchronize(device)
                     if turn:
                         seconds[i].append(time.perf_counter() - began)
-                    starts = made
+                    starts = sampled_starts
         base, own = (statistics.median(each) for each in seconds)
         length = starts.numel() / float(starts.sum())
         cost = count(model.config, length).sampling(count(entropy_model.config))
@@ -220,8 +220,8 @@ def sampling(device: torch.device, tiny: bool) -> Iterator[str]:
 
 
 def rates(device: torch.device, tiny: bool) -> Iterator[str]:
-    """Views per second of `tokenize`'s encoder and of `patchify`'s entropy models."""
-    yield "| what | precision | batch | images/s |"
+    """Measure views per second of `tokenize`'s encoder and of `patchify`'s entropy models."""
+    yield "| model | precision | batch | images/s |"
     yield "| --- | --- | ---: | ---: |"
     batch, side = (2, 32) if tiny else (64, 256)
     config = VQConfig(channels=32, channel_multipliers=(1, 1), residual_blocks=1) if tiny else VQConfig()
@@ -241,7 +241,7 @@ def rates(device: torch.device, tiny: bool) -> Iterator[str]:
 
 
 def nccl(device: torch.device, tiny: bool) -> Iterator[str]:
-    """One process of NCCL (gloo on CPU): gradients by DDP and FSDP2 against the plain model's."""
+    """Compare gradients of DDP and FSDP2 with the plain model's, in one NCCL process (gloo on CPU)."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -282,7 +282,7 @@ PART = {f.__name__: f for f in (tests, attention, training, sampling, rates, ncc
 
 
 def built(name: str, device: torch.device, **sizes: Any) -> DPAR | LlamaGen:
-    """A model with random weights, in evaluation mode."""
+    """Build a model with random weights, in evaluation mode."""
     config = preset(name, **sizes)
     with device:
         if isinstance(config, DPARConfig):
@@ -292,14 +292,14 @@ def built(name: str, device: torch.device, **sizes: Any) -> DPAR | LlamaGen:
 
 
 def boundaries(batch: int, tokens: int, length: float) -> PatchLayout:
-    """Random boundaries with a mean patch length, on the CPU."""
+    """Draw boundaries with a mean patch length, on the CPU."""
     starts = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(0)) < 1 / length
     starts[:, 0] = True
     return PatchLayout.from_starts(starts)
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds of a call, after one that warms up."""
+    """Return the median seconds of a call, after a warm-up call."""
     times = []
     for _ in range(repeats + 1):
         synchronize(device)

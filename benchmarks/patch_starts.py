@@ -1,6 +1,6 @@
-"""How fast the patch rule is, on one core: `python benchmarks/patch_starts.py`.
+"""Speed of the patch rule on one core: `python benchmarks/patch_starts.py`.
 
-Compares `dpar.patch_starts` with a plain loop over tokens in the same run, on float16 entropies as artifacts hold.
+Compares `dpar.patch_starts` with a plain loop over tokens in the same run, on float16 entropies as in artifacts.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""How fast `dpar patchify` and `dpar inspect` are at ImageNet's size: `python benchmarks/patchify.py`.
+"""Speed of `dpar patchify` and `dpar inspect` at ImageNet's size: `python benchmarks/patchify.py`.
 
-Makes a synthetic patches artifact (real shards, no images), moves its boundaries, looks into it, and removes it. Each
-is done in a process of its own, whose peak memory is shown; mapped pages of files count in it, though the system takes
-them back when it needs to. Then the entropy model alone, which is what patchifying codes costs: on CUDA, or with a few
-images on a CPU. Its share of peak is against one large matrix product, measured here in the same precision.
+Writes a synthetic patches artifact (real shards, no images), changes its boundaries, inspects it, and removes it, each
+in a separate process. The peak memory shown includes mapped file pages, which the system can reclaim. Then measures the
+entropy model alone, the main cost of patchifying codes: on CUDA, or with a few images on a CPU. Its share of peak is
+relative to one large matrix product, measured in the same precision.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RULE = {"strategy": "entropy", "threshold": 7.8, "max_length": 4, "row_reset": T
 
 
 def make_patches(folder: Path, images: int, views: int, tokens: int) -> None:
-    """Random codes and entropies; what is drawn is one shard's, which the others hold turned round."""
+    """Write an artifact of random codes and entropies. One shard is drawn; the others are rolled copies of it."""
     side = math.isqrt(tokens)
     settings = {"codes": "synthetic", "codes_settings": {}, "entropy_model": "0" * 64, "precision": "fp32", **RULE}
     rng = np.random.default_rng(0)
@@ -48,12 +48,16 @@ def make_patches(folder: Path, images: int, views: int, tokens: int) -> None:
     build = ArtifactBuild(folder, settings=settings, n_shards=-(-images // SHARD), container="arrow")
     for index in build.todo():
         here = range(index * SHARD, min((index + 1) * SHARD, images))
-        held = np.roll(entropy, index, axis=0)[: len(here)]
+        shard_entropy = np.roll(entropy, index, axis=0)[: len(here)]
         labels = (np.array(here) * CLASSES // images).astype(np.int32)
-        starts = patch_starts(held, 7.8, 4, side)
+        starts = patch_starts(shard_entropy, 7.8, 4, side)
         keys = [f"n{labels[i - here.start]:08d}/n{labels[i - here.start]:08d}_{i}.JPEG" for i in here]
         rows = Rows(
-            keys=keys, labels=labels, codes=np.roll(codes, index, axis=0)[: len(here)], entropy=held, starts=starts
+            keys=keys,
+            labels=labels,
+            codes=np.roll(codes, index, axis=0)[: len(here)],
+            entropy=shard_entropy,
+            starts=starts,
         )
         build.add(index, rows, statistics=count_patches(starts, labels))
 
@@ -83,16 +87,16 @@ def nothing() -> None:
     pass
 
 
-def move_boundaries(patches: Path, out: Path, verify: bool) -> None:
+def change_boundaries(patches: Path, out: Path, verify: bool) -> None:
     patchify(patches, out, PatchifySettings(threshold=7.5, verify=verify), Progress(quiet=True))
 
 
-def look(patches: Path) -> None:
+def inspect_statistics(patches: Path) -> None:
     inspect(patches, None, InspectSettings(images=0), Progress(quiet=True))
 
 
 def measured(function: Callable[..., None], *arguments: Any) -> tuple[float, float, float]:
-    """Seconds, seconds of processor time, and the process's peak memory in GB."""
+    """Call the function; return seconds, seconds of processor time, and the process's peak memory in GB."""
     began, cpu = time.perf_counter(), time.process_time()
     function(*arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -100,24 +104,24 @@ def measured(function: Callable[..., None], *arguments: Any) -> tuple[float, flo
 
 
 def apart(function: Callable[..., None], *arguments: Any) -> tuple[float, float, float]:
-    """:func:`measured`, in a new process."""
+    """Run :func:`measured` in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measured, function, *arguments).result()
 
 
 def artifact_table(folder: Path, images: int, views: int, tokens: int) -> None:
     source, moved = folder / "patches", folder / "moved"
-    apart(make_patches, source, images, views, tokens)  # a child's peak begins at what its parent holds
+    apart(make_patches, source, images, views, tokens)  # a child's peak memory starts at its parent's memory
     size = sum(path.stat().st_size for path in source.iterdir()) / 1e9
     manifest = (source / "manifest.json").stat().st_size / 1e6
     print(f"{images:,} images × {views} views × {tokens} tokens: {size:.2f} GB, manifest {manifest:.2f} MB\n")
-    print("| what | seconds | processor seconds | images/s | M tokens/s | peak memory |")
+    print("| task | seconds | processor seconds | images/s | M tokens/s | peak memory |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    print(f"| nothing: Python and its imports | | | | | {apart(nothing)[2]:.2f} GB |")
+    print(f"| imports only | | | | | {apart(nothing)[2]:.2f} GB |")
     for name, function, arguments in (
-        ("rethreshold", move_boundaries, (source, moved, True)),
-        ("rethreshold, --no-verify", move_boundaries, (source, moved, False)),
-        ("inspect --images 0", look, (source,)),
+        ("rethreshold", change_boundaries, (source, moved, True)),
+        ("rethreshold, --no-verify", change_boundaries, (source, moved, False)),
+        ("inspect --images 0", inspect_statistics, (source,)),
     ):
         shutil.rmtree(moved, ignore_errors=True)
         seconds, cpu, peak = apart(function, *arguments)
@@ -142,7 +146,7 @@ def entropy_model_table(name: str, tokens: int, batch: int, images: int) -> None
     codes = np.random.default_rng(0).integers(0, config.codebook_size, (images, tokens)).astype(np.uint16)
 
     def peak() -> float:
-        """Multiply-accumulates a second of one large matrix product."""
+        """Return the multiply-accumulates per second of one large matrix product."""
         n = 8192 if device.type == "cuda" else 2048
         a = torch.randn(n, n, device=device)
         with torch.no_grad(), autocast(device, "auto"):
@@ -167,13 +171,13 @@ def entropy_model_table(name: str, tokens: int, batch: int, images: int) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=1_281_167, help="0 makes no artifact")
+    parser.add_argument("--images", type=int, default=1_281_167, help="0 skips the artifact")
     parser.add_argument("--views", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--model", default="llamagen-b")
-    parser.add_argument("--model-images", type=int, default=32, help="0 runs no model")
+    parser.add_argument("--model-images", type=int, default=32, help="0 skips the entropy model")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--folder", type=Path, help="where the artifact lies meanwhile (default: the temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where to write the artifact (default: the temporary folder)")
     arguments = parser.parse_args()
     if arguments.images:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

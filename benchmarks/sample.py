@@ -1,16 +1,16 @@
-"""How fast DPAR samples beside LlamaGen of the same size: `python benchmarks/sample.py --sizes b l --batches 1 8 32`.
+"""Sampling speed of DPAR and LlamaGen of the same size: `python benchmarks/sample.py --sizes b l --batches 1 8 32`.
 
-Random weights: time does not depend on them, but for where patches begin. So the entropy model's head is drawn wide
-enough for its entropies to differ, and the threshold is set for the wanted mean patch length; the
-length that came out is in the table, with how much the number of patches differs between images. Guidance is on.
-LlamaGen and DPAR, a process each, take a few steps in turn: whatever else the machine does meets both alike. With
-`--repeats` the ratio of each is given, and the median of the others. `predicted` is the ratio of the
-multiply-accumulates of linear layers that `dpar flops` counts. A step is a token of every image of the batch. Weights
-are prepared for sampling once and beforehand, as in a long run.
+Weights are random: they affect the time only through the boundaries. So the entropy model's head is initialised with a
+standard deviation that spreads its entropies, and the threshold is set for the requested mean patch length; the table
+has the actual length, and the standard deviation of the number of patches between images. Guidance is on.
+LlamaGen and DPAR run in separate processes and take turns of a few steps, so that other load affects both equally. With
+`--repeats` the ratio of every repeat is printed, and the median of everything else. `predicted` is the ratio of the
+multiply-accumulates of linear layers that `dpar flops` counts. A step samples one token of every image of the batch.
+Weights are prepared for sampling once, before the measurement.
 
-Float32 on CPU, bfloat16 on CUDA. Memory: weights, and what sampling needs besides at its peak, each alone.
-`--cpu-time` counts this process's processor time instead of the clock's, for a machine that others use (then with
-OMP_NUM_THREADS=1, since threads that wait for others count as busy).
+Float32 on CPU, bfloat16 on CUDA. Memory is weights plus the peak of sampling, measured for each model alone.
+`--cpu-time` measures processor time instead of wall time, for a busy machine (use OMP_NUM_THREADS=1, because waiting
+threads count as busy).
 """
 
 import argparse
@@ -48,11 +48,11 @@ from dpar.guidance import uniforms
 
 V = 16384
 SEED = 0
-LOGIT_STD = 2.5  # of the entropy model: a mean entropy of about ln V - LOGIT_STD² / 2
+LOGIT_STD = 2.5  # of the entropy model, for a mean entropy of about ln V - LOGIT_STD² / 2
 
 
 def rss(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at its peak."""
+    """Return the memory of this process in bytes: now (VmRSS) or at its peak (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -61,7 +61,7 @@ def rss(field: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one process samples."""
+    """The model and the settings of one process."""
 
     model: str  # a preset's name
     entropy_model: str | None
@@ -75,7 +75,7 @@ class Run:
 
 
 class Sampler:
-    """A process that samples only while it is its turn."""
+    """A process that samples only during its turn."""
 
     STEPS = 16  # of a turn
 
@@ -84,12 +84,12 @@ class Sampler:
         self.pipe, theirs = spawn.Pipe()
         self.process = spawn.Process(target=serve, args=(run, theirs), daemon=True)
         self.process.start()
-        self.memory: int = self.pipe.recv()  # bytes: weights, and what sampling needs besides at its peak
-        self.starts: Tensor | None = None  # of patches, when it is done
+        self.memory: int = self.pipe.recv()  # bytes: weights plus the peak of sampling
+        self.starts: Tensor | None = None  # patch starts, set at the end
         self.seconds = 0.0
 
     def turn(self) -> bool:
-        """Whether there is more to do after this turn."""
+        """Take a turn and return whether images remain."""
         self.pipe.send("go")
         seconds, starts = self.pipe.recv()
         self.seconds += seconds
@@ -100,7 +100,7 @@ class Sampler:
 
 
 def serve(run: Run, pipe: Connection) -> None:
-    """What a :class:`Sampler` runs."""
+    """Sample in the process of a :class:`Sampler`."""
     torch.manual_seed(SEED)
     device, clock = torch.device(run.device), time.process_time if run.cpu_time else time.perf_counter
     cuda = device.type == "cuda"
@@ -113,10 +113,10 @@ def serve(run: Run, pipe: Connection) -> None:
     half = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
     kernels = mock.patch("dpar.cpu_kernels.available", return_value=False) if run.plain else contextlib.nullcontext()
     with half, kernels:
-        # on CUDA, whose first calls choose and load kernels, this is where they do
-        held = sum(p.numel() * p.element_size() for one in models for p in one.parameters())
+        # also a warm-up: the first calls on CUDA choose and load kernels
+        weights = sum(p.numel() * p.element_size() for one in models for p in one.parameters())
         first = partial(sample, model, labels[: run.batch], entropy_model, run.rule, options)
-        memory = held + memory_of(first, device)
+        memory = weights + memory_of(first, device)
         sampler = sampling.Sampler(model, entropy_model)
         sampler.sample(labels[: run.batch], run.rule, options)  # prepares weights; on CUDA captures graphs
         pipe.send(memory)
@@ -141,16 +141,16 @@ def serve(run: Run, pipe: Connection) -> None:
 
 
 def in_turn(*runs: Run) -> list[Sampler]:
-    """Samples these, a few steps of each in turn, until all are done."""
+    """Sample all runs, a few steps of each in turn."""
     samplers = [Sampler(run) for run in runs]
-    going = samplers
-    while going:
-        going = [sampler for sampler in going if sampler.turn()]
+    unfinished = samplers
+    while unfinished:
+        unfinished = [sampler for sampler in unfinished if sampler.turn()]
     return samplers
 
 
 def memory_of(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes of a call beyond those held before, at its peak."""
+    """Return the peak memory of a call in bytes, without the memory in use before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -164,9 +164,9 @@ def memory_of(call: Callable[[], object], device: torch.device) -> int:
 
 
 def threshold_for(entropy_model: LlamaGen, images: int, length: float, max_length: int) -> float:
-    """The threshold that gives the images of a run this mean patch length.
+    """Return the threshold for which the sampled images have this mean patch length.
 
-    A model with random weights has an output head of zeros, so it draws all codes alike, and they are known beforehand.
+    A new generator has an output head of zeros, so its codes are uniform and known in advance.
     """
     config = entropy_model.config
     codes = torch.from_numpy((uniforms(SEED, range(images), config.n_tokens) * V).astype("int64"))
@@ -194,7 +194,7 @@ def dpar(size: str, device: torch.device, **sizes: int) -> DPAR:
 
 
 def entropy_model_of(size: str, device: torch.device, grid: dict[str, int]) -> LlamaGen:
-    torch.manual_seed(SEED)  # the same in every process
+    torch.manual_seed(SEED)  # the same weights in every process
     model = llamagen(size, device, classes=0, start_token=False, **grid)
     torch.nn.init.normal_(model.output.weight, std=LOGIT_STD / model.config.width**0.5)
     return model
@@ -208,8 +208,8 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--patch-length", type=float, default=1.81)
     parser.add_argument("--max-length", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=1, help="batches of a run")
-    parser.add_argument("--plain", action="store_true", help="LlamaGen without oneDNN too")
+    parser.add_argument("--rounds", type=int, default=1, help="batches per run")
+    parser.add_argument("--plain", action="store_true", help="also measure LlamaGen without oneDNN")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -218,7 +218,7 @@ def main() -> None:
     grid = {"grid_height": side, "grid_width": side}
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{gpu}, torch {torch.__version__}, {arguments.image_size} px, guidance on\n")
-    columns = "model, entropy model, batch, images/s, ms a step, memory GiB, patch length, sd of patches"
+    columns = "model, entropy model, batch, images/s, ms per step, memory GiB, patch length, sd of patches"
     line(*columns.split(", "), "× LlamaGen", "predicted")
     line(*["---"] * 10)
     for size in arguments.sizes:
@@ -237,14 +237,14 @@ def main() -> None:
                 runs.append(Run(model=f"dpar-{size}", entropy_model=name, rule=rule, **same))
             bases: list[Sampler] = []
             plain: list[Sampler] = []
-            found: list[list[Sampler]] = [[] for _ in runs]
+            finished: list[list[Sampler]] = [[] for _ in runs]
             ratios: list[list[float]] = [[] for _ in runs]
             for _ in range(arguments.repeats):
                 for i, run in enumerate(runs):
-                    beside, sampler = in_turn(base, run)
-                    bases.append(beside)
-                    found[i].append(sampler)
-                    ratios[i].append(beside.seconds / sampler.seconds)
+                    baseline, sampler = in_turn(base, run)
+                    bases.append(baseline)
+                    finished[i].append(sampler)
+                    ratios[i].append(baseline.seconds / sampler.seconds)
                 if arguments.plain:
                     plain += in_turn(dataclasses.replace(base, plain=True))
 
@@ -253,9 +253,9 @@ def main() -> None:
                 slower = statistics.median(x.seconds for x in bases) / statistics.median(x.seconds for x in plain)
                 cells = figures(plain, base)
                 line(f"llamagen-{size}, plain products", "", batch, *cells, "", "", f"{slower:.2f}", "")
-            for run, samplers, of_each in zip(runs, found, ratios, strict=True):
+            for run, samplers, run_ratios in zip(runs, finished, ratios, strict=True):
                 starts = samplers[0].starts
-                assert starts is not None  # it is done
+                assert starts is not None  # all images are sampled
                 assert run.entropy_model is not None
                 patches = starts.sum(dim=1).float()
                 length = config.n_tokens / float(patches.mean())
@@ -265,20 +265,20 @@ def main() -> None:
                     *(run.model, f"llamagen-{run.entropy_model}", batch),
                     *figures(samplers, run),
                     *(f"{length:.2f}", f"{float(patches.std()):.0f}"),
-                    " ".join(f"{ratio:.2f}" for ratio in sorted(of_each)),
+                    " ".join(f"{ratio:.2f}" for ratio in sorted(run_ratios)),
                     f"{cost:.2f}",
                 )
 
 
 def figures(samplers: list[Sampler], run: Run) -> tuple[str, str, str]:
-    """images/s, ms a step, and GiB, of runs."""
+    """Return images/s, ms per step and GiB of repeated runs."""
     each = statistics.median(sampler.seconds for sampler in samplers) / run.images
     step = each * run.batch / (run.grid["grid_height"] * run.grid["grid_width"])
     return f"{1 / each:.3f}", f"{step * 1e3:.1f}", f"{samplers[0].memory / 2**30:.2f}"
 
 
 def line(*cells: object) -> None:
-    """A row of the table."""
+    """Print a row of the table."""
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 

@@ -1,10 +1,10 @@
-"""How fast training reads an artifact from a URL: `python benchmarks/streaming.py [--images N] [--views V]`.
+"""Speed of reading an artifact from a URL for training: `python benchmarks/streaming.py [--images N] [--views V]`.
 
-Makes a WebDataset and an Arrow artifact of random patches, serves them with ``python -m http.server`` on this machine,
-and reads them in training's order: from disk, from the server with an empty cache, and from a warm cache (``--cache``).
-The webdataset library's own reader reads from the same server. Each measurement has a process of its own. Rates are by
-the clock, and by the seconds of processor time that the reading process took, which a busy machine changes less; the
-ratios are of the second, which leaves the server's time out.
+Writes a WebDataset and an Arrow artifact of random patches, serves them with ``python -m http.server`` on this machine,
+and reads them in training order: from disk, from the server with an empty cache, and from a warm cache (``--cache``).
+The webdataset library reads from the same server for comparison. Each measurement has a separate process. Rates are per
+second of wall time and per second of the reader's processor time, which a busy machine affects less; the ratios use
+processor time, which excludes the server.
 """
 
 import argparse
@@ -27,7 +27,10 @@ from shards.training_data import TrainingData
 
 
 def read(_: Path, most: int, place: str, cache: Path | None = None) -> float:
-    """Images read from ``place``, a folder or URL, in training's order; without ``cache`` in a temporary one."""
+    """Read images from ``place``, a folder or URL, in training order, and return their number.
+
+    Without ``cache`` a temporary one is used.
+    """
     artifact = open_artifact(place, cache=None if cache is None else ShardCache(cache, 10**12))
     steps = max(1, most // BATCH)
     with TrainingData(artifact, batch=BATCH, seed=0) as data:
@@ -37,7 +40,7 @@ def read(_: Path, most: int, place: str, cache: Path | None = None) -> float:
 
 
 def webdataset(_: Path, most: int, place: str) -> float:
-    """Images read by the webdataset library from a URL, shuffled in a buffer."""
+    """Read images from a URL with the webdataset library, shuffled in a buffer, and return their number."""
     from webdataset import WebDataset
 
     artifact = open_artifact(place)
@@ -53,7 +56,7 @@ def webdataset(_: Path, most: int, place: str) -> float:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """Serve a folder on loopback; gives the URL."""
+    """Serve a folder on loopback and yield the URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,7 +88,7 @@ def main() -> None:
         make_artifact(home / "arrow", container="arrow", **shape)
         size = sum(path.stat().st_size for path in (home / "tar").iterdir()) / images
         print(f"{images:,} images × {arguments.views} views × {arguments.tokens} tokens, {size:,.0f} bytes each as tar")
-        print("\n| | images | seconds | a second | a second of processor time | peak memory |")
+        print("\n| | images | seconds | per second | per second of processor time | peak memory |")
         print("| --- | --- | --- | --- | --- | --- |")
         with serving(home) as url:
             here, there, arrow = str(home / "tar"), f"{url}/tar", f"{url}/arrow"
@@ -99,7 +102,7 @@ def main() -> None:
             plain = row("WebDataset, server, the webdataset library", library, min(images, 20_000))
         print(
             f"\nOf the rate from disk: {cached / disk:.2f} from the cache, {server / disk:.2f} from the server. "
-            f"The server is read {server / plain:.1f} times as fast as by the webdataset library."
+            f"Reading from the server is {server / plain:.1f} times as fast as with the webdataset library."
         )
 
 

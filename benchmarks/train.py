@@ -1,10 +1,10 @@
-"""What a training step of DPAR costs against LlamaGen's: `python benchmarks/train.py --size b --size l --dtype bf16`.
+"""Cost of a training step of DPAR and of LlamaGen: `python benchmarks/train.py --size b --size l --dtype bf16`.
 
-A step is forward, loss, backward and fused AdamW. The models take turns on the same batches, so that what else the
-machine does falls on all alike; medians are of their turns. Codes are random; boundaries are drawn with the paper's
-mean patch length (141 patches of 256 tokens at 256 px) and vary from image to image. "plain" is LlamaGen as one would
-write it down: SDPA, rotary positions in one pass, RMSNorm in float32, cross-entropy of whole logits. Peak memory is of
-a fresh process for each model: what it holds above its imports, or of the GPU's allocator. Prints Markdown.
+A step is forward, loss, backward and fused AdamW. The models take turns on the same batches, so that other load affects
+all equally; the figures are medians. Codes are random; boundaries are drawn with the paper's mean patch length (141
+patches for 256 tokens at 256 px) and vary between images. "plain" is a straightforward LlamaGen: SDPA, rotary
+positions in one pass, RMSNorm in float32, cross-entropy of the full logits. Peak memory is measured in a new process
+per model, without its imports, or by the GPU's allocator. Prints Markdown.
 """
 
 import argparse
@@ -38,7 +38,7 @@ Batch = tuple[Tensor, Tensor, PatchLayout]
 
 
 class PlainLlamaGen(nn.Module):
-    """LlamaGen as its design reads, without any of this repository's savings."""
+    """A straightforward LlamaGen, without this repository's optimisations."""
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
@@ -81,8 +81,8 @@ class PlainBlock(nn.Module):
     def rotate(x: Tensor, table: Tensor) -> Tensor:
         pairs, (cosine, sine) = x.float().unflatten(-1, (-1, 2)), table[:, None].unbind(-1)
         even, odd = pairs.unbind(-1)
-        turned = torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1)
-        return turned.flatten(-2).to(x.dtype)
+        rotated = torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1)
+        return rotated.flatten(-2).to(x.dtype)
 
 
 class PlainNorm(nn.Module):
@@ -97,7 +97,7 @@ class PlainNorm(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One table."""
+    """The settings of one table."""
 
     size: str
     image_size: int
@@ -141,13 +141,13 @@ class Trained:
                 if setting.compile:
                     self.model.compile()
             else:
-                made = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
-                if isinstance(made, DPAR):
-                    made.attention_backend = setting.backend  # type: ignore[assignment]
-                made.checkpoint_layers = setting.checkpoint
+                model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
+                if isinstance(model, DPAR):
+                    model.attention_backend = setting.backend  # type: ignore[assignment]
+                model.checkpoint_layers = setting.checkpoint
                 if setting.compile:
-                    made.compile_layers()
-                self.model = made
+                    model.compile_layers()
+                self.model = model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def step(self, batch: Batch) -> None:
@@ -172,8 +172,8 @@ def clock(setting: Setting, cpu_time: bool) -> float:
 
 
 def peak_memory(setting: Setting, name: str) -> float:
-    """MiB at the peak of a few steps; to be called in a process of its own."""
-    torch.mm(*torch.ones(2, 64, 64, device=setting.device))  # what the library itself holds does not count
+    """Return the peak memory of a few steps in MiB. Call it in a new process."""
+    torch.mm(*torch.ones(2, 64, 64, device=setting.device))  # loads the library, whose memory is not counted
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trained = Trained(setting, name)
     for batch in setting.batches(2):
@@ -198,7 +198,7 @@ def table(setting: Setting, names: list[str], steps: int, cpu_time: bool, memory
                 trained[name].step(batch)
             if number >= WARM_UP:
                 times[name].append(clock(setting, cpu_time) - began)
-    seconds = {name: statistics.median(found) for name, found in times.items()}
+    seconds = {name: statistics.median(values) for name, values in times.items()}
     rate = 2 * side**3 / seconds["matmul"]
     mean = statistics.mean(layout.n_patches / setting.batch for _, _, layout in batches[WARM_UP:])
     tokens = batches[0][0].shape[1]
@@ -216,13 +216,13 @@ def table(setting: Setting, names: list[str], steps: int, cpu_time: bool, memory
         f"{mean:.1f} patches per image. Median of {steps} steps{' of processor time' if cpu_time else ''}. "
         f"A {side}³ matrix product runs at {rate / 1e12:.3g} TFLOP/s{f' ({gpu})' if gpu else ''}.",
         "",
-        "| model | images/s | TFLOP/s | of the matrix product's | MFU | peak MiB | × LlamaGen | FLOPs say |",
+        "| model | images/s | TFLOP/s | of the matrix product's | MFU | peak MiB | × LlamaGen | by FLOPs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:
         images = setting.batch / seconds[name]
         achieved = images * flops[name]
-        # of the turns in pairs: what slows the machine slows both of a pair
+        # ratios within a turn: other load slows both models of a turn
         ratios = [base / own for base, own in zip(times["llamagen"], times[name], strict=True)]
         lines.append(
             f"| {name}-{setting.size} | {images:.3g} | {achieved / 1e12:.3g} | {achieved / rate:.0%} | "
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-plain", action="store_true", help="leave the plain LlamaGen out")
+    parser.add_argument("--no-plain", action="store_true", help="skip the plain LlamaGen")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine, with OMP_NUM_THREADS=1")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # the process that measures one model's memory

@@ -2,7 +2,7 @@
 
     from dpar import DPAR, LlamaGen, VQTokenizer, patch_starts, sample
 
-Names load on first use, so that ``import dpar`` costs nothing and the patch rule needs no torch.
+Names load on first use: ``import dpar`` is instant, and the patch rule does not import torch.
 """
 
 from importlib import import_module

@@ -5,15 +5,14 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run the command line, ``cli.py``.
+    """Run ``cli.py``, loaded by path so that another module called ``cli`` cannot shadow it.
 
-    Loaded by its path, so that a ``cli.py`` of the user's never stands in for it: beside the packages in a checkout,
-    in ``dpar/command/`` in a wheel (pyproject.toml puts it there). Nothing else in dpar reaches outside dpar.
+    It is next to the packages in a checkout, and in ``dpar/command/`` in a wheel (see pyproject.toml).
     """
     home = Path(__file__).parent
     installed, checkout = home / "command" / "cli.py", home.parent / "cli.py"
     spec = spec_from_file_location("dpar.command.cli", installed if installed.is_file() else checkout)
-    assert spec is not None  # it ends in .py
+    assert spec is not None  # the path ends in .py
     assert spec.loader is not None
     cli = module_from_spec(spec)
     spec.loader.exec_module(cli)

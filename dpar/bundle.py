@@ -1,15 +1,15 @@
-"""A bundle: everything that sampling needs in one directory, as diffusers and the Hub keep pipelines.
+"""A bundle: everything that sampling needs in one directory, laid out like a diffusers pipeline.
 
     bundle = Bundle.read(Path("bundle"))
     bundle.class_names, bundle.rule, bundle.parts["tokenizer"]
 
-    bundle.json          class names, patch rule, what the training cost, and the SHA-256 of each part
+    bundle.json          class names, patch rule, training cost, and the SHA-256 of each part
     generator/           the DPAR or LlamaGen: config.json, model.safetensors, README.md
-    entropy_model/       the LlamaGen without classes that places patches; a LlamaGen generator has none
+    entropy_model/       the unconditional LlamaGen that decides patch boundaries; absent for a LlamaGen generator
     tokenizer/           the VQ tokenizer
     README.md            the model card
 
-Wherever the name of weights is asked for, a bundle's name stands for the part that is needed there.
+A bundle is accepted wherever weights are: the part needed there is used.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class TrainingCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """What ``bundle.json`` says."""
+    """The contents of ``bundle.json``."""
 
     class_names: tuple[str, ...]
-    parts: Mapping[Part, str]  # SHA-256 of their weights; without an entropy model where boundaries need none
+    parts: Mapping[Part, str]  # SHA-256 of each part's weights
     rule: PatchRule | None  # of the training data; None for a LlamaGen
-    training: TrainingCost | None = None  # where it is known
+    training: TrainingCost | None = None  # None: unknown
 
     def write(self, folder: Path) -> None:
-        """Write ``bundle.json`` into ``folder``, which holds the parts already."""
+        """Write ``bundle.json`` into ``folder``. Call it last: it marks the bundle as complete."""
         values = {
             "format": FORMAT,
             "class_names": list(self.class_names),
@@ -74,7 +74,7 @@ class Bundle:
         path = folder / BUNDLE
         try:
             if path.stat().st_size > LARGEST:
-                raise ModelError(f"{path} cannot be read: it has {path.stat().st_size:,} bytes")
+                raise ModelError(f"{path} cannot be read: {path.stat().st_size:,} bytes are too many for a {BUNDLE}")
             values = json.loads(path.read_text(encoding="utf-8"))
         except ModelError:
             raise
@@ -111,7 +111,7 @@ def _training(values: Any) -> TrainingCost | None:
         isinstance(number, bool) or not isinstance(number, (int, float))
         for number in (cost.steps, cost.batch, cost.gflops_per_image)
     ):
-        raise TypeError("training must have a model's name and three numbers")
+        raise TypeError("training must have a model name and three numbers")
     return cost
 
 

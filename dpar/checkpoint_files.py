@@ -1,21 +1,21 @@
-"""Checkpoint files of LlamaGen and of the DPAR authors, read without running anything in them.
+"""Read checkpoint files of LlamaGen and of the DPAR authors, without executing code stored in them.
 
     checkpoint = read("c2i_B_256.pt")
     checkpoint.model_type, checkpoint.sizes, checkpoint.tensors     # "llamagen", its config, tensors by name
 
-``from_pretrained`` reads any path that is a file here: ``.pt`` (``vq_ds16_c2i.pt``, ``c2i_B_256.pt``) or
+``from_pretrained`` passes files to this module: ``.pt`` (``vq_ds16_c2i.pt``, ``c2i_B_256.pt``) or
 ``.safetensors``. The state dict of a ``.pt`` is under ``model``, ``ema``, ``module`` or ``state_dict``, the first in
 this order, or bare. Names may begin with ``module.`` (DDP) or ``_orig_mod.`` (torch.compile). Tensors of
-the authors' DPAR get this package's names (:data:`AUTHORS_NAMES`). Sizes are read from the tensors. The rest is from:
+the authors' DPAR are renamed (:data:`AUTHORS_NAMES`). Sizes follow from tensor shapes; the other values come from:
 
-- heads: ``freqs_cis`` if stored, else the training arguments, else the width, if it is a published one;
+- heads: ``freqs_cis`` if stored, else the training arguments, else the published model of that width;
 - grid: ``freqs_cis``, else the training arguments, else ``_256``, ``_384`` or ``_512`` in the file's name (pixels, 16
   per token), else 16×16;
 - rotary positions of DPAR's patches: the training arguments if this module wrote the file, else ``dynamic``.
 
-``heads``, ``grid`` and ``rope`` fill in what a file does not tell. A file that contradicts them is refused: rotary
-positions count rows and columns of the grid that weights were trained on. To weights for 384 px, a 256 px image is
-the top left corner of a larger one, which they were never trained on.
+``heads``, ``grid`` and ``rope`` supply values that the file does not record; a file that contradicts them is refused.
+Weights work only on the grid they were trained on, because rotary positions count its rows and columns: a model trained
+at 384 px treats a 256 px image as the top-left corner of a larger one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dpar.tensors import count_layers, shown
 from dpar.torch_files import NEEDED, load, state_dict
 
 DERIVED = ("freqs_cis", "quantize.codebook_used")  # recomputed, or a statistic of training
-CODEBOOK_USED = 65536  # entries of the latter; LlamaGen's VQ does not load without it
+CODEBOOK_USED = 65536  # length of quantize.codebook_used, without which LlamaGen's VQ does not load
 # by width: B, L, XL, XXL, LlamaGen's 1B, 3B and 7B, DPAR's XXXL
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 3200: 32, 4096: 32, 2560: 40}
 NAMES = {"GPT-B": 12, "GPT-L": 16, "GPT-XL": 20, "GPT-XXL": 24, "GPT-1B": 32, "GPT-3B": 32, "GPT-7B": 32}
@@ -53,7 +53,7 @@ AUTHORS_NAMES = {
     "local_decoder.cross_attn_layers.{}.wo.": "decoder.{}.patch_proj.",
     "decoder_start_embedding.": "decoder_start.",
 }
-PUBLISHED = {"patch_query": "max", "offset_embedding": False, "decoder_start": "learned"}  # what the format can hold
+PUBLISHED = {"patch_query": "max", "offset_embedding": False, "decoder_start": "learned"}  # what the format supports
 TITLES = {"vq": "LlamaGen's VQ tokenizer", "llamagen": "LlamaGen's GPT", "dpar": "a DPAR model"}
 
 
@@ -64,9 +64,9 @@ class CheckpointFile:
     path: Path
     model_type: str  # "vq", "llamagen" or "dpar"
     sizes: dict[str, Any]  # fields of VQConfig, LlamaGenConfig or DPARConfig
-    tensors: dict[str, Tensor]  # by this package's names, in the file's dtypes, without DERIVED; mapped if possible
-    key: str | None  # of the state dict; None: bare
-    grid_from: str | None = None  # where the grid was read; None for a VQ
+    tensors: dict[str, Tensor]  # this package's names, the file's dtypes, no DERIVED; memory-mapped if possible
+    key: str | None  # of the state dict in the file; None: bare
+    grid_from: str | None = None  # where the grid was read from; None for a VQ
 
 
 def read(
@@ -80,12 +80,12 @@ def read(
 
     Args:
         path: the file.
-        heads: of the attention, for a file that does not tell.
+        heads: attention heads, if the file does not record them.
         grid: rows and columns of tokens, likewise.
         rope: rotary positions of a DPAR's patches, likewise.
 
     Raises:
-        ModelError: the file is not such a checkpoint, with what it is; or it has other heads or another grid.
+        ModelError: the file is not such a checkpoint, or contradicts ``heads``, ``grid`` or ``rope``.
     """
     file = Path(path)
     contents = load(file)
@@ -147,7 +147,7 @@ def write(path: Path, model_type: str, sizes: dict[str, Any], tensors: dict[str,
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:
-    """Return a tensor's name with its prefix replaced; of two prefixes that match, the first in ``prefixes`` counts."""
+    """Return a tensor's name with its prefix replaced; the first matching prefix wins."""
     for old, new in prefixes.items():
         pattern = re.escape(old).replace(re.escape("{}"), r"(\d+)")
         if match := re.match(pattern, name):
@@ -170,9 +170,9 @@ def _kind(tensors: dict[str, Tensor]) -> str | None:
 
 def _other(tensors: dict[str, Tensor]) -> str:
     if any(name.startswith("cls_embedding.cap_proj.") for name in tensors):
-        return "LlamaGen's text-to-image GPT, which reads captions and not classes"
+        return "LlamaGen's text-to-image GPT, which takes captions, not classes"
     if any(name.startswith("encoder.0.block.") for name in tensors):
-        return "the weights of a directory written by save_pretrained; name the directory"
+        return "the weights of a directory written by save_pretrained; pass the directory"
     return f"another model (its tensors: {', '.join(shown(name, quote=False) for name in list(tensors)[:3])} …)"
 
 
@@ -182,8 +182,8 @@ def _vq_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
     needed = ["quantize.embedding.weight", "encoder.conv_in.weight", "encoder.conv_out.weight", *stages]
     codebook, first, last, *widths = _shapes(tensors, needed, "VQTokenizer", path)
     if first[0] < 1 or any(width[0] % first[0] for width in widths):
-        shown = ", ".join(str(width[0]) for width in widths)
-        raise ModelError(f"{path}: its widths ({shown}) are not multiples of the first layer's {first[0]}")
+        listed = ", ".join(str(width[0]) for width in widths)
+        raise ModelError(f"{path}: its widths ({listed}) are not multiples of the first layer's {first[0]}")
     return {
         "codebook_size": codebook[0],
         "codebook_dim": codebook[1],
@@ -197,20 +197,20 @@ def _vq_sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
 def _gpt_sizes(tensors: dict[str, Tensor], arguments: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the sizes of a GPT, or of a DPAR without its depths."""
     class_table, is_dpar = "cls_embedding.embedding_table.weight", _kind(tensors) == "dpar"
-    if not is_dpar and class_table not in tensors:  # the authors' entropy model: nothing in front of the tokens
+    if not is_dpar and class_table not in tensors:  # the authors' entropy model: no start token
         (tokens,) = _shapes(tensors, ["tok_embeddings.weight"], "LlamaGen", path)
         sizes = {"codebook_size": tokens[0], "classes": 0, "width": tokens[1], "start_token": False}
     else:
         needed = ["tok_embeddings.weight", class_table]
         tokens, labels = _shapes(tensors, needed, "DPAR" if is_dpar else "LlamaGen", path)
         if _argument(arguments, "num_classes", path) == labels[0]:
-            raise ModelError(f"{path} was trained without a guidance class (class dropout 0); one with it is needed")
+            raise ModelError(f"{path} was trained without a guidance class (class dropout 0), which sampling needs")
         sizes = {"codebook_size": tokens[0], "classes": labels[0] - 1, "width": tokens[1]}
     return sizes if is_dpar else sizes | {"layers": count_layers(tensors, "layers.")}
 
 
 def _dpar_depths(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Return the depths of the three parts of a DPAR, by the authors' names."""
+    """Return the depths of the three parts of a DPAR."""
     return {
         "encoder_layers": count_layers(tensors, "local_encoder.layers."),
         "patch_layers": count_layers(tensors, "layers."),
@@ -219,12 +219,12 @@ def _dpar_depths(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def _rope(arguments: dict[str, Any], asked: str | None, path: Path) -> str:
-    """Return the kind of rotary positions of patches: as :func:`write` recorded it, or as asked for."""
+    """Return the kind of rotary positions of patches: the recorded one, else ``asked``, else ``dynamic``."""
     stored = arguments.get("rope")
     if stored is not None and not isinstance(stored, str):
         raise ModelError(f"{path}: rope in its training arguments is {shown(stored)}; a name is needed")
     if stored is not None and asked not in (None, stored):
-        raise ModelError(f"{path} has rotary positions {stored!r}; {asked!r} were asked for")
+        raise ModelError(f"{path} has rotary positions {stored!r}; requested were {asked!r}")
     return stored or asked or "dynamic"
 
 
@@ -241,7 +241,7 @@ def _is_size(value: object) -> bool:
 
 
 def _shapes(tensors: dict[str, Tensor], names: list[str], model: str, path: Path) -> list[tuple[int, ...]]:
-    """Return the shapes of the tensors that sizes are read from."""
+    """Return the shapes of the tensors ``names``; raise ModelError if one is missing or a vector."""
     faults = [f"missing {name}" for name in names if name not in tensors]
     faults += [
         f"{name} is {tuple(tensors[name].shape)}" for name in names if name in tensors and tensors[name].ndim < 2
@@ -274,18 +274,18 @@ def _heads(rotary: tuple[int, int] | None, arguments: dict[str, Any], width: int
         if asked is not None:
             return asked
         raise ModelError(
-            f"{path} does not say how many heads it has, and its width of {width} is none of the published ones; "
+            f"{path} does not record its number of heads, and no published model has its width of {width}; "
             "pass heads= to from_pretrained"
         )
     if asked not in (None, stored):
-        raise ModelError(f"{path} has {stored} heads; {asked} were asked for")
+        raise ModelError(f"{path} has {stored} heads; {asked} were requested")
     return stored
 
 
 def _grid(
     rotary: tuple[int, int] | None, arguments: dict[str, Any], asked: tuple[int, int] | None, path: Path
 ) -> tuple[tuple[int, int], str]:
-    """Return rows and columns of tokens, and where they were read."""
+    """Return rows and columns of tokens, and where they were read from."""
     grid: tuple[int, int] | None = None
     source = "freqs_cis"
     if rotary is not None:
@@ -302,16 +302,16 @@ def _grid(
         grid, source = (side, side), f"_{named[-1]} in its name"
     if grid is not None and asked is not None and tuple(asked) != grid:
         raise ModelError(
-            f"{path} is for a grid of {grid[0]}×{grid[1]} ({source}), and {asked[0]}×{asked[1]} was asked for: "
-            "rotary positions count rows and columns of the grid that weights were trained on, so it serves that alone"
+            f"{path} is for a grid of {grid[0]}×{grid[1]} ({source}), but {asked[0]}×{asked[1]} was requested: "
+            "weights work only on the grid they were trained on"
         )
     if grid is not None:
         return grid, source
-    return (asked, "as asked") if asked is not None else ((16, 16), "LlamaGen's default; the file does not say")
+    return (asked, "as requested") if asked is not None else ((16, 16), "LlamaGen's default; not recorded in the file")
 
 
 def _check_rotary(freqs_cis: Tensor, sizes: dict[str, Any], path: Path) -> None:
-    """Refuse a stored table other than LlamaGen's, which is the one that the model computes with."""
+    """Raise ModelError unless the stored table is LlamaGen's, the only one the model implements."""
     head_dim = sizes["width"] // sizes["heads"]
     table = with_condition(token_table(sizes["grid_height"], sizes["grid_width"], head_dim))
     if freqs_cis.shape != table.shape or not torch.allclose(freqs_cis.float(), table, atol=1e-2):
@@ -319,7 +319,7 @@ def _check_rotary(freqs_cis: Tensor, sizes: dict[str, Any], path: Path) -> None:
 
 
 def describe(model_type: str, sizes: dict[str, Any]) -> str:
-    """Return a description of a model in one line, from its config's values."""
+    """Return a one-line description of a model, from its config values."""
     title = TITLES.get(model_type, model_type)
     if model_type == "vq":
         pixels = 2 ** (len(sizes["channel_multipliers"]) - 1)

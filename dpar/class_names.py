@@ -1,4 +1,4 @@
-"""Classes by name: ``golden retriever`` finds ``n02099601 golden retriever``, and a misspelt name its nearest.
+"""Classes by name: ``golden retriever`` matches ``n02099601 golden retriever``; misspelt names get suggestions.
 
 label = find_class("golden retriever", class_names)
 """
@@ -16,10 +16,9 @@ _SYNSET = re.compile(r"(n\d{8}) (.+)")
 
 
 def find_class(name: str, known: Sequence[str]) -> int | None:
-    """The label of the class that ``name`` means: the name itself, or either half of ``n02099601 golden retriever``.
+    """Return the index in ``known`` of the class called ``name``, or None.
 
-    Returns:
-        Its place in ``known``; None if there is none.
+    The name is the full one, or either half of ``n02099601 golden retriever``.
 
     Raises:
         ModelError: several classes have that name.
@@ -27,23 +26,23 @@ def find_class(name: str, known: Sequence[str]) -> int | None:
     asked = unicodedata.normalize("NFC", name)
     if asked in known:
         return list(known).index(asked)
-    meant = [label for label, match in enumerate(map(_SYNSET.fullmatch, known)) if match and asked in match.groups()]
-    if len(meant) > 1:
-        names = ", ".join(known[label] for label in meant)
-        raise ModelError(f"class {name!r} is the name of {len(meant)} classes; choose from: {names}")
-    return meant[0] if meant else None
+    labels = [label for label, match in enumerate(map(_SYNSET.fullmatch, known)) if match and asked in match.groups()]
+    if len(labels) > 1:
+        names = ", ".join(known[label] for label in labels)
+        raise ModelError(f"class {name!r} is the name of {len(labels)} classes; choose from: {names}")
+    return labels[0] if labels else None
 
 
 def nearest_class(name: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown class: the nearest names, of synsets also without their number."""
+    """Return the end of a message about an unknown class: the nearest names, with and without synset numbers."""
     words = [match.group(2) for match in map(_SYNSET.fullmatch, known) if match]
     return nearest(name, [*known, *words])
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown name: the closest known ones, or the first few of them."""
+    """Return the end of a message about an unknown name: the closest known names, else the first few."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     first = ", ".join(known[:20]) + (f", … ({len(known)} in all)" if len(known) > 20 else "")
-    return f"there is: {first}" if known else "there is none"
+    return f"available: {first}" if known else "none is available"

@@ -1,16 +1,16 @@
 """Faster copies of models for float32 inference on CPUs: oneDNN's matrix products on weights packed once.
 
     model = prepare_forward(model)               # linear layers run on oneDNN; same module otherwise
-    model = prepare_steps(model)                 # and blocks step with their weights folded, for sampling
+    model = prepare_steps(model)                 # blocks step with folded weights as well, for sampling
 
 Both return the model itself if nothing in it can be prepared: on other devices, in other dtypes, in training, under
-autocast, and in a PyTorch without oneDNN. A copy shares all parameters and holds the packed weights beside them, so it
-doubles the memory of the weights. It does not follow later changes of the weights, and has no gradients.
+autocast, and in a PyTorch without oneDNN. A copy shares all parameters and adds the packed weights, which doubles the
+memory of the weights. It does not track later weight updates and has no gradients.
 
-PyTorch gives float32 products to MKL. With few rows, as in sampling, MKL packs the weights in every call; here they are
-packed once. On AMD's processors oneDNN's kernels are also about twice as fast as MKL's, at any number of rows. From two
-rows on, a row's result is bit-identical at any number of rows and of threads, on every x86 instruction set that oneDNN
-knows: :func:`pad_rows` builds on it. All private operators are called here.
+PyTorch dispatches float32 products to MKL. With few rows, as in sampling, MKL packs the weights in every call; here
+they are packed once. On AMD processors oneDNN's kernels are also about twice as fast as MKL's, at any number of rows.
+With two or more rows, a row's result is bit-identical for any number of rows and threads, on every x86 instruction set
+that oneDNN supports; :func:`pad_rows` relies on it. All private oneDNN operators are called here.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from dpar.kv_cache import KVCache, Places, round_up, with_rows
 from dpar.layers import NORM_EPS, Block
 
 M = TypeVar("M", bound=nn.Module)
-LEAST_ROWS = 2  # a row of oneDNN's products has the same bits at any number of rows from this on
+LEAST_ROWS = 2  # with at least this many rows, each row of a oneDNN product is bit-identical
 WQKV = "attention.wqkv"  # of a block: if this can be packed, all of its linear layers can
-OTHER_LEAST_ROWS, OTHER_ROWS = 8, 4  # for other libraries: the least number of rows, and what it must be a multiple of
+OTHER_LEAST_ROWS, OTHER_ROWS = 8, 4  # for other libraries: at least this many rows, and a multiple of this
 
 
 def available() -> bool:
-    """Return whether this PyTorch has oneDNN's kernels; builds for Macs, for example, do not."""
+    """Return whether this PyTorch has oneDNN's kernels; macOS builds, for example, do not."""
     kernels = ("_linear_pointwise", "_reorder_linear_weight")
     present = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in kernels)
     return present and hasattr(torch.ops.mkldnn._linear_pointwise, "binary")
@@ -45,7 +45,7 @@ def padded(rows: int) -> int:
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """Append rows of zeros to x (R, ...), so that a row's products have the same bits in any batch."""
+    """Append rows of zeros to x (R, ...), so that a row's products are bit-identical in any batch."""
     return with_rows(x, padded(x.shape[0]))
 
 
@@ -56,7 +56,7 @@ def prepare_forward(model: M) -> M:
 
 
 def prepare_steps(model: M) -> M:
-    """As :func:`prepare_forward`, for sampling: blocks are :class:`PreparedBlock`, norms take fewer calls."""
+    """Like :func:`prepare_forward`, for sampling: blocks become :class:`PreparedBlock`, norms :class:`FewCallsNorm`."""
     linears = {} if _is_prepared(model) else _linears(model)
     if not linears:
         return model
@@ -78,7 +78,7 @@ def prepare_steps(model: M) -> M:
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer whose product is oneDNN's."""
+    """A linear layer computed by oneDNN."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)  # the weight is shared, not allocated again
@@ -92,7 +92,7 @@ class PackedLinear(nn.Linear):
 
 
 class FewCallsNorm(nn.RMSNorm):
-    """RMSNorm by four calls: torch's own takes twice as long on a few rows."""
+    """RMSNorm in four operator calls; on a few rows torch's own takes twice as long."""
 
     def __init__(self, norm: nn.RMSNorm) -> None:
         nn.Module.__init__(self)  # the weight is shared, not allocated again
@@ -105,10 +105,10 @@ class FewCallsNorm(nn.RMSNorm):
 
 
 class PreparedBlock(Block):
-    """A block whose steps cost few calls: on a few rows each call costs more than its arithmetic.
+    """A block whose step makes few operator calls: on a few rows, a call costs more than its arithmetic.
 
-    Norm weights and the scale of queries are folded into the matrices; SiLU, gate and residual branches into what
-    oneDNN does with a product's result.
+    Norm weights and the query scale are folded into the matrices; SiLU, gate and residual addition are fused into
+    oneDNN's products.
     """
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ def with_parts(model: M, parts: dict[str, nn.Module]) -> M:
     if "" in parts:
         return cast("M", parts[""])
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    prepared = copy.deepcopy(model, shared)  # the memo: these are not copied
+    prepared = copy.deepcopy(model, shared)  # tensors in the memo are not copied
     for name, part in parts.items():
         prepared.set_submodule(name, part)
     return prepared
@@ -166,7 +166,7 @@ def _can_pack(linear: nn.Linear) -> bool:
     return (
         len(list(linear.parameters())) == 1  # no bias
         and not linear.training
-        and type(weight.data) is Tensor  # not a shard, as FSDP has
+        and type(weight.data) is Tensor  # not an FSDP shard
         and weight.dtype == torch.float32
         and weight.device.type == "cpu"
     )

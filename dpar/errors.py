@@ -1,5 +1,5 @@
-"""What the library raises when a user's input, not the code, is at fault: one message that says what to do."""
+"""The library's error for invalid user input, as opposed to bugs: one message that says what to do."""
 
 
 class ModelError(ValueError):
-    """A model, checkpoint or model input that cannot be used, and why."""
+    """A model, checkpoint or model input cannot be used."""

@@ -1,4 +1,4 @@
-"""Writing a file so that a reader sees the old contents or the new, never half of them."""
+"""Atomic file writes: a reader sees the old contents or the new, never a mixture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield ``path`` with ``.part`` appended, to write to; rename it to ``path`` at the end, or delete it on an error.
+    """Yield ``path`` with ``.part`` appended, to write to; then rename it to ``path``, or delete it on an error.
 
     with atomic_path(folder / "config.json") as part:
         part.write_text(text)

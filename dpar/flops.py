@@ -1,12 +1,12 @@
-"""What models cost, counted from the modules themselves on meta tensors, and the paper's figures.
+"""Cost of a model, counted by running it on meta tensors, and the paper's figures.
 
     cost = count(preset("dpar-b"), patch_length=1.81)
     cost.parameters, cost.linear / 1e9                       # GMACs per image, as the paper counts them
 
     linear_macs(preset("dpar-b"), patches=141.4)             # the same count for a measured mean of patches per image
 
-The paper's GFLOPs are multiply-accumulates of the linear layers of one forward pass per image; attention products
-are not in them, and are counted separately here (in full squares, as kernels without causal skipping compute).
+The paper's GFLOPs are multiply-accumulates of the linear layers of one forward pass per image. They exclude attention
+products, which are counted separately here, as full squares (no causal skipping).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dpar.llamagen import LlamaGen, LlamaGenConfig
 from dpar.model import DPAR, DPARConfig
 from dpar.packing import PatchLayout
 
-TRAINING_FLOPS_PER_MAC = 6  # a multiplication and an addition, forward once and backward twice
-IMAGES = 100  # per mean, so that mean patches per image are exact to a hundredth
+TRAINING_FLOPS_PER_MAC = 6  # a multiplication and an addition; backward costs twice as much as forward
+IMAGES = 100  # averaged over, so that mean patches per image are exact to 1/100
 
 # The paper's figures: parameters in millions (Table 1), and GMACs by resolution (its Tables 8, 256 and 384 px).
 PAPER_PARAMETERS = {
@@ -54,7 +54,7 @@ PAPER_PATCH_LENGTH = {256: 1.81, 384: 2.06}
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """The cost of one model; multiply-accumulates (MACs) are of one forward pass per image."""
+    """The cost of one model. Multiply-accumulates (MACs) are per image, for one forward pass."""
 
     parameters: int
     patches: float  # mean patches per image; tokens for LlamaGen
@@ -68,7 +68,7 @@ class Cost:
         return TRAINING_FLOPS_PER_MAC * self.linear
 
     def sampling(self, entropy_model: Cost | None = None, guidance: bool = True) -> float:
-        """Return MACs of linear layers to sample one image, the entropy model's included."""
+        """Return MACs of linear layers to sample one image, including the entropy model's."""
         own = self.shared + (2 if guidance else 1) * (self.linear - self.shared)
         return own + (entropy_model.linear if entropy_model else 0.0)
 
@@ -127,7 +127,7 @@ def _image_macs(model: DPAR | LlamaGen, patches: int) -> tuple[float, float, flo
 def linear_macs(config: DPARConfig | LlamaGenConfig, patches: float) -> float:
     """Return MACs of linear layers of one forward pass per image, for a mean of ``patches`` per image.
 
-    They are linear in the number of patches, so two counts give all others, and a mean of patches gives the mean cost.
+    The cost is linear in the number of patches, so the cost of the mean is the mean cost.
 
     Args:
         config: of the model.

@@ -63,7 +63,7 @@ class SamplingOptions:
         return self.cfg_scale != 1.0
 
     def guidance_at(self, position: int, n_tokens: int) -> float:
-        """The guidance scale s of token ``position`` of ``n_tokens``."""
+        """Return the guidance scale s of token ``position`` of ``n_tokens``."""
         if self.cfg_schedule == "constant":
             return self.cfg_scale
         done = position / n_tokens
@@ -72,13 +72,13 @@ class SamplingOptions:
 
 
 def uniforms(seed: int, indices: Sequence[int], n_tokens: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """One number in [0, 1) for each image and token: (B, n_tokens) float64, a function of (seed, index, position)."""
+    """Return a number in [0, 1) per image and token, a function of (seed, index, position): (B, n_tokens) float64."""
     rows = [np.random.Generator(np.random.Philox(key=[seed, index])).random(n_tokens) for index in indices]
     return np.stack(rows)
 
 
 def draw(logits: Tensor, uniform: Tensor, options: SamplingOptions) -> Tensor:
-    """Tokens (B,) int64 from logits (B, V) and one number in [0, 1) each, (B,) float64, by the inverse CDF."""
+    """Draw tokens (B,) int64 from logits (B, V) by the inverse CDF, with one number in [0, 1) each, (B,) float64."""
     if options.temperature == 0:
         return logits.argmax(dim=-1)
     probs = (logits.double() / options.temperature).softmax(dim=-1)
@@ -88,7 +88,7 @@ def draw(logits: Tensor, uniform: Tensor, options: SamplingOptions) -> Tensor:
 
 
 def keep_likeliest(probs: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Probabilities (B, V) with all but the ``top_k`` likeliest, and all past ``top_p``, set to 0; not normalised."""
+    """Zero all but the ``top_k`` likeliest of (B, V) probabilities, and all past ``top_p``; not renormalised."""
     if (top_k <= 0 or top_k >= probs.shape[-1]) and top_p >= 1:
         return probs
     ordered = _descending(probs)
@@ -100,12 +100,12 @@ def keep_likeliest(probs: Tensor, top_k: int, top_p: float) -> Tensor:
         count = 1 + (reached[:, :-1] / reached[:, -1:] < top_p).sum(dim=-1, keepdim=True)
     least = ordered.gather(-1, count - 1)
     above, equal = probs > least, probs == least
-    first = equal & (equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True))  # of equals, the first stay
+    first = equal & (equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True))  # ties: the first ones stay
     return probs.masked_fill(~(above | first), 0)
 
 
 def _descending(values: Tensor) -> Tensor:
-    """Each row of (B, V) sorted. On CPU by NumPy: PyTorch sorts indices along, which takes ten times as long there."""
+    """Sort each row of (B, V). On CPU with NumPy: PyTorch also returns indices, which takes ten times as long there."""
     if values.device.type != "cpu":
         return values.sort(dim=-1, descending=True).values
     return torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)

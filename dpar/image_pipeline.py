@@ -3,9 +3,9 @@
     pipe = DPARPipeline.from_pretrained("bundle")            # a directory, or "owner/name" on the Hub
     pictures = pipe(["animal mammal", 7], cfg_scale=2.0, seed=0).images
     patched = pipe.patchify(Image.open("cat.png"))           # entropies (nats), patch starts, reconstruction
-    edited = pipe("cat", image=Image.open("cat.png"), keep_rows=8).images     # the upper rows of tokens stay
+    edited = pipe("cat", image=Image.open("cat.png"), keep_rows=8).images     # keeps the top 8 rows of tokens
 
-It loads a bundle (:mod:`dpar.bundle`) and keeps one :class:`dpar.sampling.Sampler` between calls.
+A pipeline loads a bundle (:mod:`dpar.bundle`) and reuses one :class:`dpar.sampling.Sampler` across calls.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ class PipelineImages:
     labels: NDArray[np.int64]  # (n,)
     codes: NDArray[np.int64]  # (n, N)
     starts: NDArray[np.bool_]  # (n, N), True where a token starts a patch; everywhere for a LlamaGen
-    entropies: NDArray[np.float16] | None  # (n, N) nats, +inf for token 0; where they were asked for
-    kept: NDArray[np.bool_] | None = None  # (N,), True where a token is the given image's; None without one
+    entropies: NDArray[np.float16] | None  # (n, N) nats, +inf for token 0; None unless requested
+    kept: NDArray[np.bool_] | None = None  # (N,), True where a token comes from the given image; None without one
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchedImage:
-    """A picture as DPAR sees it."""
+    """The tokens and patches of a picture."""
 
     codes: NDArray[np.int64]  # (H_g, W_g)
     entropies: NDArray[np.float16]  # (H_g, W_g) nats, +inf for token 0
     starts: NDArray[np.bool_]  # (H_g, W_g), True where a token starts a patch
-    reconstruction: Image.Image  # what the tokenizer keeps of the picture
+    reconstruction: Image.Image  # decoded from the codes
 
     @property
     def patches(self) -> int:
-        """How many patches there are, M."""
+        """Number of patches, M."""
         return int(self.starts.sum())
 
 
@@ -74,7 +74,7 @@ class DPARPipeline:
         rule: PatchRule | None,
         class_names: Sequence[str],
     ) -> None:
-        """Keep the parts, which are in evaluation mode and on one device.
+        """Take parts that are in evaluation mode and on one device.
 
         Raises:
             ModelError: the parts do not fit each other.
@@ -129,12 +129,12 @@ class DPARPipeline:
         for part in (self.generator, self.tokenizer, self.entropy_model):
             if part is not None:
                 part.to(device)
-        self._sampler = Sampler(self.generator, self.entropy_model)  # of the weights where they are now
+        self._sampler = Sampler(self.generator, self.entropy_model)  # the old one is bound to the old device
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the parts are."""
+        """Device of the parts."""
         return self.generator.output.weight.device
 
     @property
@@ -161,30 +161,30 @@ class DPARPipeline:
         keep_rows: int | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> PipelineImages:
-        """Sample pictures; image i is a function of the seed, i and its class, whatever the batch.
+        """Sample pictures; image i is a function of the seed, i and its class, not of the batch size.
 
-        With ``image`` a part of that picture stays and the rest is sampled: tokens in raster order, each after those
-        above it and to its left. The picture is cropped as in :meth:`patchify`.
+        With ``image``, part of that picture is kept and the rest is sampled in raster order. The picture is cropped as
+        in :meth:`patchify`.
 
         Args:
             classes: names or numbers.
-            images_per_class: how many of each; those of a class follow one another.
+            images_per_class: images of one class are consecutive.
             cfg_scale: s of classifier-free guidance; 1 is none.
             cfg_schedule: of the guidance over the tokens (:class:`~dpar.guidance.SamplingOptions`).
             temperature: of the logits; 0 takes the likeliest token.
             top_k: only the k likeliest tokens; 0 is all.
             top_p: only the likeliest tokens that together have this probability.
-            threshold: τ in nats, above which a token starts a patch; None is the training data's.
-            seed: all randomness comes from it.
+            threshold: τ in nats, above which a token starts a patch; None uses that of the training data.
+            seed: of all randomness.
             batch: images sampled at once.
-            entropies: also give the entropies of the sampled tokens.
-            image: a picture to keep a part of; it goes with ``mask`` or ``keep_rows``.
-            mask: of the image's size; a token with any pixel that is white in it is sampled.
-            keep_rows: rows of tokens that stay, from the top.
-            progress: called after each token with the share of the work that is done; what it raises ends the sampling.
+            entropies: whether to return the entropies of the sampled tokens as well.
+            image: a picture of which a part is kept; needs ``mask`` or ``keep_rows``.
+            mask: of the image's size; tokens with a white pixel are sampled.
+            keep_rows: rows of tokens to keep, from the top.
+            progress: called after each token with the fraction of work done; an exception it raises ends sampling.
 
         Raises:
-            ModelError: an unknown class, or a setting that means nothing.
+            ModelError: an unknown class, or an invalid setting.
         """
         labels = np.repeat([self.label(item) for item in _as_list(classes)], images_per_class)
         options = SamplingOptions(
@@ -230,17 +230,17 @@ class DPARPipeline:
         max_length: int | None = None,
         row_reset: bool | None = None,
     ) -> PatchedImage:
-        """Give the patches of a picture, cropped as `dpar tokenize` crops it: to its centre.
+        """Return the patches of a picture, centre-cropped as `dpar tokenize` does.
 
         Args:
             image: any size and mode; transparency becomes white.
-            threshold: τ in nats; None is the training data's, as for the other two.
+            threshold: τ in nats; None uses that of the training data, as for the other two.
             max_length: P, most tokens in a patch; 0 for no limit.
             row_reset: whether each row of the grid starts a patch.
 
         Raises:
-            ModelError: the pipeline has no entropy model, its grid is not square, or the rule has no such values; or
-                the picture has a mode without a defined range.
+            ModelError: the pipeline has no entropy model, its grid is not square, the rule does not take these values,
+                or the picture's mode has no defined range.
         """
         codes = self._encode(image)
         entropy = self._entropy(codes, 1)[0].cpu().numpy()
@@ -254,15 +254,15 @@ class DPARPipeline:
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor, batch: int = 32) -> list[Image.Image]:
-        """Pictures of codes (n, N) int64."""
+        """Return the pictures of codes (n, N) int64."""
         parts = [to_uint8(self.tokenizer.decode(chunk, self.grid)) for chunk in codes.to(self.device).split(batch)]
         return [Image.fromarray(pixels) for pixels in torch.cat(parts).cpu().numpy()]
 
     def label(self, item: Label) -> int:
-        """The label of a class, given by its name or its number.
+        """Return the label of a class, given by name or number.
 
         Raises:
-            ModelError: the class is unknown; the message has the nearest name.
+            ModelError: the class is unknown; the message suggests the nearest name.
         """
         if isinstance(item, str):
             label = find_class(item, self.class_names)
@@ -276,15 +276,15 @@ class DPARPipeline:
     def rule_at(
         self, threshold: float | None = None, max_length: int | None = None, row_reset: bool | None = None
     ) -> PatchRule | None:
-        """The patch rule with other values where they are given; a ``max_length`` of 0 means no limit.
+        """Return the patch rule with the given values replaced; a ``max_length`` of 0 means no limit.
 
         Raises:
-            ModelError: the rule has no such values: it is static, or the generator is a LlamaGen.
+            ModelError: the rule does not take these values: it is static, or the generator is a LlamaGen.
         """
         if threshold is None and max_length is None and row_reset is None:
             return self.rule
         if self.rule is None or self.rule.strategy == "static":
-            raise ModelError("this pipeline places no patches by entropy; it has no threshold, max_length or row_reset")
+            raise ModelError("this pipeline does not patch by entropy; threshold, max_length and row_reset are unused")
         return dataclasses.replace(
             self.rule,
             threshold=self.rule.threshold if threshold is None else threshold,
@@ -293,28 +293,28 @@ class DPARPipeline:
         )
 
     def _crop(self, image: Image.Image) -> NDArray[np.uint8]:
-        """The square centre (H, W, 3) of a picture, at the size that the tokenizer takes."""
+        """Return the square centre of a picture at the tokenizer's size: (H, W, 3) uint8."""
         if self.grid[0] != self.grid[1]:
             raise ModelError(f"the grid has {self.grid[0]}×{self.grid[1]} tokens; pictures need a square one")
         return center_crop([to_rgb(image)], self.grid[0] * self.tokenizer.config.downsampling)
 
     @torch.no_grad()
     def _encode(self, image: Image.Image) -> torch.Tensor:
-        """Codes (1, N) of a picture."""
+        """Return the codes of a picture: (1, N) int64."""
         pixels = torch.from_numpy(self._crop(image).copy()).to(self.device)
         return self.tokenizer.encode(from_uint8(pixels).unsqueeze(0))
 
     def _kept(
         self, count: int, image: Image.Image | None, mask: Image.Image | None, keep_rows: int | None
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        """Codes (count, N) of a picture, and which of them stay, (count, N) bool; None without a picture."""
+        """Return codes of a picture (count, N) and which to keep, (count, N) bool; None without a picture."""
         rows, columns = self.grid
         if image is None:
             if mask is not None or keep_rows is not None:
-                raise ModelError("mask and keep_rows belong to an image")
+                raise ModelError("mask and keep_rows need an image")
             return None, None
         if (mask is None) == (keep_rows is None):
-            raise ModelError("an image needs one of mask and keep_rows: what of it stays")
+            raise ModelError("an image needs either mask or keep_rows, to say which part is kept")
         if mask is not None:
             if mask.size != image.size:
                 raise ModelError(
@@ -334,9 +334,9 @@ class DPARPipeline:
 
     @torch.no_grad()
     def _entropy(self, codes: torch.Tensor, batch: int) -> torch.Tensor:
-        """Entropies (n, N) float16 in nats of codes (n, N)."""
+        """Return the entropies of codes (n, N): (n, N) float16, nats."""
         if self.entropy_model is None:
-            raise ModelError("this pipeline has no entropy model, so there are no entropies")
+            raise ModelError("this pipeline has no entropy model, which entropies need")
         return torch.cat([self.entropy_model.entropy(chunk) for chunk in codes.split(batch)])
 
 

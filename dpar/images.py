@@ -1,4 +1,4 @@
-"""Pictures as the tokenizer takes them: RGB, and ADM's centre crop.
+"""Picture preprocessing for the tokenizer: RGB conversion and ADM's centre crop.
 
 pixels = center_crop([to_rgb(image)], 256)               # (256, 256, 3) uint8
 """
@@ -12,7 +12,7 @@ from PIL import Image
 from dpar.errors import ModelError
 
 _BITS_PER_SAMPLE = 0x0102
-MAX_PIXELS = 178_000_000  # of a picture, as it is stored or resized; Pillow refuses more
+MAX_PIXELS = 178_000_000  # of a stored or resized picture; Pillow refuses more
 
 
 def center_crop(halvings: list[Image.Image], size: int) -> NDArray[np.uint8]:
@@ -26,7 +26,7 @@ def center_crop(halvings: list[Image.Image], size: int) -> NDArray[np.uint8]:
         (size, size, 3) uint8.
 
     Raises:
-        ModelError: so long and thin that it would have more than `MAX_PIXELS` at this size.
+        ModelError: the picture is so long and thin that resizing it would exceed `MAX_PIXELS`.
     """
     step = 0
     while min(halvings[step].size) >= 2 * size:

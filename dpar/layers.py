@@ -1,7 +1,7 @@
-"""The LLaMA block of LlamaGen, under LlamaGen's parameter names, so that its checkpoints map by eye.
+"""LlamaGen's LLaMA block, with LlamaGen's parameter names, so that its checkpoints load unchanged.
 
-Where attention looks is the caller's choice (:mod:`dpar.attention`): the block gets ``attend`` and a RoPE table.
-A model runs its layers through :func:`run_layer`, and each is a :class:`Layer`, which can be compiled for training.
+The caller chooses the attention pattern (:mod:`dpar.attention`): a block receives ``attend`` and a RoPE table.
+A model runs its layers through :func:`run_layer`; each is a :class:`Layer`, which can be compiled for training.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Layer(nn.Module):
     """
 
     # Not nn.Module.compile: it compiles hooks with the forward pass, and calls the compiled function in eval too.
-    compute: ClassVar[Callable[..., Any]]  # the forward pass of a kind of layer
-    compiled = False  # in training; sampling and evaluation have other shapes at every step
+    compute: ClassVar[Callable[..., Any]]
+    compiled = False  # in training only: in sampling and evaluation shapes change at every step
 
     def forward(self, *args: Any) -> Any:
-        """See ``compute``."""
+        """Run ``compute``, compiled if requested and in training."""
         compute = type(self).compute
         if self.compiled and self.training:
             compute = compiled(compute)
@@ -146,7 +146,7 @@ class Block(Layer):
 
 
 class PatchCrossAttention(nn.Module):
-    """A patch gathers its tokens (paper section 3.2.2): p_j + Attn(Norm(p_j), Norm(u_i)).
+    """Patches attend to their tokens (paper section 3.2.2): p_j + Attn(Norm(p_j), Norm(u_i)).
 
     With ``offset_embedding`` a learned vector for i - s_j is added to Norm(u_i).
     """
@@ -192,7 +192,7 @@ class PatchCrossAttention(nn.Module):
 
 
 class EncoderLayer(Layer):
-    """One layer of the patch encoder: a causal block over tokens, then tokens into patches. It has no dropout."""
+    """One layer of the patch encoder: a causal block over tokens, then cross-attention to patches. No dropout."""
 
     def __init__(self, width: int, heads: int, patch_query: PatchQuery, offset_embedding: bool) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class EncoderLayer(Layer):
 class DecoderLayer(Layer):
     """One layer of the patch decoder (paper section 3.2.4): patches copied to their tokens, then a causal block.
 
-    Norm and projection act on patches before the copy: the same numbers for N/M times less work. It has no dropout.
+    Norm and projection act on patches before the copy: the same result for N/M times less work. No dropout.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -258,4 +258,4 @@ def init_weights(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, PatchCrossAttention) and module.offsets is not None:
-        nn.init.normal_(module.offsets.weight, std=1.0)  # of the size of the normed tokens that they are added to
+        nn.init.normal_(module.offsets.weight, std=1.0)  # the scale of the normed tokens they are added to

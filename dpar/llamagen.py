@@ -2,15 +2,15 @@
 
     model = LlamaGen(preset("llamagen-b"))
     logits = model(codes, labels)                            # (B, N, V); logits at i are for token i
-    loss = model(codes, labels, loss=True)                   # mean nats per token; logits are never held in full
+    loss = model(codes, labels, loss=True)                   # mean nats per token, without the full logits
 
     entropy_model = LlamaGen(preset("llamagen-b", classes=0, start_token=False))
     logits = entropy_model(codes)                            # (B, N - 1, V); logits at i are for token i + 1
     entropy = entropy_model.entropy(codes)                   # (B, N) float16 nats, +inf for token 0
 
 The generator has a start token in front of the image tokens, the class embedding; ``labels=None`` is the
-guidance class. The DPAR authors' entropy model has none: token 0 is read and never predicted. Either kind gives
-entropies. Parameter names and shapes are LlamaGen's, so its checkpoints load as they are.
+guidance class. The DPAR authors' entropy model has no start token: token 0 is read and never predicted. Both kinds
+compute entropies. Parameter names and shapes are LlamaGen's, so its checkpoints load unchanged.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SequenceConfig:
     heads: int = 12
     dropout: float = 0.1  # on tokens, residual branches and feed-forward, in training
 
-    head_multiple: ClassVar[int] = 8  # of head_dim, as rotary positions need it
+    head_multiple: ClassVar[int] = 8  # which head_dim must be a multiple of, for rotary positions
     layer_prefixes: ClassVar[dict[str, str]] = {}  # depth field: prefix of its layers' tensors
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class SequenceConfig:
             raise ModelError(f"classes is {self.classes}; it must be 0 (unconditional) or more")
         if self.width % self.heads or self.head_dim % self.head_multiple:
             raise ModelError(
-                f"width {self.width} over {self.heads} heads is {self.width / self.heads:g} a head; "
+                f"width {self.width} over {self.heads} heads is {self.width / self.heads:g} per head; "
                 f"rotary positions need a multiple of {self.head_multiple}"
             )
         if not 0 <= self.dropout < 1:
@@ -76,9 +76,9 @@ class LlamaGenConfig(SequenceConfig):
     """LlamaGen's sizes; the defaults are LlamaGen-B at 256 px."""
 
     layers: int = 12
-    start_token: bool = True  # False: nothing in front of the tokens, and no classes (the DPAR authors' entropy model)
+    start_token: bool = True  # False: no start token and no classes (the DPAR authors' entropy model)
 
-    head_multiple: ClassVar[int] = 4  # rows and columns, in pairs; LlamaGen-3B has 100 a head
+    head_multiple: ClassVar[int] = 4  # pairs for rows and for columns; LlamaGen-3B has 100 per head
     layer_prefixes: ClassVar[dict[str, str]] = {"layers": "layers."}
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
         """Return teacher-forced logits, or the loss.
 
         Args:
-            codes: (B, N) int64. The last token is only ever predicted, never read.
+            codes: (B, N) int64. The last token is only predicted, never read.
             labels: (B,) int64; ``classes`` is the guidance class, as is None. Unused without a start token.
             loss: whether to return the mean cross-entropy, computed without the full logits.
 
@@ -153,7 +153,7 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
         return hidden
 
     def targets(self, codes: Tensor) -> Tensor:
-        """Return the tokens that logits are for: codes (B, N), or all but the first without a start token."""
+        """Return the tokens to predict: codes (B, N), or all but the first without a start token."""
         return codes if self.config.start_token else codes[:, 1:]
 
     @torch.no_grad()
@@ -168,7 +168,7 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
         Returns:
             (B, N) float16 nats; +inf for token 0.
         """
-        # image by image: the formula's copies of the logits of a batch are gigabytes
+        # image by image: for a batch, the intermediate tensors would take gigabytes
         entropy = torch.stack([token_entropy(logits) for logits in self(codes)])  # (B, N or N - 1)
         return stored_entropy(entropy if self.config.start_token else F.pad(entropy, (1, 0)))
 
@@ -180,7 +180,7 @@ class LlamaGen(nn.Module, Pretrained[LlamaGenConfig]):
 def check_inputs(config: SequenceConfig, codes: Tensor, labels: Tensor | None) -> Tensor:
     """Return the labels to use; raise ModelError if the shapes of codes or labels do not fit.
 
-    Values are checked where they enter (artifacts, the command line), not on every step.
+    Values are checked on input (artifacts, the command line), not on every step.
     """
     if codes.ndim != 2 or codes.shape[1] != config.n_tokens:
         raise ModelError(

@@ -1,8 +1,8 @@
-"""Where weights are: names of runs, bundles, built-in weights and Hub repositories, resolved to local directories.
+"""Resolve names of weights (runs, bundles, built-in weights, Hub repositories) to local directories.
 
 weights_path("runs/dpar-b")                          # "runs/dpar-b/model"
 local_folder("owner/name")                           # the snapshot, downloaded by huggingface_hub
-bundle_folder("owner/name")                          # likewise, if it is a bundle; else None
+bundle_folder("owner/name")                          # the same, or None if it is not a bundle
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dpar.errors import ModelError
 from dpar.tensors import shown
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # files of a model directory
-RUN, RUN_WEIGHTS = "run.json", "model"  # a training run, and where in it its newest weights are
+RUN, RUN_WEIGHTS = "run.json", "model"  # in a training run: its record, and the directory of its newest weights
 # directories of dpar/weights; its README.md says how they were trained
 BUILTIN = {
     "builtin:photos": "photos-vq-8",  # a tokenizer
@@ -39,7 +39,7 @@ def weights_path(name: str | os.PathLike[str], part: Part = "generator") -> str:
         return _part_path(_builtin(name), part)
     if (Path(name) / RUN).is_file():
         if not (Path(name) / RUN_WEIGHTS / CONFIG).is_file():
-            raise ModelError(f"the run {name} has no weights yet: its first checkpoint is still to come")
+            raise ModelError(f"the run {name} has no weights yet: it has not written its first checkpoint")
         return str(Path(name) / RUN_WEIGHTS)
     return _part_path(Path(name), part)
 
@@ -60,7 +60,7 @@ def _part_path(folder: Path, part: Part) -> str:
 
 
 def bundle_folder(name: str | os.PathLike[str]) -> Path | None:
-    """Return the directory of a bundle (of a Hub repository, a snapshot); None if ``name`` is not one."""
+    """Return the directory of a bundle (for a Hub repository, a snapshot); None if ``name`` is not one."""
     name = os.fspath(name)
     if name.startswith("builtin:"):
         folder = _builtin(name)
@@ -70,7 +70,7 @@ def bundle_folder(name: str | os.PathLike[str]) -> Path | None:
 
 
 def local_folder(path: str | os.PathLike[str], part: Part = "generator") -> Path:
-    """Return the directory of a model, named as for :func:`weights_path`; of a Hub repository, a snapshot."""
+    """Return the directory of a model, named as for :func:`weights_path`; for a Hub repository, a snapshot."""
     path = weights_path(path, part)
     folder = Path(path)
     if folder.is_dir():
@@ -89,7 +89,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _snapshot(name: str) -> Path:
-    """Return a local copy of a repository on the Hub, of the files that are read here alone."""
+    """Return a local snapshot of a Hub repository, with only the files that are read here."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -99,4 +99,4 @@ def _snapshot(name: str) -> Path:
     except HFValidationError as error:
         raise ModelError(f"no model at {shown(name, quote=False)}: there is no such directory") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{name} is not a local directory, nor could the Hub be read: {error}") from error
+        raise ModelError(f"{name} is not a local directory, and the Hub could not be read: {error}") from error

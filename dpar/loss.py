@@ -1,8 +1,8 @@
-"""The output head and its cross-entropy in one; the logits of a batch are never held in full.
+"""Output head fused with cross-entropy: the full logits of a batch are never in memory.
 
     loss = next_token_loss(hidden, model.output.weight, codes)     # equals F.cross_entropy(hidden @ weight.T, codes)
 
-Over 16384 codes the float32 logits of a batch are larger than a layer's activations. Here logits, loss and
+With 16384 codes the float32 logits of a batch are larger than a layer's activations. Here logits, loss and
 gradients are computed for one chunk of tokens at a time.
 """
 
@@ -20,16 +20,16 @@ CHUNK = 1024  # tokens; 64 MiB of float32 logits over 16384 codes
 def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
     """Return the mean cross-entropy of logits ``hidden @ weight.T``, nats per token.
 
-    The product is in autocast's dtype where autocast is on, the softmax and the loss in float32 (float64 of float64).
+    The product uses autocast's dtype if autocast is on; softmax and loss are float32 (float64 for float64 inputs).
 
     Args:
         hidden: (..., d).
         weight: (V, d), of the output head.
         targets: (...) int64.
-        chunk: tokens whose logits are held at a time.
+        chunk: tokens whose logits are in memory at a time.
 
     Returns:
-        A scalar, in float32 (float64 of float64). It can be differentiated once.
+        A scalar, float32 (float64 for float64 inputs). It can be differentiated once.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -41,7 +41,7 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int 
 
 
 class _HeadAndLoss(torch.autograd.Function):
-    """Computes gradients in the forward pass, from the same logits, so the head's product is computed once."""
+    """Computes gradients in the forward pass, from the same logits, so that the logits are computed once."""
 
     @staticmethod
     def forward(
@@ -59,14 +59,14 @@ class _HeadAndLoss(torch.autograd.Function):
             total -= log_probs.gather(1, chosen).sum()
             if to_hidden is None and to_weight is None:
                 continue
-            # softmax minus one at the target; backward applies the mean's 1/T, which loses no precision there
-            pull = log_probs.exp_().scatter_add_(1, chosen, log_probs.new_full(chosen.shape, -1.0)).to(dtype)
+            # softmax minus one at the target; backward applies the mean's 1/T, where it costs no precision
+            grad = log_probs.exp_().scatter_add_(1, chosen, log_probs.new_full(chosen.shape, -1.0)).to(dtype)
             if to_hidden is not None:
-                to_hidden[rows] = pull @ head
+                to_hidden[rows] = grad @ head
             if to_weight is not None and dtype == precise:
-                to_weight.addmm_(pull.T, inputs[rows])
+                to_weight.addmm_(grad.T, inputs[rows])
             elif to_weight is not None:
-                to_weight += pull.T @ inputs[rows]
+                to_weight += grad.T @ inputs[rows]
         ctx.save_for_backward(to_hidden, to_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.tokens = len(targets)
@@ -74,10 +74,10 @@ class _HeadAndLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, pull: Tensor) -> tuple[Tensor | None, ...]:
-        share = pull / ctx.tokens
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad_output / ctx.tokens
         gradients = (
-            None if saved is None else (saved * share).to(dtype)
+            None if saved is None else (saved * scale).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *gradients, None, None, None, None

@@ -1,10 +1,10 @@
-"""Packed batches: the patches of all images in one row, without padding, and where each one is.
+"""Packed batches: the patches of all images concatenated without padding, and their boundaries.
 
     layout = PatchLayout.from_starts(starts)                 # starts: (B, N) bool
     packed = segment_sum(tokens, layout.patch_of_token, layout.n_patches)
 
 A batch has B·N tokens and ΣM patches. Image b owns patches ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1``.
-Everything here touches each token once; there is no mask of tokens against patches.
+Everything here touches each token once; no token-by-patch mask is built.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dpar.errors import ModelError
 
 @dataclass(frozen=True)
 class PatchLayout:
-    """The patch boundaries of a batch, as index tensors that the packed model reads. Index tensors are int64."""
+    """The patch boundaries of a batch, as int64 index tensors unless stated otherwise."""
 
     n_tokens: int  # tokens per image, N
     longest: int  # most patches in one image
@@ -30,7 +30,7 @@ class PatchLayout:
     patch_of_token: Tensor  # (B·N,) index into the packed patches
     offset_in_patch: Tensor  # (B·N,) 0 for a patch's first token
     cu_seqlens: Tensor  # (B + 1,) int32, cumulative patches
-    host_cu_seqlens: Tensor  # a copy on the CPU, so that reading lengths does not wait for a device
+    host_cu_seqlens: Tensor  # a copy on the CPU, so that reading lengths does not synchronise with the device
 
     @property
     def n_patches(self) -> int:
@@ -39,7 +39,7 @@ class PatchLayout:
 
     @classmethod
     def from_starts(cls, starts: Tensor) -> PatchLayout:
-        """Return the layout of (B, N) bool ``starts``. Call it on the CPU, in the data loader: sizes depend on values.
+        """Return the layout of (B, N) bool ``starts``. Call it on the CPU, in the data loader: shapes depend on values.
 
         Raises:
             ModelError: ``starts`` is not 2-D bool, or an image does not start with a patch.
@@ -72,7 +72,7 @@ class PatchLayout:
         return self._with(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> PatchLayout:
-        """Return the layout in pinned memory, for a CUDA device; :meth:`to` then has nothing to copy on the host."""
+        """Return the layout in pinned memory, so that :meth:`to` copies to a CUDA device asynchronously."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> PatchLayout:
@@ -86,23 +86,23 @@ class PatchLayout:
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a tensor to a device; from the CPU to CUDA by pinned memory, so that the host does not wait."""
+    """Copy a tensor to a device; from CPU to CUDA through pinned memory, so that the host does not wait."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-# gather and scatter_add over an expanded index are each other's backward, and both have a fast path for
-# whole rows on CPU; index_select's backward (index_add) is several times slower there.
+# gather and scatter_add over an expanded index are each other's backward, and both have a fast path for full rows
+# on CPU; index_select's backward (index_add) is several times slower there.
 
 
 def spread(rows: Tensor, index: Tensor) -> Tensor:
-    """Copy row ``index[t]`` of (S, d) rows to place t: (T, d). Patches to their tokens."""
+    """Copy row ``index[t]`` of (S, d) rows to row t of (T, d): patches to their tokens."""
     return rows.gather(0, index.unsqueeze(1).expand(-1, rows.shape[1]))
 
 
 def segment_sum(rows: Tensor, index: Tensor, n_segments: int) -> Tensor:
-    """Sum (T, d) rows by ``index`` (T,): (n_segments, d), in the dtype of ``rows``. Tokens to patches."""
+    """Sum (T, d) rows by ``index`` (T,): tokens to patches, (n_segments, d) in the dtype of ``rows``."""
     return rows.new_zeros(n_segments, rows.shape[1]).scatter_add(0, index.unsqueeze(1).expand_as(rows), rows)
 
 
@@ -123,7 +123,7 @@ def segment_max(rows: Tensor, index: Tensor, n_segments: int) -> Tensor:
 def segment_softmax(scores: Tensor, index: Tensor, n_segments: int) -> Tensor:
     """Return the softmax of (T, h) float32 scores within each segment: (T, h), summing to 1 over a segment's rows."""
     expanded = index.unsqueeze(1).expand_as(scores)
-    # The largest score cancels out of the softmax, so no gradient need flow through it.
+    # The largest score cancels out of the softmax, so it needs no gradient.
     largest = scores.new_full((n_segments, scores.shape[1]), float("-inf")).scatter_reduce(
         0, expanded, scores.detach(), "amax"
     )

@@ -12,7 +12,7 @@ Symbols of the paper: ``entropy`` is h, ``threshold`` is τ, ``max_length`` is P
 switches of the paper's Table 3 are independent: ``threshold=math.inf`` turns entropy gating off,
 ``max_length=None`` the length limit, ``row_reset=False`` the row boundaries.
 
-NumPy arrays in, NumPy out; tensors in, tensors out. This module needs no torch until it is given a tensor.
+NumPy arrays in, NumPy arrays out; tensors in, tensors out. torch is imported only for tensors.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def patch_starts(
         row_reset: whether each row starts a patch.
 
     Returns:
-        (..., N) bool, of the kind (and device) of ``entropy``.
+        (..., N) bool; an array or a tensor (on the same device), like ``entropy``.
 
     Raises:
         ModelError: ``max_length`` or ``grid_width`` below 1, a threshold that is not a number, or no tokens.
@@ -92,11 +92,11 @@ def check_rule(threshold: float, max_length: int | None, grid_width: int) -> Non
         raise ModelError(f"grid_width is {grid_width}; a row holds at least 1 token")
 
 
-# Between two forced starts (entropy, row), the length limit starts a patch every max_length tokens: so a token
-# starts one exactly when its distance to the last forced start divides by max_length. No loop over images or tokens.
+# Between two forced starts (entropy, row), the length limit starts a patch every max_length tokens: a token starts
+# one if its distance to the last forced start is a multiple of max_length. So no loop over images or tokens is needed.
 
 ALWAYS = 2  # leading tokens that start a patch whatever their entropy
-BLOCK = 2**16  # tokens per block, so that intermediate arrays stay in the processor's cache
+BLOCK = 2**16  # tokens per block, so that intermediate arrays stay in the CPU cache
 
 
 def _starts_numpy(
@@ -110,7 +110,7 @@ def _starts_numpy(
     flat = entropy.reshape(-1, n)
     starts = np.empty(flat.shape, np.bool_)
     rows = max(1, BLOCK // n)
-    # the narrowest integers that hold a position: they halve the memory traffic
+    # the narrowest integers that hold a position: less memory traffic
     integer: type[np.signedinteger[Any]] = np.int16 if n < 2**15 else np.int64
     position = np.arange(n, dtype=integer)
     for first in range(0, len(flat), rows):
@@ -143,7 +143,7 @@ def _starts_torch(
 
 
 def static_starts(n_tokens: int, length: float) -> NDArray[np.bool_]:
-    """Return the starts of the paper's baseline: patches of one length, which may be fractional, with no row reset.
+    """Return the starts of the paper's baseline: patches of one, possibly fractional, length, without row reset.
 
     Returns:
         (n_tokens,) bool; token i starts a patch where floor(i / length) differs from floor((i - 1) / length).
@@ -162,7 +162,7 @@ def static_starts(n_tokens: int, length: float) -> NDArray[np.bool_]:
 def stored_entropy(entropy: torch.Tensor) -> torch.Tensor:
     """Return entropies as an artifact stores them: float16, with +inf for token 0.
 
-    Boundaries are decided on these values, in data preparation and in sampling alike, so that both see the same.
+    Boundaries are decided on these values both in data preparation and in sampling, so that they agree.
     """
     import torch
 
@@ -191,11 +191,11 @@ class PatchRule:
     """Which tokens of an image start a patch, as artifacts and runs record it.
 
     ``entropy`` is the published rule, :func:`patch_starts`; ``static`` the paper's baseline, :func:`static_starts`,
-    which has a ``static_length`` and nothing else.
+    which has only a ``static_length``.
     """
 
     strategy: Strategy = "entropy"
-    threshold: float | None = None  # τ, nats; inf: entropies start no patch; None: not known yet
+    threshold: float | None = None  # τ, nats; inf: no entropy gating; None: not known yet
     max_length: int | None = 4  # P, tokens; None: no limit
     row_reset: bool = True
     static_length: float | None = None  # tokens; may be fractional
@@ -231,7 +231,7 @@ class PatchRule:
     def starts(
         self, entropy: NDArray[np.floating[Any]] | torch.Tensor, grid_width: int
     ) -> NDArray[np.bool_] | torch.Tensor:
-        """Return the patch starts of entropies (..., N): (..., N) bool, of their kind. A static rule reads no values.
+        """Return the patch starts (..., N) bool of entropies (..., N), of which a static rule reads only the shape.
 
         Raises:
             ModelError: the threshold is not known, or there are no tokens.
@@ -246,7 +246,7 @@ class PatchRule:
         return torch.from_numpy(starts).to(entropy.device)
 
     def online(self, batch: int, n_tokens: int, grid_width: int) -> OnlinePatcher:
-        """Return the same rule, token by token, for a batch of images that are being sampled."""
+        """Return the rule in token-by-token form, for a batch of images that are being sampled."""
         if self.static_length is None:
             self._known_threshold()
         return OnlinePatcher(self, batch, n_tokens, grid_width)
@@ -257,17 +257,17 @@ class PatchRule:
         return self.threshold
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-serialisable values, as manifests and run records hold them."""
+        """Return JSON-serialisable values for manifests and run records."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PatchRule:
-        """Return the rule of a manifest's settings or a run's record; other values are ignored."""
+        """Return the rule stored in a manifest's settings or a run record; unknown keys are ignored."""
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
 class OnlinePatcher:
-    """A rule, one token at a time, for a batch of images that are being sampled.
+    """A patch rule applied one token at a time, to a batch of images that are being sampled.
 
     patcher = PatchRule(threshold=7.8).online(batch, n_tokens=256, grid_width=16)
     for i in range(256): starts = patcher.step(i, entropy_i)         # (B,) bool, NumPy

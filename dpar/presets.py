@@ -1,9 +1,9 @@
-"""The named sizes (paper Table 1; LlamaGen's B, L, XL, XXL), and small ones for a laptop: `tiny` and `mini`.
+"""Named model sizes (paper Table 1; LlamaGen's B, L, XL, XXL), and small ones for a laptop: `tiny` and `mini`.
 
 config = preset("dpar-b", classes=1000, grid_height=24, grid_width=24)
 entropy_model = preset("llamagen-xs", classes=0, start_token=False)      # s and xs: cheap entropy models
 
-Half of llamagen-s (25 M parameters) and most of llamagen-xs (6 M) are the embeddings and the head of 16384 codes.
+Embeddings and head of 16384 codes are half of llamagen-s (25 M parameters) and most of llamagen-xs (6 M).
 """
 
 from __future__ import annotations
@@ -72,4 +72,4 @@ def _check_name(name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ModelError(f"no preset is called {name!r}.{hint} There are: {', '.join(known)}")
+        raise ModelError(f"no preset is called {name!r}.{hint} Available: {', '.join(known)}")

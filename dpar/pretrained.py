@@ -4,8 +4,8 @@ model.save_pretrained("weights/")
 model = DPAR.from_pretrained("weights/")                 # or a run, or "owner/name" on the Hugging Face Hub
 tokenizer = VQTokenizer.from_pretrained("vq_ds16_c2i.pt")  # LlamaGen's and the authors' files: dpar/checkpoint_files.py
 
-huggingface_hub's ``PyTorchModelHubMixin`` is not used: it would load configs and weights without the bounds and checks
-of the reader below, and does not know training runs, bundles or the authors' files.
+huggingface_hub's ``PyTorchModelHubMixin`` is not used: it loads configs and weights without the limits and checks
+of the reader below, and does not support training runs, bundles or the authors' files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 FORMATS = {"dpar": 2, "llamagen": 1, "vq": 1}  # of config.json, by model type
 LARGEST_CONFIG = 2**20  # bytes of config.json
 LARGEST_DEPTH = 1024  # layers; building more takes minutes, and no published model has as many
-LARGEST_SIZE = 2**24  # of a whole number in it; products of two still count tensors in 64 bits
+LARGEST_SIZE = 2**24  # of a number in config.json; a product of two fits in 64 bits
 Config = TypeVar("Config")
 Grid = tuple[int, int]  # rows and columns of tokens
 
@@ -49,7 +49,7 @@ class Pretrained(Generic[Config]):
     config: Config
 
     def save_pretrained(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
-        """Write the directory ``path``; a reader sees the old weights or the new, never half of them.
+        """Write the directory ``path`` atomically: a reader sees the old weights or the new ones.
 
         Args:
             path: created if missing.
@@ -76,13 +76,13 @@ class Pretrained(Generic[Config]):
         Args:
             path: a local directory, a training run, ``builtin:photos``, ``owner/name`` of a repository on the Hugging
                 Face Hub, or a checkpoint file of LlamaGen or of the DPAR authors.
-            heads: for a file that does not tell how many (see :mod:`dpar.checkpoint_files`).
-            grid: rows and columns of tokens, likewise. Weights trained on one grid are usable only for that grid.
+            heads: attention heads, if a file does not record them (see :mod:`dpar.checkpoint_files`).
+            grid: rows and columns of tokens, likewise. Weights work only on the grid they were trained on.
             rope: rotary positions of a DPAR's patches, likewise.
 
         Raises:
-            ModelError: there is no model, or one of another type; tensors are missing, unexpected or misshapen; or
-                it has other heads, another grid or other rotary positions than asked for.
+            ModelError: there is no model, or it has another type; tensors are missing, unexpected or misshapen; or
+                the model contradicts ``heads``, ``grid`` or ``rope``.
         """
         part: Part = "tokenizer" if cls.model_type == "vq" else "generator"
         name = weights_path(path, part)
@@ -90,7 +90,7 @@ class Pretrained(Generic[Config]):
 
     @classmethod
     def from_weights(cls, weights: Weights) -> Self:
-        """Return the model of weights that :func:`read_weights` gave; see :meth:`from_pretrained`."""
+        """Return the model with weights from :func:`read_weights`; see :meth:`from_pretrained`."""
         config = weights.meta_model(cls).config
         model = cls(config)  # type: ignore[call-arg]  # a module's
         module: nn.Module = model  # type: ignore[assignment]
@@ -113,7 +113,7 @@ class Weights:
         """Return the config.
 
         Raises:
-            ModelError: a value is unknown, of another type, or refused; or it asks for more layers than have tensors.
+            ModelError: a value is unknown, invalid or of the wrong type, or asks for more layers than the tensors have.
         """
         config = _config(config_class, self.values, self.config_source)
         for field, prefix in config_class.layer_prefixes.items():
@@ -131,12 +131,10 @@ class Weights:
         return config
 
     def meta_model(self, model_class: type[Any]) -> Any:
-        """Return a model of these sizes on the meta device, where it takes no memory.
-
-        Sizes are checked against the tensors before a model is allocated.
+        """Return a model of these sizes on the meta device, so that sizes are checked before memory is allocated.
 
         Raises:
-            ModelError: as :meth:`make_config`; or the tensors are not exactly those of such a model.
+            ModelError: see :meth:`make_config`; or the tensors are not exactly those of such a model.
         """
         config = self.make_config(model_class.config_class)
         try:
@@ -161,9 +159,9 @@ def read_weights(
     """Return config values and tensors of a model: a directory, a Hub repository or a checkpoint file.
 
     Args:
-        path: as :meth:`Pretrained.from_pretrained` takes it.
+        path: see :meth:`Pretrained.from_pretrained`.
         needed_type: ``dpar``, ``llamagen``, ``vq``; None accepts any.
-        heads: checked against the model's, or used for a file that does not tell.
+        heads: checked against the model's, or used if a file does not record them.
         grid: rows and columns of tokens, likewise.
         rope: rotary positions of a DPAR's patches, likewise.
 
@@ -179,12 +177,12 @@ def read_weights(
         raise ModelError(f"{folder} holds a {shown(kind)} model; a {needed_type!r} model is needed here")
     _check_format(folder / CONFIG, str(kind), values.pop("format", None))
     if rope is not None and values.get("rope") != rope:
-        raise ModelError(f"{folder} has rotary positions {values.get('rope')!r}; {rope!r} were asked for")
+        raise ModelError(f"{folder} has rotary positions {values.get('rope')!r}; requested were {rope!r}")
     if heads is not None and values.get("heads") != heads:
-        raise ModelError(f"{folder} has {values.get('heads')} heads; {heads} were asked for")
+        raise ModelError(f"{folder} has {values.get('heads')} heads; {heads} were requested")
     if grid is not None and (values.get("grid_height"), values.get("grid_width")) != tuple(grid):
         stored = f"{values.get('grid_height')}×{values.get('grid_width')}"
-        raise ModelError(f"{folder} is for a grid of {stored}; {grid[0]}×{grid[1]} was asked for")
+        raise ModelError(f"{folder} is for a grid of {stored}; {grid[0]}×{grid[1]} was requested")
     return Weights(
         model_type=str(kind),
         values=values,
@@ -195,9 +193,9 @@ def read_weights(
 
 
 def _check_format(path: Path, kind: str, version: object) -> None:
-    """Raise ModelError unless config.json has the format version of this ``kind`` of model that is read here."""
+    """Raise ModelError unless config.json has the supported format version of this ``kind`` of model."""
     reads = FORMATS.get(kind)
-    if reads is None:  # the caller refuses an unknown kind with a message of its own
+    if reads is None:  # the caller refuses unknown kinds
         return
     if version == reads and not isinstance(version, bool):
         return
@@ -211,14 +209,14 @@ def _read_file(path: Path, needed_type: str | None, heads: int | None, grid: Gri
     from dpar import checkpoint_files
 
     if path.name in (CONFIG, CARD) or (path.name == WEIGHTS and (path.parent / CONFIG).is_file()):
-        raise ModelError(f"{path} is a file of a model directory; name the directory {path.parent}")
+        raise ModelError(f"{path} is a file of a model directory; pass the directory {path.parent}")
     checkpoint = checkpoint_files.read(path, heads=heads, grid=grid, rope=rope)
     if needed_type is not None and checkpoint.model_type != needed_type:
         what = checkpoint_files.describe(checkpoint.model_type, checkpoint.sizes)
         needed = checkpoint_files.TITLES[needed_type]
         raise ModelError(f"{path} is {what}; {needed} is needed here")
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors.values())
-    if claimed > path.stat().st_size:  # views of one entry claim any size
+    if claimed > path.stat().st_size:  # a view of one stored number can claim any size
         raise ModelError(
             f"{path} has tensors of {claimed:,} bytes in a file of {path.stat().st_size:,}; it is damaged, or not a "
             "checkpoint that was saved in full"
@@ -239,7 +237,7 @@ def write_weights(
     tensors: dict[str, torch.Tensor],
     note: str = "",
 ) -> Path:
-    """Write a model directory; a reader sees the old weights or the new, never half of them.
+    """Write a model directory atomically: a reader sees the old weights or the new ones.
 
     Args:
         path: created if missing.
@@ -251,14 +249,14 @@ def write_weights(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": model_type, "format": FORMATS[model_type], **values}
-    # Config and card first: a directory with weights is complete.
+    # The weights are renamed last: a directory with weights is complete.
     with atomic_path(folder / WEIGHTS) as weights:
-        # One entry: safetensors writes several in random order, and equal weights must have equal fingerprints.
+        # One metadata entry: safetensors writes several in random order, and equal weights need equal fingerprints.
         save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, weights, metadata={"format": "pt"})
         for name, text in {CONFIG: json.dumps(config, indent=2) + "\n", CARD: _card(model_type, config, note)}.items():
             with atomic_path(folder / name) as part:
                 part.write_text(text, encoding="utf-8")
-        shutil.copymode(folder / CONFIG, weights)  # safetensors makes its files readable by their owner alone
+        shutil.copymode(folder / CONFIG, weights)  # safetensors creates files that only their owner can read
     return folder
 
 
@@ -282,7 +280,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_type(path: str | os.PathLike[str]) -> str | None:
-    """Return ``dpar``, ``llamagen`` or ``vq``, by the config of a directory or the tensors of a file."""
+    """Return ``dpar``, ``llamagen`` or ``vq``, from the config of a directory or the tensors of a file."""
     if Path(path).is_file():
         return read_weights(path).model_type
     kind = read_config(local_folder(path)).get("model_type")
@@ -290,7 +288,7 @@ def model_type(path: str | os.PathLike[str]) -> str | None:
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a model's weights file, or of LlamaGen's own file, as manifests record it."""
+    """Return the SHA-256 of a model's weights file or of a checkpoint file, as manifests record it."""
     weights = Path(path) if Path(path).is_file() else local_folder(path) / WEIGHTS
     with open(weights, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -305,7 +303,7 @@ def _config(config_class: type[Any], values: dict[str, Any], source: str) -> Any
     for name, value in values.items():
         if (needed := _needed(hints[name], value)) is not None:
             raise ModelError(f"{source}: {name} is {shown(value)}; it must be {needed}")
-    # JSON has no tuples; a dataclass field that is one comes back as a list.
+    # JSON has no tuples: tuple fields are stored as lists.
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
         return config_class(**given)
@@ -314,11 +312,11 @@ def _config(config_class: type[Any], values: dict[str, Any], source: str) -> Any
 
 
 def _needed(hint: Any, value: object) -> str | None:
-    """Return what a config field of this type hint takes, or None if ``value`` is such a value."""
+    """Return what a config field of this type takes, or None if ``value`` is valid."""
     choices = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        whole = isinstance(value, (list, tuple)) and all(_needed(choices[0], item) is None for item in value)
-        return None if whole else "a list of whole numbers"
+        valid = isinstance(value, (list, tuple)) and all(_needed(choices[0], item) is None for item in value)
+        return None if valid else "a list of whole numbers"
     if typing.get_origin(hint) is typing.Literal:
         return None if isinstance(value, str) and value in choices else f"one of {', '.join(choices)}"
     if hint is bool:

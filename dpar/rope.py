@@ -16,7 +16,7 @@ from dpar.errors import ModelError
 PatchRope = Literal["dynamic", "dynamic-compact", "2d"]
 BASE = 10_000.0
 LARGEST_TABLE = 2**24  # entries of a table of all tokens, 64 MiB: 512×512 tokens at 64 entries per head
-# Which end of the patch each group of column pairs is about.
+# Which end of the patch each group of column pairs encodes.
 COLUMN_GROUPS: dict[PatchRope, tuple[str, ...]] = {
     "dynamic": ("first", "last", "last", "first"),
     "dynamic-compact": ("first", "last"),
@@ -33,16 +33,16 @@ def angles(positions: Tensor, n_pairs: int) -> Tensor:
 def token_table(grid_height: int, grid_width: int, head_dim: int) -> Tensor:
     """Return cosines and sines of every grid position in raster order: (H_g · W_g, head_dim / 2, 2), float32.
 
-    The first half of the pairs turns with the row, the second with the column.
+    The first half of the pairs encodes the row, the second the column.
 
     Raises:
-        ModelError: the table would not fit into memory. A model's tensors do not depend on its grid, so no other check
-            would refuse it.
+        ModelError: the table would not fit in memory. No tensor of a model depends on its grid, so nothing else
+            limits it.
     """
     if grid_height * grid_width * head_dim > LARGEST_TABLE:
         raise ModelError(
-            f"a grid of {grid_height}×{grid_width} tokens with {head_dim} entries per head is too large: there is room "
-            f"for {LARGEST_TABLE:,} entries in all"
+            f"a grid of {grid_height}×{grid_width} tokens with {head_dim} entries per head is too large: "
+            f"at most {LARGEST_TABLE:,} entries are supported"
         )
     row = torch.arange(grid_height).repeat_interleave(grid_width)
     column = torch.arange(grid_width).repeat(grid_height)
@@ -52,7 +52,7 @@ def token_table(grid_height: int, grid_width: int, head_dim: int) -> Tensor:
 def with_condition(table: Tensor) -> Tensor:
     """Return a table with one more position in front, for the class condition, whose rotation is the zero matrix.
 
-    Its query and key become zero; LlamaGen's checkpoints were trained so.
+    Its query and key become zero; LlamaGen's checkpoints were trained this way.
     """
     return torch.cat([torch.zeros_like(table[:1]), table])
 
@@ -60,11 +60,11 @@ def with_condition(table: Tensor) -> Tensor:
 def patch_table(first: Tensor, last: Tensor, grid_width: int, head_dim: int, kind: PatchRope) -> Tensor:
     """Return cosines and sines of patches that span tokens ``first`` to ``last``: (M, head_dim / 2, 2), float32.
 
-    Half of the pairs turn with the row of the first token, at the frequencies of 2D RoPE. The other half:
+    Half of the pairs encode the row of the first token, at the frequencies of 2D RoPE. The other half:
 
     ``dynamic``: four equal groups, for the first column, the last, the last, the first (the authors' code).
     ``dynamic-compact``: two equal groups, for the first column and the last.
-    ``2d``: the first column, so that the patch stands where LlamaGen would place its first token.
+    ``2d``: the first column, so that a patch has the position of its first token in LlamaGen.
 
     Args:
         first: (M,) token index within the image.
@@ -80,7 +80,7 @@ def patch_table(first: Tensor, last: Tensor, grid_width: int, head_dim: int, kin
 
 
 class PatchPositions:
-    """:func:`patch_table` of patches in a grid of ``n_tokens``, looked up: a few at a time cost little."""
+    """:func:`patch_table` precomputed for a grid of ``n_tokens``: looking up a few patches is cheap."""
 
     def __init__(
         self, n_tokens: int, grid_width: int, head_dim: int, kind: PatchRope, device: torch.device | str

@@ -1,11 +1,11 @@
-"""Sampling with KV caches, in raster order, patch boundaries decided on the way (paper section 4.1).
+"""Sampling in raster order with KV caches; patch boundaries are decided on the fly (paper section 4.1).
 
     codes, starts = sample(model, labels, entropy_model, PatchRule(threshold=7.8), SamplingOptions(cfg_scale=2.0))
     codes, _ = sample(llamagen, labels, options=SamplingOptions(cfg_scale=2.0))
 
 For each batch of images, for each token i:
 
-1. The entropy model's distribution of token i gives its entropy, and the patch rule says which images start a patch.
+1. The entropy model gives the entropy of token i, and the patch rule decides which images start a patch.
 2. For those, the encoder closes the patch that ended, and the patch transformer runs one step on it.
 3. The decoder gives the logits of token i, from which one token per image is drawn.
 4. The encoder and the entropy model read that token.
@@ -13,10 +13,10 @@ For each batch of images, for each token i:
 With guidance the conditional and the unconditional half share tokens and boundaries, so the entropy model and the patch
 encoder run once for both. Feeding the sampled codes and starts through the model's forward gives the same logits.
 
-The CPU and other devices have steppers of their own: :mod:`dpar.steppers` and :mod:`dpar.static_steppers`. An image
-depends on (seed, index), not on what else is in its batch: on CPU in float32 to the last bit (:mod:`dpar.kv_cache` says
-how). On a GPU, or between two machines, logits can differ in their last bits, and then a token does if its uniform
-number lies within about 1e-6 of an edge of the cumulative distribution.
+Steppers are in :mod:`dpar.steppers` for the CPU and in :mod:`dpar.static_steppers` for other devices. An image depends
+on (seed, index), not on the rest of its batch; on CPU in float32 it is bit-identical (:mod:`dpar.kv_cache` says how).
+On a GPU, or between two machines, logits can differ in their last bits. That changes a token if its uniform number is
+within about 1e-6 of a step of the cumulative distribution.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dpar.patching import OnlinePatcher, PatchRule
 from dpar.static_steppers import StaticPatcher, StaticSteppers, StaticTokenStepper, longest_patch
 from dpar.steppers import Stepper, TokenStepper, stepper_for
 
-Observe = Callable[[slice, int, Tensor], None]  # images of the batch, position, what was seen of each
+Observe = Callable[[slice, int, Tensor], None]  # images of the batch, position, a value per image
 
 
 def sample(
@@ -60,24 +60,23 @@ def sample(
         model: in evaluation mode, on the device to sample on.
         labels: (B,) int64.
         entropy_model: decides boundaries for DPAR; not needed if the rule needs no entropies.
-        rule: which tokens start a patch; DPAR needs one, LlamaGen has none.
+        rule: which tokens start a patch; required for DPAR, unused for LlamaGen.
         options: guidance, drawing and seed; plain sampling if None.
         indices: each image's number in the run; 0, 1, … if None.
         batch: images sampled at once; None for all. No image depends on it.
-        known: (B, N) int64, codes of which some are kept, as editing needs it; goes with ``keep``.
-        keep: (B, N) bool, True where the token is that of ``known``. The others are sampled, in raster order: each sees
-            the tokens before it, kept or sampled, and none after it. Boundaries follow from the actual tokens.
+        known: (B, N) int64, codes of which some are kept, for editing; requires ``keep``.
+        keep: (B, N) bool, True where the token is taken from ``known``. The others are sampled, in raster order: each
+            sees the tokens before it, kept or sampled, and none after it.
         advance: called with the number of images after each batch.
         observe: called with each batch's images, a position, and its logits (b, V) after guidance.
-        observe_log_prob: called likewise with ln p (b,) float32 of the tokens that were taken, under the model itself,
-            without guidance, temperature, top-k or top-p. Their sum over an image is what teacher forcing the sampled
-            codes and starts gives.
+        observe_log_prob: called likewise with ln p (b,) float32 of the chosen tokens under the model itself, without
+            guidance, temperature, top-k or top-p. Their sum over an image equals that of a teacher-forced forward pass.
 
     Returns:
         codes (B, N) int64 and starts (B, N) bool; for LlamaGen every token is its own patch.
 
     Raises:
-        ModelError: settings or models that do not fit each other.
+        ModelError: settings or models are incompatible.
     """
     return Sampler(model, entropy_model).sample(
         labels,
@@ -94,9 +93,9 @@ def sample(
 
 
 class Sampler:
-    """:func:`sample` from one model many times: keeps prepared weights, and on GPUs caches and graphs, between calls.
+    """:func:`sample` for repeated calls: reuses prepared weights, and on GPUs caches and graphs.
 
-    Weights are prepared at the first call, for the autocast that it runs under; later calls must run under the same.
+    Weights are prepared for the autocast state of the first call; later calls must run under the same.
     """
 
     def __init__(
@@ -107,12 +106,12 @@ class Sampler:
         static: bool | None = None,
         graphs: bool = True,
     ) -> None:
-        """Takes a model and its entropy model, in evaluation mode, on the device to sample on.
+        """Take a model and its entropy model, in evaluation mode, on the device to sample on.
 
         Args:
             model: to sample from.
             entropy_model: decides boundaries for DPAR.
-            static: whether to take the steppers of fixed shapes; None: on all devices but the CPU.
+            static: whether to use the fixed-shape steppers; None: on all devices but the CPU.
             graphs: whether those run as CUDA graphs on CUDA.
         """
         self.model, self.entropy_model, self.graphs = model, entropy_model, graphs
@@ -174,7 +173,7 @@ class Sampler:
                     observe(images, i, logits)
                 if observe_log_prob is not None:
                     observe_log_prob(images, i, own.log_softmax(dim=-1).gather(1, drawn.unsqueeze(1)).squeeze(1))
-                # 4. which is read
+                # 4. read it
                 if i + 1 < n:
                     stepper.accept(i, drawn)
                     if entropy_stepper is not None:
@@ -185,7 +184,7 @@ class Sampler:
     def _begin(
         self, labels: Tensor, rule: PatchRule, guided: bool
     ) -> tuple[OnlinePatcher | StaticPatcher, Stepper, TokenStepper | StaticTokenStepper | None]:
-        """What decides the boundaries of images with labels (B,), and what is fed their tokens."""
+        """Return the patcher, the stepper and the entropy stepper of a batch of images with labels (B,)."""
         c, batch = self.model.config, len(labels)
         if self.static:
             kept = self._static_steppers
@@ -212,29 +211,29 @@ class Sampler:
 
     @functools.cached_property
     def _prepared_entropy_model(self) -> LlamaGen:
-        assert self.entropy_model is not None  # which _check has seen
+        assert self.entropy_model is not None  # see _check
         return prepare_steps(self.entropy_model)
 
 
 def _check(model: DPAR | LlamaGen, labels: Tensor, entropy_model: LlamaGen | None, rule: PatchRule | None) -> PatchRule:
-    """The rule, if models, labels and it fit each other."""
+    """Return the rule; raise ModelError if models, labels and rule are incompatible."""
     config = model.config
     if labels.ndim != 1 or len(labels) == 0:
         raise ModelError(f"labels are {tuple(labels.shape)}; (B,) with at least one is needed")
     if int(labels.min()) < 0 or int(labels.max()) > config.classes:
         raise ModelError(
-            f"labels reach from {int(labels.min())} to {int(labels.max())}; this model has classes "
-            f"0 to {config.classes - 1}, and {config.classes} for none"
+            f"labels range from {int(labels.min())} to {int(labels.max())}; this model has classes "
+            f"0 to {config.classes - 1}, and {config.classes} for no class"
         )
     if isinstance(model, LlamaGen) and not model.config.start_token:
         raise ModelError("a LlamaGen without a start token is an entropy model; it cannot sample the first token")
     if rule is None:
-        raise ModelError("a DPAR model needs a patch rule; use the one that made the training patches")
+        raise ModelError("a DPAR model needs a patch rule; use that of the training patches")
     if isinstance(model, DPAR) and rule.needs_entropy:
         if rule.threshold is None:
-            raise ModelError("the patch rule has no threshold; use the one that made the training patches")
+            raise ModelError("the patch rule has no threshold; use that of the training patches")
         if entropy_model is None:
-            raise ModelError("an entropy model is needed: boundaries depend on entropies below an infinite threshold")
+            raise ModelError("an entropy model is needed: with a finite threshold, boundaries depend on entropies")
         check_same_tokens(model, entropy_model)
     return rule
 
@@ -242,7 +241,7 @@ def _check(model: DPAR | LlamaGen, labels: Tensor, entropy_model: LlamaGen | Non
 def _on_device(
     known: Tensor | None, keep: Tensor | None, batch: int, n_tokens: int, codebook_size: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``known`` and ``keep`` as they are needed, if they are given and fit."""
+    """Return ``known`` and ``keep`` on ``device``; raise ModelError if they are invalid."""
     if known is None and keep is None:
         return None, None
     if known is None or keep is None:
@@ -256,12 +255,12 @@ def _on_device(
     if len(kept_codes):
         lowest, highest = int(kept_codes.min()), int(kept_codes.max())
         if lowest < 0 or highest >= codebook_size:
-            raise ModelError(f"known codes reach from {lowest} to {highest}; this model has 0 to {codebook_size - 1}")
+            raise ModelError(f"known codes range from {lowest} to {highest}; this model has 0 to {codebook_size - 1}")
     return known.to(device), keep.to(device)
 
 
 def check_same_tokens(model: DPAR | LlamaGen, entropy_model: LlamaGen) -> None:
-    """Raises ModelError where an entropy model reads another grid or codebook than the model."""
+    """Raise ModelError if the entropy model has another grid or codebook than the model."""
     expected, actual = model.config, entropy_model.config
     for name in ("codebook_size", "grid_height", "grid_width"):
         if getattr(expected, name) != getattr(actual, name):

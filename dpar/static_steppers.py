@@ -1,17 +1,17 @@
-"""Steppers of fixed shapes, for GPUs: the interface of :mod:`dpar.steppers` with nothing left to the host.
+"""Fixed-shape steppers for GPUs, with the interface of :mod:`dpar.steppers`.
 
     steppers = StaticSteppers(model, entropy_model)          # once: weights in the precision of autocast
-    stepper = steppers.generator(labels, guided=True, longest=4)     # for each batch; caches and graphs are kept
+    stepper = steppers.generator(labels, guided=True, longest=4)     # for each batch; caches and graphs are reused
 
 A decoding step is hundreds of small kernels, and launching them takes longer than running them. So each step reads and
-writes tensors that are allocated beforehand, positions are tensors on the device, and on CUDA a step is captured as a
-graph, which is launched as one (:class:`dpar.graphs.Graphs`). Three things follow:
+writes preallocated tensors, positions are tensors on the device, and on CUDA a step is captured as a graph, which
+launches as one (:class:`dpar.graphs.Graphs`). Consequences:
 
-1. Attention reads a cache in one of four lengths, the next behind the token at hand, with a mask made of positions
-   (:class:`dpar.static_cache.StaticCache`); there is a graph of a step for each.
-2. The patch transformer runs on 1, 2, 4, … or all images, the next size at or above the number that begin a patch.
-   Rows of padding belong to a scratch image behind the others, whose cache nobody reads.
-3. The host has to know that number: one copy per token, the only time it waits for the device.
+1. Attention reads a cache in one of four lengths, the shortest that covers the current token, and masks the rest
+   (:class:`dpar.static_cache.StaticCache`); there is one graph of a step per length.
+2. The patch transformer runs on 1, 2, 4, … or all images, the smallest size that covers those that begin a patch.
+   Rows of padding belong to a scratch image after the others, whose cache is never read.
+3. The host must know that number: one copy per token, the only time it waits for the device.
 
 A batch may have fewer images than its stepper; the rest is padding that begins no patch.
 """
@@ -43,10 +43,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class HalfLinear(nn.Linear):
-    """A linear layer with its weight in half precision, as autocast would make it of a float32 one at every call."""
+    """A linear layer with its weight cast to half precision once, where autocast would cast it in every call."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)  # the weight is not made again
+        nn.Module.__init__(self)  # does not allocate a second weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
         self.register_parameter("bias", None)
@@ -57,13 +57,13 @@ class HalfLinear(nn.Linear):
 
 
 def half_linears(model: M, dtype: torch.dtype) -> M:
-    """A copy of ``model`` whose linear layers compute in ``dtype``; it shares all other parameters."""
+    """Return a copy of ``model`` whose linear layers compute in ``dtype``; it shares all other parameters."""
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     return with_parts(model, {name: HalfLinear(linear, dtype) for name, linear in linears.items()})
 
 
 def longest_patch(rule: PatchRule, n_tokens: int, grid_width: int) -> int:
-    """The most tokens that a patch of this rule can hold in an image of ``n_tokens``."""
+    """Return the most tokens that a patch of this rule can have in an image of ``n_tokens``."""
     if rule.static_length is not None:
         starts = np.flatnonzero(static_starts(n_tokens, rule.static_length))
         return int(np.diff(np.append(starts, n_tokens)).max())
@@ -72,7 +72,7 @@ def longest_patch(rule: PatchRule, n_tokens: int, grid_width: int) -> int:
 
 
 class StaticPatcher:
-    """:class:`dpar.patching.OnlinePatcher` on a device: the same decisions, and no wait for entropies."""
+    """:class:`dpar.patching.OnlinePatcher` on a device: the same decisions without a synchronisation."""
 
     def __init__(self, rule: PatchRule, batch: int, n_tokens: int, grid_width: int, device: torch.device) -> None:
         if rule.static_length is not None:
@@ -86,7 +86,7 @@ class StaticPatcher:
         self.run = torch.zeros(batch, dtype=torch.long, device=device)  # length of the open patch
 
     def step(self, position: int, entropy: Tensor | None) -> Tensor:
-        """Whether token ``position`` starts a patch: (B,) bool. See :meth:`dpar.patching.OnlinePatcher.step`."""
+        """Return whether token ``position`` starts a patch: (B,) bool. See :meth:`dpar.patching.OnlinePatcher.step`."""
         if self.always[position]:
             starts = torch.ones_like(self.run, dtype=torch.bool)
         else:
@@ -98,13 +98,13 @@ class StaticPatcher:
 
 
 class StaticTokenStepper:
-    """LlamaGen, one token a step. See :class:`dpar.steppers.Stepper`."""
+    """LlamaGen, one token per step. See :class:`dpar.steppers.Stepper`."""
 
     def __init__(self, model: LlamaGen, batch: int, guided: bool, graphs: bool) -> None:
         c, embeddings, self.device = model.config, model.tok_embeddings.weight, model.output.weight.device
         self.model, self.batch, self.copies = model, batch, 2 if guided else 1
-        self.images = batch  # of them, those that are not padding
-        self.lag = 0 if c.start_token else 1  # where a token's input stands, as in TokenStepper
+        self.images = batch  # those that are not padding
+        self.lag = 0 if c.start_token else 1  # as in TokenStepper
         rows = batch * self.copies
         self.cache = _caches(model, c.layers, rows)
         self.input = embeddings.new_zeros(rows, c.width)
@@ -114,19 +114,19 @@ class StaticTokenStepper:
         self.graphs = Graphs(self.device, graphs)
 
     def reset(self, labels: Tensor) -> None:
-        """Begins images with these labels, (B,); at most as many as the stepper is for."""
+        """Begin images with labels (B,), at most as many as the stepper's batch."""
         self.images = len(labels)
         if self.model.cls_embedding is not None:
             x = self.model.cls_embedding(conditions(labels, self.copies, self.model.config.classes))
             self.input[: len(x)].copy_(x)
 
     def begin_patches(self, position: int, starts: Tensor) -> None:
-        """A token is its own patch."""
+        """Do nothing: each token is its own patch."""
 
     def logits(self, position: int) -> Tensor:
         """See :class:`dpar.steppers.Stepper`; float32."""
         self._run("logits", self._logits, position - self.lag)
-        return self.out[: self.images * self.copies].to(torch.float32, copy=True)  # the next step writes there again
+        return self.out[: self.images * self.copies].to(torch.float32, copy=True)  # the next step overwrites it
 
     def accept(self, position: int, codes: Tensor) -> None:
         """See :class:`dpar.steppers.Stepper`."""
@@ -158,15 +158,15 @@ class StaticTokenStepper:
 
 
 class StaticPatchStepper:
-    """DPAR, one token a step. See :class:`dpar.steppers.Stepper`.
+    """DPAR, one token per step. See :class:`dpar.steppers.Stepper`.
 
-    All that belongs to an image has one image more, the scratch image of padding.
+    Tensors of the patch transformer have one image more: the scratch image, for padding.
     """
 
     def __init__(self, model: DPAR, batch: int, guided: bool, longest: int, graphs: bool) -> None:
         c, embeddings, self.device = model.config, model.tok_embeddings.weight, model.output.weight.device
         self.model, self.batch, self.copies, self.longest = model, batch, 2 if guided else 1, longest
-        self.images = batch  # of them, those that are not padding
+        self.images = batch  # those that are not padding
         rows = batch * self.copies
         self.sizes = sorted({min(2**k, batch) for k in range(batch.bit_length() + 1)})  # 1, 2, 4, …, batch
         self.encoder_cache = _caches(model, c.encoder_layers, batch)
@@ -187,7 +187,7 @@ class StaticPatchStepper:
         self.graphs = Graphs(self.device, graphs)
 
     def reset(self, labels: Tensor) -> None:
-        """Begins images with these labels, (B,); at most as many as the stepper is for."""
+        """Begin images with labels (B,), at most as many as the stepper's batch."""
         self.images = len(labels)
         condition = self.model.cls_embedding(conditions(labels, self.copies, self.model.config.classes))
         self.condition[: len(condition)].copy_(condition)
@@ -210,7 +210,7 @@ class StaticPatchStepper:
     def logits(self, position: int) -> Tensor:
         """See :class:`dpar.steppers.Stepper`; float32."""
         self._run("logits", self._logits, position, self.decoder_cache[0])
-        return self.out[: self.images * self.copies].to(torch.float32, copy=True)  # the next step writes there again
+        return self.out[: self.images * self.copies].to(torch.float32, copy=True)  # the next step overwrites it
 
     def accept(self, position: int, codes: Tensor) -> None:
         """See :class:`dpar.steppers.Stepper`."""
@@ -245,7 +245,7 @@ class StaticPatchStepper:
         self.stream.copy_(_repeated(x, self.copies))
 
     def _patches(self, size: int, leading: bool, keys: int) -> None:
-        """The patch transformer, for at most ``size`` images that begin a patch; ``leading``: their first."""
+        """Run the patch transformer for at most ``size`` images that begin a patch; ``leading``: their first one."""
         images = self._beginning(size)
         rows = (images.unsqueeze(1) * self.copies + torch.arange(self.copies, device=self.device)).flatten()
         if leading:  # the sequence begins with the class, whose rotation is the zero matrix
@@ -266,18 +266,18 @@ class StaticPatchStepper:
         self.patches.add_(begun)
 
     def _beginning(self, size: int) -> Tensor:
-        """The images that begin a patch, in order, then the scratch image: (size,) int64."""
-        slot = torch.where(self.starts, self.starts.cumsum(0) - 1, size)  # the last is for all that begin none
+        """Return the images that begin a patch, in order, then the scratch image: (size,) int64."""
+        slot = torch.where(self.starts, self.starts.cumsum(0) - 1, size)  # the last slot is dropped
         images = torch.full((size + 1,), self.batch, device=self.device)
         return images.scatter_(0, slot, torch.arange(self.batch, device=self.device))[:size]
 
     def _closed_patches(self, images: Tensor, first: Tensor) -> Tensor:
-        """The open patches, which begin at ``first`` (R,), of these images (R,): (R, d)."""
+        """Return the open patches, which begin at ``first`` (R,), of images (R,): (R, d)."""
         size, longest = len(images), self.longest
         offset = torch.arange(longest, device=self.device).expand(size, -1)
         token = first.unsqueeze(1) + offset
         patch = torch.arange(size, device=self.device).unsqueeze(1)
-        patch = torch.where(token < self.position, patch, size).flatten()  # one patch more, of tokens that have none
+        patch = torch.where(token < self.position, patch, size).flatten()  # an extra patch collects surplus tokens
         token = token.clamp(max=self.model.config.n_tokens - 1)
         patches = None
         for layer, tokens in zip(self.model.encoder_layers(), self.tokens, strict=True):
@@ -288,10 +288,10 @@ class StaticPatchStepper:
 
 
 class StaticSteppers:
-    """The static steppers of a model and its entropy model, kept from batch to batch.
+    """The static steppers of a model and its entropy model, reused from batch to batch.
 
-    A stepper serves batches of up to its size. Caches are large, so one of each is kept: asking for another kind of
-    generator drops it.
+    A stepper serves batches up to its size. Caches are large, so only one of each is kept: a generator of another kind
+    replaces it.
     """
 
     def __init__(self, model: DPAR | LlamaGen, entropy_model: LlamaGen | None, graphs: bool = True) -> None:
@@ -306,9 +306,9 @@ class StaticSteppers:
         self.entropy_stepper: StaticTokenStepper | None = None
 
     def generator(self, labels: Tensor, guided: bool, longest: int) -> StaticPatchStepper | StaticTokenStepper:
-        """The generator's stepper, at the begin of images with labels (B,)."""
+        """Return the generator's stepper, at the first token of images with labels (B,)."""
         if self.stepper is None or self.kind != (guided, longest) or self.stepper.batch < len(labels):
-            self.stepper = None  # gives its memory back first
+            self.stepper = None  # free its memory first
             if isinstance(self.model, DPAR):
                 self.stepper = StaticPatchStepper(self.model, len(labels), guided, longest, self.graphs)
             else:
@@ -318,9 +318,9 @@ class StaticSteppers:
         return self.stepper
 
     def entropy(self, labels: Tensor) -> StaticTokenStepper:
-        """The entropy model's stepper, at the begin of as many images as there are labels, (B,)."""
+        """Return the entropy model's stepper, at the first token of as many images as there are labels (B,)."""
         model = self.entropy_model
-        assert model is not None  # the caller has seen that there is one
+        assert model is not None  # checked by the caller
         if self.entropy_stepper is None or self.entropy_stepper.batch < len(labels):
             self.entropy_stepper = None
             self.entropy_stepper = StaticTokenStepper(model, len(labels), False, self.graphs)
@@ -329,7 +329,7 @@ class StaticSteppers:
 
 
 def _step(block: nn.Module, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
-    """One new token in each row, (R, width), through a block; ``forward`` passes by what is compiled for training."""
+    """Run a block on one new token per row, (R, width). ``forward`` skips the code compiled for training."""
     assert isinstance(block, Block)
     out: Tensor = block.forward(x.unsqueeze(1), table.unsqueeze(1), attend).squeeze(1)
     return out
@@ -341,5 +341,5 @@ def _caches(model: DPAR | LlamaGen, layers: int, rows: int) -> list[StaticCache]
 
 
 def _repeated(x: Tensor, copies: int) -> Tensor:
-    """Each row of x (R, ...) ``copies`` times: (R · copies, ...)."""
+    """Repeat each row of x (R, ...) ``copies`` times: (R · copies, ...)."""
     return x.unsqueeze(1).expand(-1, copies, *x.shape[1:]).flatten(0, 1)

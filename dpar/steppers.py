@@ -1,15 +1,15 @@
-"""Models fed one token per step, with KV caches: LlamaGen and the entropy model, and DPAR, on a CPU.
+"""Models that decode one token per step with KV caches, on a CPU: DPAR, LlamaGen and the entropy model.
 
-    stepper = stepper_for(model, labels, guided=True)    # models may be prepared: dpar.cpu_kernels
+    stepper = stepper_for(model, labels, guided=True)    # the model may be prepared by dpar.cpu_kernels
     for i in range(n_tokens):
         stepper.begin_patches(i, starts)     # DPAR: the patch transformer, for the images that start a patch
         logits = stepper.logits(i)           # (2B, V): conditional and unconditional rows in turn
         stepper.accept(i, codes)
 
-All images of a batch stand at the same token, so encoder, decoder and LlamaGen step in unison. Patches start at
-different tokens in different images: the patch transformer steps the images that need it, each at its own place in its
-cache. With guidance an image has two neighbouring rows, conditional first. The encoder has no class and keeps one.
-GPUs have :mod:`dpar.static_steppers`.
+All images of a batch are at the same token, so encoder, decoder and LlamaGen step in unison. Patches start at different
+tokens in different images: the patch transformer steps only the images that need it, each at its own position in the
+cache. With guidance an image has two adjacent rows, conditional first; the encoder, which has no class, has one.
+GPUs use :mod:`dpar.static_steppers`.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ from dpar.rope import PatchPositions
 
 
 class Stepper(Protocol):
-    """A generator that is fed one token a step, for a batch of images that stand at the same token."""
+    """A generator that decodes one token per step, for a batch of images that are at the same token."""
 
     def begin_patches(self, position: int, starts: Tensor) -> None:
-        """Does what the first token of a patch needs, for the images (B,) bool where ``position`` is one."""
+        """Prepare for the images, (B,) bool, in which token ``position`` starts a patch."""
 
     def logits(self, position: int) -> Tensor:
-        """For the token at ``position``: (B, V), or (2B, V) under guidance."""
+        """Return the logits of token ``position``: (B, V), or (2B, V) with guidance."""
 
     def accept(self, position: int, codes: Tensor) -> None:
-        """Takes the tokens (B,) that were chosen for ``position``."""
+        """Read the tokens (B,) int64 that were chosen for ``position``."""
 
 
 def stepper_for(model: DPAR | LlamaGen, labels: Tensor, guided: bool) -> Stepper:
-    """The stepper of a generator, for images with labels (B,)."""
+    """Return the stepper of a generator, for images with labels (B,)."""
     return PatchStepper(model, labels, guided) if isinstance(model, DPAR) else TokenStepper(model, labels, guided)
 
 
 class TokenStepper:
-    """LlamaGen, one token a step."""
+    """LlamaGen, one token per step."""
 
     def __init__(self, model: LlamaGen, labels: Tensor, guided: bool = False) -> None:
         self.model, self.copies = model, 2 if guided else 1
         self.rows = len(labels) * self.copies
         self.cache = _caches(model, model.config.layers, self.rows)
-        # where a token's input stands: the start token moves all of them on by one
+        # positions by which a token's input precedes it in the sequence; the start token shifts inputs by one
         self.lag = 0 if model.config.start_token else 1
-        self.input: Tensor  # what the next step reads: the start token or the token before
+        self.input: Tensor  # of the next step: the start token or the previous token
         if model.cls_embedding is not None:
             self.input = model.cls_embedding(conditions(labels, self.copies, model.config.classes))
 
     def begin_patches(self, position: int, starts: Tensor) -> None:
-        """A token is its own patch."""
+        """Do nothing: each token is its own patch."""
 
     def logits(self, position: int) -> Tensor:
         """See :class:`Stepper`."""
@@ -79,12 +79,12 @@ class TokenStepper:
         self.input = self.model.tok_embeddings(codes).repeat_interleave(self.copies, dim=0)
 
     def entropy(self, position: int) -> Tensor | None:
-        """Entropies of the token at ``position``, (B,) float32 nats; None for a token that is not predicted."""
+        """Return the entropies of token ``position``, (B,) float32 nats; None for a token that is not predicted."""
         return None if position < self.lag else token_entropy(self.logits(position))
 
 
 class PatchStepper:
-    """DPAR, one token a step; its patch transformer runs only for the images that start a patch."""
+    """DPAR, one token per step; its patch transformer runs only for the images that start a patch."""
 
     def __init__(self, model: DPAR, labels: Tensor, guided: bool) -> None:
         c, weight, batch = model.config, model.output.weight, len(labels)
@@ -95,7 +95,7 @@ class PatchStepper:
         self.patch_cache = _caches(model, c.patch_layers, self.rows)
         self.decoder_cache = _caches(model, c.decoder_layers, self.rows)
         self.tokens = [weight.new_zeros(batch, c.n_tokens, c.width) for _ in range(c.encoder_layers)]
-        self.received = weight.new_zeros(self.rows, c.decoder_layers, c.width)  # from the patch of the open token
+        self.received = weight.new_zeros(self.rows, c.decoder_layers, c.width)  # what the open patch gives its tokens
         self.positions = PatchPositions(c.n_tokens, c.grid_width, c.head_dim, c.rope, weight.device)
         self.condition = model.cls_embedding(conditions(labels, self.copies, c.classes))
         self.stream = model.stream_start(self.condition)  # the decoder's next input
@@ -123,7 +123,7 @@ class PatchStepper:
         self.stream = x[: self.batch].repeat_interleave(self.copies, dim=0).to(self.stream.dtype)
 
     def begin_patches(self, position: int, starts: Tensor) -> None:
-        """Closes the open patch of these images, and runs the patch transformer on it for the one that starts."""
+        """Close the open patch of the images that start one, and run the patch transformer on it."""
         images = np.flatnonzero(starts.numpy())
         if not images.size:
             return
@@ -147,12 +147,12 @@ class PatchStepper:
         self.patches[images] += 1
 
     def _closed_patches(self, images: NDArray[np.int64], first: NDArray[np.int64], end: int) -> Tensor:
-        """The patches of tokens ``first`` (R,) to ``end - 1`` of these images (R,): (R, d)."""
+        """Return the patches of tokens ``first`` (R,) to ``end - 1`` of images (R,): (R, d)."""
         lengths = end - first
         patch = np.arange(len(images)).repeat(lengths)
         offset = np.arange(len(patch)) - (lengths.cumsum() - lengths)[patch]
         at = torch.from_numpy(images[patch]), torch.from_numpy(first[patch] + offset)
-        # rows of padding as in pad_rows: a patch more, if need be, that holds the tokens of padding
+        # padding as in pad_rows; tokens of padding belong to an extra patch
         missing = padded(len(patch)) - len(patch)
         count = padded(len(images) + (missing > 0))
         patch_of_token = torch.from_numpy(np.pad(patch, (0, missing), constant_values=count - 1))
@@ -169,14 +169,14 @@ def _blocks(layers: torch.nn.ModuleList) -> list[Block]:
 
 
 def _caches(model: DPAR | LlamaGen, layers: int, rows: int) -> list[KVCache]:
-    """Empty caches in the dtype that keys and values come in: autocast's inside autocast, else the weights'."""
+    """Return empty caches in the dtype of keys and values: autocast's if it is on, else the weights'."""
     c, weight = model.config, model.output.weight
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     return [KVCache(rows, c.n_tokens, c.heads, c.head_dim, dtype) for _ in range(layers)]
 
 
 def conditions(labels: Tensor, copies: int, without: int) -> Tensor:
-    """The label of each row from those of images, (B,): the unconditional row has label ``without``."""
+    """Return the label of each row for images with labels (B,); an unconditional row has label ``without``."""
     if copies == 1:
         return labels
     return torch.stack([labels, torch.full_like(labels, without)], dim=1).flatten()

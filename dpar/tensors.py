@@ -1,4 +1,4 @@
-"""Tensors of weight files: reading them, checking them against a module, reporting what is wrong.
+"""Read the tensors of weight files, check them against a module, report mismatches.
 
 tensors = read_tensors(Path("weights/model.safetensors"))
 load_tensors(model, tensors, "weights/model.safetensors")    # ModelError lists what is missing or misshapen
@@ -58,14 +58,14 @@ def check_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: s
 
 
 def count_layers(names: Iterable[str], prefix: str) -> int:
-    """Return how many layers have tensors, from 0 without a gap: names begin with ``prefix``, a number and a dot."""
+    """Return the number of layers, from 0 without a gap, among tensor names ``{prefix}{number}.…``."""
     pattern = re.compile(re.escape(prefix) + r"([0-9]{1,9})\.")
     numbers = {int(match[1]) for name in names if (match := pattern.match(name))}
     return next(i for i in itertools.count() if i not in numbers)
 
 
 def shown(value: object, *, quote: bool = True) -> str:
-    """Return a value from a file as a message shows it: in one short line, control characters escaped."""
+    """Format a value from a file for a message: one short line, control characters escaped."""
     if isinstance(value, int) and abs(value) > 10**40:  # Python may refuse to print it
         return "a number of more than 40 digits"
     text = value if isinstance(value, str) and value.isprintable() and not quote else repr(value)
@@ -73,5 +73,5 @@ def shown(value: object, *, quote: bool = True) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, as a message shows it."""
+    """Return the first line of an error's message, formatted by :func:`shown`."""
     return shown(next(iter(str(error).splitlines()), type(error).__name__), quote=False)

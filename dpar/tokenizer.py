@@ -4,7 +4,7 @@
     codes = tokenizer.encode(images)                         # (B, 3, H, W) in -1..1 to (B, N) int64
     images = tokenizer.decode(codes)                         # back, (B, 3, H, W)
 
-Parameter names and shapes are LlamaGen's (``vq_model.py``), so its checkpoints load as they are.
+Parameter names and shapes are LlamaGen's (``vq_model.py``), so its checkpoints load unchanged.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class Quantiser(nn.Module):
 
     def nearest(self, latent: Tensor) -> Tensor:
         """Return codes of (B, codebook_dim, H, W) latents: (B, H·W) int64, in raster order."""
-        with torch.autocast(latent.device.type, enabled=False):  # bf16 confuses neighbouring vectors
+        with torch.autocast(latent.device.type, enabled=False):  # bf16 cannot tell close vectors apart
             rows = F.normalize(latent.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)  # (B·H·W, codebook_dim)
-            # On the unit sphere the nearest vector has the largest cosine. In chunks: V is 16384.
+            # On the unit sphere the nearest vector has the largest cosine. In chunks, because V is 16384.
             vectors = self.vectors()
             codes = [(chunk @ vectors.T).argmax(dim=-1) for chunk in rows.split(4096)]
         return torch.cat(codes).view(latent.shape[0], -1)

@@ -1,9 +1,9 @@
-"""Reading ``.pt`` and ``.safetensors`` files of unknown origin, without running anything in them.
+"""Read ``.pt`` and ``.safetensors`` files of unknown origin, without executing code stored in them.
 
     contents = load(Path("c2i_B_256.pt"))
     tensors, key = state_dict(contents, Path("c2i_B_256.pt"))    # name to tensor, and the key of the state dict
 
-A file that cannot be a checkpoint is refused with what it is: empty, a Git LFS pointer, a web page, a broken download.
+The error for any other file says what it is: empty, a Git LFS pointer, a web page, a broken download.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def load(path: Path) -> Any:
     zipped = head.startswith(b"PK")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign files, which get one message below
+            warnings.simplefilter("ignore")  # the error below covers foreign files
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except Exception as error:  # torch raises many classes of exception for damaged and foreign files
         unsafe = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
         if unsafe:
             raise ModelError(
                 f"{path} holds Python objects ({', '.join(unsafe)}), which could run code when they are read; "
-                "a checkpoint of tensors (and argparse.Namespace) alone is needed"
+                "only tensors (and argparse.Namespace) are accepted"
             ) from error
         what = "a zip file that PyTorch did not write" if zipped else "not a file that PyTorch wrote, or damaged"
         raise ModelError(f"{path} is {what}; {NEEDED}") from error
@@ -104,7 +104,7 @@ def state_dict(contents: Any, path: Path) -> tuple[dict[str, Tensor], str | None
                 raise ModelError(f"{path}: {shown(odd[0], quote=False)} is sparse, quantised or empty; {NEEDED}")
             return tensors, key
         names = ", ".join(shown(str(name), quote=False) for name in list(contents)[:5]) or "nothing"
-        raise ModelError(f"{path} holds no state dict under {', '.join(KEYS)}, nor a bare one (it holds {names})")
+        raise ModelError(f"{path} has no state dict, bare or under {', '.join(KEYS)} (it has {names})")
     raise ModelError(f"{path} holds a {type(contents).__name__}; {NEEDED}")
 
 

@@ -1,4 +1,4 @@
-"""Training a VQ tokenizer: the losses of VQGAN as LlamaGen uses them, and restarts of unused codes.
+"""Losses for training a VQ tokenizer (VQGAN, as LlamaGen uses it), and restarts of unused codes.
 
     loss = VQLoss(LossWeights(perceptual=1.0))
     total, parts = loss(images, reconstruction, quantised)
@@ -26,13 +26,13 @@ class LossWeights:
     reconstruction: float = 1.0  # mean squared error of pixels in -1..1
     codebook: float = 1.0
     commitment: float = 0.25
-    entropy: float = 0.0  # rewards a codebook that is used evenly and assigned sharply
+    entropy: float = 0.0  # rewards even use of the codebook and sharp assignments
     perceptual: float = 0.0
     adversarial: float = 0.0
 
 
 class VQLoss(nn.Module):
-    """The losses of the tokenizer."""
+    """Weighted sum of the tokenizer's losses."""
 
     def __init__(self, weights: LossWeights) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Loading xformers with the CUDA runtime that its extension was linked to.
 
-reason = xformers_hindrance()                            # None: its CUDA kernels are there
+reason = xformers_hindrance()                            # None: its CUDA kernels are available
 
-xformers' wheels are built for CUDA 12. A PyTorch for CUDA 13 does not bring libcudart.so.12, so the extension would not
-load and xformers would be importable all the same. The package nvidia-cuda-runtime-cu12 has that library.
+xformers' wheels are built for CUDA 12. PyTorch for CUDA 13 does not ship libcudart.so.12, so xformers imports but its
+extension fails to load. The package nvidia-cuda-runtime-cu12 has that library.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def xformers_hindrance() -> str | None:
         return "xformers is not installed"
     _load_cuda_runtime()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own, about what is missing: the reason is returned
+        warnings.simplefilter("ignore")  # the reason is returned instead
         from xformers import _cpp_lib
     if _cpp_lib._built_with_cuda:
         return None

@@ -1,1 +1,1 @@
-"""The stages: each a function with plain arguments that the command line and a notebook can both call."""
+"""The stages: functions with plain arguments, for the command line and for notebooks."""

@@ -1,9 +1,9 @@
-"""``dpar patchify CODES OUT --compare E1 E2``: how alike two entropy models cut the same images into patches.
+"""``dpar patchify CODES OUT --compare E1 E2``: how similarly two entropy models patchify the same images.
 
     result = compare(Path("codes"), Path("look"), PatchifySettings(compare=("large", "small"), target_length=1.81))
     result["agreement"]                                      # of the boundaries that entropy decides
 
-A small entropy model makes sampling cheaper; this says what it costs. No artifact is written, only ``compare.json``.
+A small entropy model makes sampling cheaper; this measures what it changes. Only ``compare.json`` is written.
 """
 
 from __future__ import annotations
@@ -32,23 +32,22 @@ COMPARISON = "compare.json"
 
 
 def compare(codes: Location, out: Path, settings: PatchifySettings, progress: Progress | None = None) -> dict[str, Any]:
-    """Measures both models on the same views, spread evenly over the images, and writes ``out/compare.json``.
+    """Measure both models on the same views, spread evenly over the images, and write ``out/compare.json``.
 
-    With ``--target-length`` each model gets the threshold that gives it this length; with ``--threshold`` both get
-    the same one, and their lengths differ.
+    With ``--target-length`` each model gets the threshold for that length; with ``--threshold`` both get the same
+    one, and their lengths differ.
 
     Args:
-        codes: codes, or patches, whose own boundaries are not looked at.
+        codes: codes, or patches, whose boundaries are ignored.
         out: a directory.
         settings: ``compare`` names the two models.
         progress: where to report.
 
     Returns:
-        ``models`` (one for each: path, fingerprint, parameters, GMACs per image, mean entropy, threshold, mean length,
-        share of tokens that start a patch), and over the tokens where neither the first token nor a row's decides:
-        ``agreement``, the share with the same decision; ``agreement_by_chance``, what independent models of these
-        rates would have; ``shared_starts``, starts of both among starts of either; ``entropy_correlation`` (Pearson's;
-        None if a model's entropies are all equal).
+        ``models`` (for each: path, fingerprint, parameters, GMACs per image, mean entropy, threshold, mean length,
+        patches per image), and, over the tokens that are not forced starts: ``agreement``, the share with the same
+        decision; ``agreement_by_chance``, that of independent models with these rates; ``shared_starts``, starts of
+        both among starts of either; ``entropy_correlation`` (Pearson's; None if a model's entropies are all equal).
 
     Raises:
         StageError, ModelError, ArtifactError: input, weights, output or settings cannot be used.
@@ -104,7 +103,7 @@ def _measure(
     settings: PatchifySettings,
     progress: Progress,
 ) -> tuple[dict[str, Any], NDArray[np.float16]]:
-    """What the model called ``name`` is, and its entropies (n, N) of these views."""
+    """Return a description of the model called ``name``, and its entropies (n, N) of these views."""
     model = load_entropy_model(name)
     check_compatible(model, artifact.manifest, str(artifact.folder), unconditional=True)
     cost = count(model.config)
@@ -134,7 +133,7 @@ def _agreement(
     first, second = (each[:, decided] for each in starts)
     rates = float(first.mean()), float(second.mean())
     either = int((first | second).sum())
-    levels = [found[:, 1:].astype(np.float64).ravel() for found in entropy]
+    levels = [each[:, 1:].astype(np.float64).ravel() for each in entropy]
     return {
         "agreement": float((first == second).mean()),
         "agreement_by_chance": rates[0] * rates[1] + (1 - rates[0]) * (1 - rates[1]),
@@ -144,25 +143,25 @@ def _agreement(
 
 
 def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
-    """Pearson's correlation; None if either is constant."""
+    """Return Pearson's correlation; None if either input is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return float(np.corrcoef(a, b)[0, 1])
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The comparison in a few lines for people."""
-    said = [
+    """Return the comparison as lines of text."""
+    text = [
         f"{m['model']}: {m['parameters'] / 1e6:.1f} M parameters, {m['gmacs_per_image']:.3g} GMACs per image, "
         f"threshold {m['threshold']:.4g} nats, mean length {m['mean_length']:.3f}, "
         f"{m['patches_per_image']:.1f} patches per image"
         for m in result["models"]
     ]
     value = result["entropy_correlation"]
-    correlation = "no number (one is constant)" if value is None else f"{value:.3f}"
-    said.append(
+    correlation = "undefined (one is constant)" if value is None else f"{value:.3f}"
+    text.append(
         f"of the boundaries that entropy decides they agree on {result['agreement']:.1%} "
-        f"({result['agreement_by_chance']:.1%} would be chance); {result['shared_starts']:.1%} of the starts of either "
-        f"are of both; entropies correlate at {correlation}, on {result['sequences']} sequences"
+        f"({result['agreement_by_chance']:.1%} by chance); {result['shared_starts']:.1%} of the starts of either "
+        f"are shared; entropy correlation {correlation}, on {result['sequences']} sequences"
     )
-    return said
+    return text

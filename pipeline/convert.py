@@ -1,9 +1,9 @@
-"""``dpar convert SRC DST``: checkpoint files of LlamaGen and of DPAR's authors to directories and back, and to the Hub.
+"""``dpar convert SRC DST``: checkpoint files of LlamaGen and of DPAR's authors to directories, back, and to the Hub.
 
     converted = convert("c2i_B_256.pt", Path("c2i-b"), ConvertSettings())       # config.json, model.safetensors, card
     converted = convert("c2i-b", Path("c2i_B_256.pt"), ConvertSettings())       # a file that LlamaGen's code loads
 
-Tensors are copied byte for byte, in the dtype they have.
+Tensors are copied byte for byte, in their own dtypes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MODELS: dict[str, type[Any]] = {model.model_type: model for model in (DPAR, Llam
 class Converted:
     """What was converted."""
 
-    description: str  # the model in a line
+    description: str  # of the model, in one line
     parameters: int
     tensors: int
     bytes: int  # of the tensors
@@ -52,7 +52,7 @@ def convert(src: str, dst: Path, settings: ConvertSettings, progress: Progress |
 
     Args:
         src: a checkpoint file, or a directory, run, Hub repository or built-in name.
-        dst: a new file or directory; one that holds this very model already is left as it is.
+        dst: a new file or directory; left unchanged if it already holds this model.
         settings: see :class:`ConvertSettings`.
         progress: where to report.
 
@@ -63,14 +63,14 @@ def convert(src: str, dst: Path, settings: ConvertSettings, progress: Progress |
     path = weights_path(src)
     to_file = dst.suffix == ".pt"
     if to_file and settings.push_to is not None:
-        raise StageError("--push-to takes a directory, which from_pretrained can load; DST must not end in .pt")
+        raise StageError("--push-to needs a directory, which from_pretrained can load; DST must not end in .pt")
     weights = read_weights(path, heads=settings.heads, grid=settings.grid, rope=settings.rope)
     if weights.model_type not in MODELS:
-        raise StageError(f"{src} holds a {weights.model_type!r} model; there are {', '.join(MODELS)}")
+        raise StageError(f"{src} holds a {weights.model_type!r} model; expected one of {', '.join(MODELS)}")
     model = weights.meta_model(MODELS[weights.model_type])
     values = dataclasses.asdict(cast("DataclassInstance", model.config))
     if _holds(dst, weights, values):
-        progress.say(f"{dst} holds this model already")
+        progress.say(f"{dst} already holds this model")
     elif to_file:
         dst.parent.mkdir(parents=True, exist_ok=True)
         checkpoint_files.write(dst, weights.model_type, values, weights.tensors)
@@ -89,21 +89,23 @@ def convert(src: str, dst: Path, settings: ConvertSettings, progress: Progress |
 
 
 def _holds(dst: Path, weights: Weights, values: dict[str, Any]) -> bool:
-    """Whether ``dst`` holds this very model; False where it is not there, or an empty directory.
+    """Return whether ``dst`` already holds this model; False if it is missing or an empty directory.
 
     Raises:
-        StageError: it holds anything else.
+        StageError: it holds something else.
     """
     if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
         return False
     refusal = f"{dst} exists and holds something else; name a new directory, or a new file that ends in .pt"
     try:
-        there = read_weights(dst, weights.model_type)
+        stored = read_weights(dst, weights.model_type)
     except ValueError as error:
         raise StageError(refusal) from error
-    wanted, existing = (json.loads(json.dumps(config)) for config in (values, there.values))
+    wanted, existing = (json.loads(json.dumps(config)) for config in (values, stored.values))
     same = all(wanted.get(name) == value for name, value in existing.items()) and all(
-        name in there.tensors and there.tensors[name].dtype == tensor.dtype and torch.equal(there.tensors[name], tensor)
+        name in stored.tensors
+        and stored.tensors[name].dtype == tensor.dtype
+        and torch.equal(stored.tensors[name], tensor)
         for name, tensor in weights.tensors.items()
     )
     if not same:

@@ -1,8 +1,8 @@
-"""``dpar demo``: the whole chain on twelve classes of the emoji that ship here, and a report of it.
+"""``dpar demo``: all stages on twelve classes of the built-in emoji, and a report.
 
-Every step is a ``dpar`` command, run as a user would run it and printed before it runs; the commands differ from those
-for ImageNet in sizes alone. Samples of the shipped models stand beside those of the demo's own, which the same commands
-made with fewer steps. A demo that was stopped resumes when run again.
+Every step is a ``dpar`` command, printed before it runs; only the sizes differ from the commands for ImageNet. The
+report shows samples of the shipped models next to those of the demo's models, which are trained for fewer steps. A
+stopped demo resumes when run again.
 
     demo(Path("demo"), run_command=lambda arguments: subprocess.run(["dpar", *arguments], check=True))
 """
@@ -37,7 +37,7 @@ from shards.manifest import Manifest
 from shards.reader import Artifact, open_artifact
 
 RunCommand = Callable[[list[str]], None]
-SHIPPED = "builtin:emoji"  # the data, and the models trained on all of them
+SHIPPED = "builtin:emoji"  # the data, and the models trained on all of it
 CLASSES = (
     "animal mammal",
     "face happy",
@@ -57,9 +57,9 @@ COLUMNS = 12  # classes side by side on a sheet
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much of everything the demo makes."""
+    """Sizes of the demo's data, training and sampling."""
 
-    train_images: int  # over all classes; of each, its mirror image too
+    train_images: int  # over all classes; each is also mirrored
     validation_images: int
     steps: int  # of each of the three models
     samples: int
@@ -71,12 +71,12 @@ TINY = Size(train_images=60, validation_images=30, steps=8, samples=12)
 
 
 def demo(out: Path, *, run_command: RunCommand, tiny: bool = False, progress: Progress | None = None) -> Path:
-    """Runs the chain into ``out`` and gives the path of its ``report.html``.
+    """Run all stages in ``out`` and return the path of its ``report.html``.
 
     Args:
-        out: a directory of the demo's own.
-        run_command: runs one ``dpar`` command, given as arguments; raises where it fails.
-        tiny: the smallest size, to see that everything works.
+        out: a directory for the demo only.
+        run_command: runs one ``dpar`` command, given its arguments; raises if it fails.
+        tiny: use the smallest size, to check that everything works.
         progress: where to report.
     """
     progress = progress or Progress()
@@ -127,7 +127,7 @@ def demo(out: Path, *, run_command: RunCommand, tiny: bool = False, progress: Pr
         )
     per_class = size.samples // len(CLASSES)
     shipped_rule = _shipped().rule
-    assert shipped_rule is not None  # of a DPAR
+    assert shipped_rule is not None  # it is a DPAR
     shipped = ("--entropy-model", SHIPPED, "--threshold", shipped_rule.threshold)
     run("patchify", out / "codes-validation", out / "shipped-patches", *shipped)
     run("sample", SHIPPED, out / "shipped", *classes, "--per-class", per_class, "--cfg-scale", size.guidance[-1])
@@ -139,7 +139,7 @@ def demo(out: Path, *, run_command: RunCommand, tiny: bool = False, progress: Pr
 
 
 def write_report(out: Path, size: Size, timings: dict[str, float]) -> Path:
-    """Writes ``report.html`` and its pictures from what the commands left in ``out``."""
+    """Write ``report.html`` and its pictures from the outputs of the commands in ``out``."""
     pictures = out / "pictures"
     pictures.mkdir(exist_ok=True)
     training = Manifest.read(out / "patches")
@@ -169,14 +169,14 @@ def write_report(out: Path, size: Size, timings: dict[str, float]) -> Path:
 
 
 def one_per_class(artifact: Artifact) -> NDArray[np.int64]:
-    """The first row of each class, in order of labels."""
+    """Return the first row of each class, in order of labels: (classes,) int64."""
     labels = artifact.gather(np.arange(len(artifact)), np.zeros(len(artifact), np.int64)).labels
     return np.array([int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)])
 
 
 def _comparison(out: Path, scores: dict[str, Results], training: Manifest) -> Section:
     def seen(name: str) -> str:
-        """How many images a run has trained on."""
+        """Return the number of images that a run has trained on."""
         lines = [line for line in read_metrics(out / name) if "bits_per_token" in line]
         batch = read_run(out / name)["settings"]["batch"]
         return f"{lines[-1]['step'] * batch}"
@@ -197,12 +197,12 @@ def _comparison(out: Path, scores: dict[str, Results], training: Manifest) -> Se
     lengths = {int(length): count for length, count in statistics["lengths"].items()}
     total = sum(lengths.values())
     return Section(
-        title="DPAR beside LlamaGen",
+        title="DPAR next to LlamaGen",
         text=(
-            "Both have six layers of one width and saw the same images in the same order. DPAR's patch transformer "
-            f"worked on {statistics['patches_per_image']:.1f} patches per image in place of 256 tokens: mean length "
-            f"{statistics['mean_length']:.2f}, set by --target-length 1.81. Models trained for a minute show that "
-            "the chain works, not how good the method is."
+            "Both have six layers of the same width and saw the same images in the same order. DPAR's patch "
+            f"transformer worked on {statistics['patches_per_image']:.1f} patches per image instead of 256 tokens: "
+            f"mean length {statistics['mean_length']:.2f}, set by --target-length 1.81. Models trained for a minute "
+            "show that the stages work, not how good the method is."
         ),
         tables=[
             Table(caption="Cost and likelihood", header=["", "dpar-tiny", "llamagen-tiny"], rows=rows),
@@ -234,11 +234,11 @@ def _reconstructions(
             column_titles=names[part],
         )
         path = pictures / f"reconstructions-{first // COLUMNS + 1}.png"
-        shown.append(_keep(picture, path, "Held-out images, and what the tokenizer makes of their codes"))
+        shown.append(_save(picture, path, "Held-out images, and their reconstructions by the tokenizer"))
     reconstruction = scores["dpar"].reconstruction
     assert reconstruction is not None  # the reference is an artifact
     return Section(
-        title="What the tokenizer keeps",
+        title="Reconstructions",
         text=f"Held-out images above their reconstructions from 16×16 codes. PSNR over all held-out images: "
         f"{reconstruction.psnr_db:.2f} dB.",
         pictures=shown,
@@ -262,13 +262,13 @@ def _patches(shipped: Artifact, own: Artifact, rows: NDArray[np.int64], pictures
         )
         threshold = artifact.manifest.settings["threshold"]
         model = "the shipped entropy model" if name == "shipped" else "the entropy model of this demo"
-        shown.append(_keep(picture, pictures / f"patches-{name}.png", f"By {model}, threshold {threshold:.2f} nats"))
+        shown.append(_save(picture, pictures / f"patches-{name}.png", f"By {model}, threshold {threshold:.2f} nats"))
     return Section(
         title="Where the patches are",
         text=(
-            "The entropy at each token of held-out images, in nats, and the patches that follow. A token starts "
-            f"a patch if its entropy is above the threshold, if {own.manifest.settings['max_length']} tokens are in "
-            "the open patch already, or if a new row begins."
+            "The entropy of each token of held-out images, in nats, and the resulting patches. A token starts "
+            f"a patch if its entropy is above the threshold, if the open patch already has "
+            f"{own.manifest.settings['max_length']} tokens, or if a new row begins."
         ),
         pictures=shown,
     )
@@ -293,24 +293,24 @@ def _samples(out: Path, size: Size, pictures: Path) -> Section:
         },
     }
     shown = [
-        _keep(Image.open(path), pictures / f"{name}-samples.png", caption) for name, (caption, path) in sheets.items()
+        _save(Image.open(path), pictures / f"{name}-samples.png", caption) for name, (caption, path) in sheets.items()
     ]
     costs = [cost for cost in (_shipped().training, training_cost(out / "dpar")) if cost is not None]
     rows = [
         ["model", *(cost.model for cost in costs)],
         ["steps × images per step", *(f"{cost.steps:,} × {cost.batch}" for cost in costs)],
         ["training GFLOPs per image", *(f"{cost.gflops_per_image:.2f}" for cost in costs)],
-        ["in all, TFLOPs", *(f"{cost.steps * cost.batch * cost.gflops_per_image / 1000:,.0f}" for cost in costs)],
+        ["total TFLOPs", *(f"{cost.steps * cost.batch * cost.gflops_per_image / 1000:,.0f}" for cost in costs)],
     ]
     return Section(
         title="Samples",
         text=(
-            "One row per class. The shipped model was made by the same commands, on all classes and with more steps. "
-            "There are only some 3,000 training images, so a sample may be close to one of them: "
+            "One row per class. The shipped model was trained by the same commands, on all classes and for more steps. "
+            "There are only about 3,000 training images, so a sample may be close to one of them: "
             "`dpar sample … --show-nearest` shows the nearest."
         ),
         pictures=shown,
-        tables=[Table(caption="What the models cost to train", header=["", "shipped", "this demo"], rows=rows)],
+        tables=[Table(caption="Training cost", header=["", "shipped", "this demo"], rows=rows)],
     )
 
 
@@ -319,7 +319,7 @@ def _commands(timings: dict[str, float]) -> Section:
     total = sum(timings.values())
     return Section(
         title="The commands",
-        text=f"What was run, in order; {total:.0f} s in all on this machine.",
+        text=f"In the order in which they ran; {total:.0f} s in total on this machine.",
         tables=[Table(caption="Commands and their times", header=["command", "time"], rows=rows)],
     )
 
@@ -336,7 +336,7 @@ def _originals_and_decoded(artifact: Artifact, rows: NDArray[np.int64]) -> tuple
     return originals, decode(load_tokenizer(SHIPPED), codes, artifact.manifest.grid)
 
 
-def _keep(picture: Image.Image, path: Path, caption: str) -> Picture:
-    """Saves a picture beside the report and gives it as the report shows it."""
+def _save(picture: Image.Image, path: Path, caption: str) -> Picture:
+    """Save a picture and return it for the report."""
     picture.save(path)
     return Picture(caption, data_uri(picture), caption, wide=True)

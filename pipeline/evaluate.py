@@ -1,23 +1,23 @@
-"""``dpar eval RUN OUT --reference R``: how well a run predicts, and how its samples look.
+"""``dpar eval RUN OUT --reference R``: likelihood of held-out images and quality of samples.
 
     results = evaluate(Path("run"), Path("scores"), EvalSettings(reference=Path("validation-patches")))
 
-    OUT/results.json, .csv, .md   all numbers, and what made them
-    OUT/quality-vs-*.png          against guidance, patch length and training FLOPs, where there are several of them
+    OUT/results.json, .csv, .md   all numbers and their provenance
+    OUT/quality-vs-*.png          against guidance, patch length and training FLOPs, if these vary
     OUT/likelihood/NAME.json      each row of the held-out table: bits per token, patches and GMACs per image
     OUT/cells/NAME/               each cell of the table: its codes as an artifact, its numbers, its sheets, and
                                   samples above their nearest training images
     OUT/reference.npz             the reference's statistics
     OUT/floor/                    the scores of a second set of real images, with ``--floor``
 
-A row of the held-out table is a combination of checkpoint, threshold and longest patch; the held-out images are cut
-anew by its rule, from their stored entropies. A cell is a row with a guidance scale. RUN may also be a LlamaGen that
-was trained elsewhere: its own file, or a directory of weights without a run.
+A row of the held-out table is a combination of checkpoint, threshold and maximum patch length; the held-out images are
+patchified again with its rule, from their stored entropies. A cell is a row with a guidance scale. RUN may also be a
+LlamaGen that was trained elsewhere: its checkpoint file, or a directory of weights without a run.
 
 Bits per token are exact. The distance between samples and reference is FID with ``--features inception``; on the
-tokenizer's own features it goes by another name and compares only with its like. All of them have confidence intervals,
-and the results say how each score was measured. Any number of processes may work on one OUT; a killed evaluation
-resumes, and numbers do not depend on either.
+tokenizer's features it has another name and compares only with distances on the same features. All scores have
+confidence intervals, and the results record how each was measured. Any number of processes may work on one OUT, and a
+killed evaluation resumes; the numbers do not depend on either.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from shards.errors import ArtifactError
 from shards.reader import Artifact, open_artifact
 from shards.storage import Location
 
-FORMAT = 3  # of OUT's files; in 2 there were no intervals, and in 1 bits per token were by the stored boundaries
+FORMAT = 3  # of OUT's files; 2 had no intervals, and 1 computed bits per token with the stored boundaries
 
 
 def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | None = None) -> Results:
@@ -70,7 +70,7 @@ def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | 
     Results that ``out`` already has are not computed again.
 
     Returns:
-        What ``results.json`` says.
+        The contents of ``results.json``.
 
     Raises:
         StageError, ModelError, ArtifactError: run, reference, output or settings cannot be used.
@@ -95,7 +95,7 @@ def evaluate(run: Path, out: Path, settings: EvalSettings, progress: Progress | 
 
 
 class _Evaluation:
-    """What :func:`evaluate` works on, checked before anything is computed."""
+    """The inputs of :func:`evaluate`, checked before anything is computed."""
 
     def __init__(self, run: Path, out: Path, settings: EvalSettings, progress: Progress, engine: Engine) -> None:
         self.run, self.out, self.settings, self.progress, self.engine = run, out, settings, progress, engine
@@ -131,7 +131,7 @@ class _Evaluation:
         self._warn()
 
     def _open_training(self, generator: Generator) -> Artifact | None:
-        """What the nearest training images are looked for in; None, with a message, if it is not at hand."""
+        """Return the artifact to search for nearest training images; None, with a message, if unavailable."""
         path = self.settings.training or recorded_training(self.run)
         if not self.settings.images:
             return None
@@ -146,7 +146,7 @@ class _Evaluation:
             return None
 
     def generator(self, row: Row) -> Generator:
-        """The model of a row, with all that sampling needs, and its rule."""
+        """Return the generator of a row, with its rule."""
         candidate = row.candidate
         if self._loaded is None or self._loaded[0] != candidate:
             self._loaded = None  # one model in memory at a time
@@ -155,7 +155,7 @@ class _Evaluation:
         return self.engine.load(Generator.with_rule, self._loaded[1], row.threshold, row.max_length)
 
     def _labels(self, generator: Generator) -> NDArray[np.int64]:
-        """Classes (samples,) of a cell's images."""
+        """Return the classes of a cell's images, (samples,) int64."""
         s, names, artifact = self.settings, generator.class_names, self.source.artifact
         if s.labels != "reference":
             return labels_of(list(range(len(names))), s.images, s.labels, s.seed)
@@ -168,17 +168,17 @@ class _Evaluation:
     def _held_out_rules(
         self, generator: Generator, choices: list[tuple[float | None, int | None]]
     ) -> dict[tuple[float | None, int | None], PatchRule | None]:
-        """By threshold and longest patch, the rule that cuts the held-out images; None keeps stored boundaries."""
+        """Return, by threshold and maximum length, the rule for held-out images; None keeps stored boundaries."""
         rules: dict[tuple[float | None, int | None], PatchRule | None] = {}
         for choice in choices:
-            chosen = generator.with_rule(*choice)  # refuses what the model cannot sample by
+            chosen = generator.with_rule(*choice)  # refuses a rule that the model cannot sample with
             explicit = (*choice, self.settings.row_reset) != (None, None, None)
             if self.artifact is not None:
                 rules[choice] = held_out_rule(self.artifact, chosen, explicit, self.progress)
         return rules
 
     def _identity(self) -> dict[str, Any]:
-        """What decides the results, apart from which cells are asked for."""
+        """Return what determines the results, except the choice of cells."""
         chosen = settings_identity(self.settings)
         newest = None if self.settings.checkpoint else weights_fingerprint(str(self.run))
         identity: dict[str, Any] = {"run": str(self.run), "weights": newest, "reference": self.source.fingerprint}
@@ -193,19 +193,19 @@ class _Evaluation:
         for line in self.deviations:
             self.progress.say(f"not as in the paper: {line}")
         if self.settings.features == "tokenizer":
-            self.progress.say("distances on the tokenizer's own features compare only among themselves; none is FID")
+            self.progress.say("distances on the tokenizer's features are not FID; compare them only with each other")
         known = self.source.measured
         in_reference = known.statistics.images if known is not None else len(self.source.images or ())
         counts = {"reference": in_reference, "samples": self.settings.images}
         few = [f"{n} {name}" for name, n in counts.items() if n is not None and 0 < n <= self.extract.dimension]
         if few:
             self.progress.say(
-                f"{' and '.join(few)} images are few for {self.extract.dimension} features: the covariance is not of "
-                "full rank and the distance comes out too large; compare it only with distances between as many images"
+                f"{' and '.join(few)} images are few for {self.extract.dimension} features: the covariance is "
+                "rank-deficient and the distance too large; compare it only with distances between as many images"
             )
 
     def likelihood(self, row: Row) -> HeldOutRow:
-        """The row's exact bits per token on the held-out artifact, and what the model costs on it."""
+        """Return the row's exact bits per token on the held-out artifact, and the model's cost there."""
         weights = weights_fingerprint(row.candidate.path or str(self.run))
         path = self.out / "likelihood" / f"{row.name or 'newest'}.json"
         if self.artifact is None:
@@ -223,7 +223,7 @@ class _Evaluation:
         return record
 
     def reconstruction(self) -> Reconstruction | None:
-        """How much the tokenizer keeps of the held-out images, if their originals can still be read."""
+        """Return how well the tokenizer reconstructs the held-out images; None without a held-out artifact."""
         if self.artifact is None:
             return None
         path = self.out / "reconstruction.json"
@@ -290,7 +290,7 @@ class _Evaluation:
                     shutil.rmtree(parts, ignore_errors=True)
 
     def floor(self) -> Floor | None:
-        """The scores of the second set of real images, measured once; None if there is none or no reference."""
+        """Return the scores of the second set of real images; None without one, or without a reference."""
         source, samples = self.floor_source, self.settings.images
         if source is None or (reference := self.first.reference(self.progress)) is None:
             return None
@@ -299,7 +299,7 @@ class _Evaluation:
         )
 
     def measures(self) -> list[Measure]:
-        """How each score of the samples is measured."""
+        """Return how each score of the samples is measured."""
         s, measures = self.settings, []
         if s.images:
             precision = precision_name(choose_device(s.device), s.decode_precision)
@@ -317,7 +317,7 @@ class _Evaluation:
         likelihood: HeldOutRow,
         references: list[Reference | None],
     ) -> None:
-        """One combination of settings: its samples, their scores, and its sheets."""
+        """Write one cell: its samples, scores and sheets."""
         s, path = self.settings, folder / "cell.json"
         labels, training = self.labels, self.training
         n_shards = -(-s.images // s.shard_size)
@@ -385,5 +385,5 @@ class _Evaluation:
 
 
 def _open(place: Location) -> Artifact:
-    """An artifact, all of its shards checked; under ``torchrun`` each process checks some."""
+    """Open an artifact and verify its shards; under ``torchrun`` each process verifies some."""
     return open_artifact(place, verify=True, share=(rank(), world_size()))

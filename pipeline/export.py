@@ -1,4 +1,4 @@
-"""``dpar export RUN DIR``: a run with all that sampling from it needs, as one directory (:mod:`dpar.bundle`).
+"""``dpar export RUN DIR``: a run and everything needed to sample from it, as one directory (:mod:`dpar.bundle`).
 
 exported = export(Path("run"), Path("bundle"), ExportSettings(push_to="you/dpar-emoji"))
 pipe = DPARPipeline.from_pretrained("bundle")
@@ -44,8 +44,8 @@ def export(run: Path, out: Path, settings: ExportSettings, progress: Progress | 
     """Write a run as a bundle, with a model card and sample pictures.
 
     Args:
-        run: a run of ``dpar train``; its moving average is taken where it has one, unless ``settings.ema`` is off.
-        out: a new directory, or the bundle of this run, which is written again.
+        run: a run of ``dpar train``; its moving average is used if it has one, unless ``settings.ema`` is off.
+        out: a new directory, or a bundle, which is overwritten.
         settings: see :class:`ExportSettings`.
         progress: where to report.
 
@@ -56,12 +56,12 @@ def export(run: Path, out: Path, settings: ExportSettings, progress: Progress | 
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / BUNDLE).is_file())):
         raise StageError(f"{out} holds something else; name a new directory")
     if run_of(run) != run or bundle_folder(run) is not None:
-        raise StageError(f"{run} is not a run of `dpar train`; name one")
+        raise StageError(f"{run} is not a run of `dpar train`")
     averaged = settings.ema and (run / EMA).is_dir()
     generator = Generator.load(run, settings, weights=str(run / EMA) if averaged else None)
     dtype = DTYPES[settings.weights_dtype]
 
-    (out / BUNDLE).unlink(missing_ok=True)  # last to be written, so that no half of a bundle is taken for one
+    (out / BUNDLE).unlink(missing_ok=True)  # written last: an incomplete directory is not a bundle
     models: dict[Part, Any] = {"generator": generator.model, "tokenizer": generator.tokenizer}
     if generator.entropy_model is not None:
         models["entropy_model"] = generator.entropy_model
@@ -86,7 +86,7 @@ def export(run: Path, out: Path, settings: ExportSettings, progress: Progress | 
 
 
 def training_cost(run: Path) -> TrainingCost | None:
-    """What the run has cost so far; None if it has not measured the cost of an image yet."""
+    """Return what a run has cost so far; None if it has not measured the cost of an image yet."""
     lines = read_metrics(run)
     costs = [line["training_gflops_per_image"] for line in lines if "training_gflops_per_image" in line]
     if not costs:
@@ -101,7 +101,7 @@ def training_cost(run: Path) -> TrainingCost | None:
 
 
 def _sample_sheet(generator: Generator, settings: ExportSettings) -> Image.Image | None:
-    """Pictures of classes spread over all of them, and the same with their patches drawn on; None without samples."""
+    """Return samples of evenly spread classes, with and without their patches drawn; None without samples."""
     if settings.samples == 0:
         return None
     labels = np.linspace(0, len(generator.class_names) - 1, settings.samples).astype(np.int64)
@@ -116,7 +116,7 @@ def _sample_sheet(generator: Generator, settings: ExportSettings) -> Image.Image
 
 
 def _card(run: Path, generator: Generator, settings: ExportSettings, averaged: bool, pictured: bool) -> str:
-    """The model card, in Markdown: what it is, how it was trained, how it is used, and what it scored."""
+    """Return the model card in Markdown: description, usage, training and score."""
     record = read_run(run)
     is_dpar = isinstance(generator.model, DPAR)
     name = settings.title or run.absolute().name

@@ -1,4 +1,4 @@
-"""``dpar flops``: what each model costs, beside the paper's figures.
+"""``dpar flops``: the cost of each model, compared with the paper's figures.
 
 rows = cost_table(FlopsSettings(model=("dpar-b", "llamagen-b")))
 for part in tables(rows): print(part.title)                      # as text, for a terminal; markdown(rows) for documents
@@ -18,7 +18,7 @@ from pipeline.settings.models import FlopsSettings
 
 @dataclass(frozen=True, kw_only=True)
 class CostRow:
-    """One model at one resolution. MACs and FLOPs are of one image."""
+    """One model at one resolution. MACs and FLOPs are per image."""
 
     model: str
     image_size: int
@@ -35,25 +35,26 @@ class CostRow:
 
     @property
     def parameters_off(self) -> float | None:
-        """Parameters' difference from the paper's figure, as a share of it."""
+        """Relative difference from the paper's number of parameters."""
         return None if self.paper_parameters is None else self.parameters / 1e6 / self.paper_parameters - 1
 
     @property
     def gmacs_off(self) -> float | None:
-        """GMACs' difference from the paper's figure, as a share of it."""
+        """Relative difference from the paper's GMACs."""
         return None if self.paper_gmacs is None else self.gmacs / self.paper_gmacs - 1
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return JSON-serialisable values."""
         off = {"parameters_off": self.parameters_off, "gmacs_off": self.gmacs_off}
         return dataclasses.asdict(self) | off
 
 
 def cost_table(settings: FlopsSettings) -> list[CostRow]:
-    """Counts every model asked for at every image size.
+    """Count every requested model at every image size.
 
     Raises:
-        ModelError: an unknown preset. StageError: a patch length that an image cannot have.
+        ModelError: an unknown preset.
+        StageError: an impossible patch length.
     """
     rows = []
     for size in settings.image_size:
@@ -64,7 +65,7 @@ def cost_table(settings: FlopsSettings) -> list[CostRow]:
             config = preset(name, classes=settings.classes, **codes)
             # The paper's figures are for its own codebook, classes, patch lengths and 16-pixel tokens.
             length = settings.patch_length or PAPER_PATCH_LENGTH.get(size, PAPER_PATCH_LENGTH[256])
-            papers = (settings.downsampling, settings.codebook_size, settings.classes) == (16, 16384, 1000)
+            is_paper = (settings.downsampling, settings.codebook_size, settings.classes) == (16, 16384, 1000)
             llamagen = name.startswith("llamagen")
             same_length = llamagen or length == PAPER_PATCH_LENGTH.get(size)
             try:
@@ -78,9 +79,9 @@ def cost_table(settings: FlopsSettings) -> list[CostRow]:
                     tokens=config.n_tokens,
                     patches=cost.patches,
                     parameters=cost.parameters,
-                    paper_parameters=PAPER_PARAMETERS.get(name) if papers else None,
+                    paper_parameters=PAPER_PARAMETERS.get(name) if is_paper else None,
                     gmacs=cost.linear / 1e9,
-                    paper_gmacs=PAPER_GMACS.get((name, size)) if papers and same_length else None,
+                    paper_gmacs=PAPER_GMACS.get((name, size)) if is_paper and same_length else None,
                     attention_gmacs=cost.attention / 1e9,
                     gmacs_with_attention=(cost.linear + cost.attention) / 1e9,
                     training_gflops=cost.training_flops / 1e9,
@@ -90,19 +91,19 @@ def cost_table(settings: FlopsSettings) -> list[CostRow]:
     return rows
 
 
-HEADER = ("model", "px", "patches", "params", "paper", "off", "GMACs", "paper", "off", "+attn", "train", "sample")
+HEADER = ("model", "px", "patches", "params", "paper", "diff", "GMACs", "paper", "diff", "+attn", "train", "sample")
 NOTES = (
-    "params: millions. GMACs: 1e9 multiply-accumulates of the linear layers in one forward pass of an image, the "
-    "paper's count; +attn: with those of attention products. train: TFLOPs per image, 3 × 2 × MACs. sample: GMACs to "
-    "sample an image with guidance, for DPAR with --entropy-model (the paper's is llamagen-b). off: from the paper's "
-    "figure, where it has one. The paper's 120 M for DPAR-B fit neither its own GFLOPs nor its other rows: the sizes "
-    "that give all twelve of its GFLOPs have 115.0 M."
+    "params: millions. GMACs: 1e9 multiply-accumulates of the linear layers in one forward pass per image, the "
+    "paper's count; +attn: with attention products. train: TFLOPs per image, 3 × 2 × MACs. sample: GMACs to "
+    "sample an image with guidance, for DPAR with --entropy-model (the paper's is llamagen-b). diff: relative "
+    "difference from the paper's figure. The paper's 120 M for DPAR-B are inconsistent with its own GFLOPs and its "
+    "other rows: the sizes that reproduce all twelve of its GFLOPs have 115.0 M."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostTable:
-    """The rows of one image size as text, without the columns that its title says."""
+    """The rows of one image size as text, without the columns that the title covers."""
 
     title: str
     header: tuple[str, ...]
@@ -110,20 +111,20 @@ class CostTable:
 
 
 def markdown(rows: list[CostRow]) -> str:
-    """The rows as a Markdown table, all columns of :data:`HEADER`."""
+    """Return the rows as a Markdown table with all columns of :data:`HEADER`."""
     lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *map(_line, rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def tables(rows: list[CostRow]) -> list[CostTable]:
-    """The rows as a table for each image size, narrow enough for a terminal of 80 columns."""
+    """Return one table per image size, narrow enough for a terminal of 80 columns."""
     parts = []
     for size in dict.fromkeys(row.image_size for row in rows):
-        these = [row for row in rows if row.image_size == size]
-        patches = {row.patches for row in these if row.model.startswith("dpar")}
+        same_size = [row for row in rows if row.image_size == size]
+        patches = {row.patches for row in same_size if row.model.startswith("dpar")}
         details = "".join(f", {count:.1f} patches per image for DPAR" for count in patches)
-        lines = [(row.model, *_line(row)[3:]) for row in these]
-        title = f"{size} px: {these[0].tokens} tokens{details}"
+        lines = [(row.model, *_line(row)[3:]) for row in same_size]
+        title = f"{size} px: {same_size[0].tokens} tokens{details}"
         parts.append(CostTable(title=title, header=(HEADER[0], *HEADER[3:]), lines=lines))
     return parts
 

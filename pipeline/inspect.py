@@ -1,10 +1,10 @@
-"""``dpar inspect ARTIFACT``: what is in a directory, in numbers, and in pictures where an output is named.
+"""``dpar inspect ARTIFACT``: the contents of an artifact in numbers and, with an output directory, in pictures.
 
     inspection = inspect(Path("patches"), Path("look"), InspectSettings(threshold=(7.0, 8.5)))
     inspection.patches.mean_length
 
-The numbers are over every image and view: those of patches and classes as ``dpar patchify`` counted them, the others
-read shard by shard. Pictures show the first view of some images.
+The numbers cover every image and view: those of patches and classes come from ``dpar patchify``, the others are
+computed shard by shard. Pictures show the first view of some images.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ from shards.storage import Location
 def inspect(
     artifact: Location, out: Path | None, settings: InspectSettings, progress: Progress | None = None
 ) -> Inspection:
-    """Read all of an artifact and return what is in it.
+    """Read all of an artifact and summarise it.
 
     Args:
         artifact: a codes or patches directory, or its URL.
-        out: where ``index.html``, its pictures as PNG files and ``numbers.json`` go; None draws nothing.
-        settings: what to draw, and with what.
+        out: directory for ``index.html``, its pictures as PNG files and ``numbers.json``; None draws nothing.
+        settings: what to draw, and how.
         progress: where to report.
 
     Returns:
         The artifact's numbers, the names of the pictures, and notes on what could not be drawn.
 
     Raises:
-        StageError: an unknown class or key, or a threshold where there are no entropies.
-        ArtifactError, ModelError: artifact or tokenizer cannot be used; damaged shards are named, with ``verify`` all.
+        StageError: an unknown class or key, or a threshold for an artifact without entropies.
+        ArtifactError, ModelError: artifact or tokenizer cannot be used; with ``verify`` all damaged shards are named.
     """
     progress = progress or Progress()
     opened = open_artifact(artifact, verify=settings.verify, download=True)
@@ -78,8 +78,8 @@ def inspect(
         _check_output(out, artifact)
     if opened.manifest.kind == "patches" and "classes" not in opened.manifest.statistics:
         raise StageError(
-            f"{artifact} lacks statistics of its classes: an earlier version made it. `dpar patchify {artifact} NEW` "
-            "makes one that has them, without a model"
+            f"{artifact} lacks statistics of its classes: it was made by an earlier version. "
+            f"`dpar patchify {artifact} NEW` makes one that has them, without a model"
         )
     if opened.manifest.kind == "patches":
         check_statistics(opened.manifest, str(artifact / MANIFEST))
@@ -108,40 +108,39 @@ def _check_output(out: Path, artifact: Location) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CodesRecord:
-    """What a patches manifest's settings hold of the codes."""
+    """The part of a patches manifest's settings that describes the codes."""
 
     codes_settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsRecord:
-    """What a manifest holds of a model's weights."""
+    """A model's weights in a manifest."""
 
     path: str
     fingerprint: str
 
 
 def stored_rule(manifest: Manifest, where: str) -> PatchRule:
-    """The patch rule of a manifest, which is the file ``where``; that of codes, which have none, is never applied.
+    """Return the patch rule of a manifest, the file ``where``; for codes, which have none, a rule of defaults.
 
     Raises:
-        ArtifactError: the settings hold values of other types, or that make no rule.
+        ArtifactError: the settings are of other types, or are not a valid rule.
     """
     parse(CodesRecord, manifest.settings, where, at="settings", ignore_unknown=True)
     try:
         return parse(PatchRule, manifest.settings, where, at="settings", ignore_unknown=True)
     except ModelError as error:
-        raise ArtifactError(f"{where}: field settings makes no patch rule: {error}") from error
+        raise ArtifactError(f"{where}: field settings is not a patch rule: {error}") from error
 
 
 def choose_rows(artifact: Artifact, labels: NDArray[np.int32], settings: InspectSettings) -> NDArray[np.int64]:
-    """Rows to draw: those of the keys asked for, and others spread evenly over the classes.
+    """Return the rows to draw: those of ``settings.keys``, then others spread evenly over the classes.
 
     Args:
-        artifact: whose rows.
+        artifact: codes or patches.
         labels: (rows,) int32, its labels.
-        settings: ``keys`` come first, in their order; with keys and no classes there are no others. ``images`` is how
-            many others.
+        settings: ``images`` is the number of other rows; with ``keys`` and without ``classes`` there are none.
 
     Returns:
         (n,) int64.
@@ -161,7 +160,7 @@ def choose_rows(artifact: Artifact, labels: NDArray[np.int32], settings: Inspect
 
 
 def spread(labels: NDArray[np.int32], n: int, wanted: Sequence[int]) -> NDArray[np.int64]:
-    """At most ``n`` rows, evenly over the ``wanted`` classes and within each; rows of a class stay together."""
+    """Return at most ``n`` rows, spread evenly over ``wanted`` classes and within each; grouped by class."""
     classes = [label for label in wanted if np.any(labels == label)]
     if n < len(classes):
         classes = [classes[i] for i in ((2 * np.arange(n) + 1) * len(classes)) // (2 * max(n, 1))]
@@ -207,7 +206,7 @@ def _tokenizer(manifest: Manifest, settings: InspectSettings, where: str) -> VQT
 
 
 class Gallery:
-    """The page's pictures, each also a PNG file beside it."""
+    """The page's pictures, each also saved as a PNG file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -227,7 +226,7 @@ class Gallery:
 def _draw(
     artifact: Artifact, survey: Survey, settings: InspectSettings, rule: PatchRule, gallery: Gallery, notes: list[str]
 ) -> list[Section]:
-    """One section per image drawn, and one sheet of all of them as a file."""
+    """Return one section per drawn image; save one sheet of all of them."""
     manifest = artifact.manifest
     rows = choose_rows(artifact, survey.labels, settings)
     if len(rows) == 0:
@@ -291,7 +290,7 @@ def _originals(
     notes: list[str],
     fetch: bool,
 ) -> NDArray[np.uint8] | None:
-    """The originals as large as the decoded images; None, with a note, if they are unavailable."""
+    """Return the originals, as large as the decoded images; None, with a note, if they are unavailable."""
     try:
         originals = load_originals(manifest, keys, view, fetch=fetch)
     except StageError as error:

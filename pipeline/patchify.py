@@ -2,7 +2,7 @@
 
     manifest = patchify(Path("codes"), Path("patches"), PatchifySettings(entropy_model="entropy", target_length=1.81))
 
-On a patches directory it moves the boundaries by the entropies that are stored there, without a model.
+On a patches directory it moves the boundaries, from stored entropies and without a model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from shards.storage import Location, is_file, read_bytes, write_json
 from shards.writer import ArtifactBuild
 
 PROBE = 64  # images on which a given threshold is tested before the full pass
-TOLERANCE = 0.01  # relative deviation from --target-length that needs no explanation
+TOLERANCE = 0.01  # relative deviation from --target-length that is not explained
 SECOND_SAMPLE = 2**16  # sequences, at least, in the second search after a threshold missed its target
 RULE = "rule.json"  # the rule of an unfinished artifact, so that a resumed run does not search again
 
@@ -131,7 +131,7 @@ def _patchify(
 
 
 def _identity(source: Manifest, meter: EntropyMeter, settings: PatchifySettings) -> dict[str, Any]:
-    """Return the settings that decide the artifact's bytes; with a target length, all but the threshold."""
+    """Return the settings that determine the artifact's bytes; with a target length, all but the threshold."""
     is_codes = source.kind == "codes"
     return {
         "codes": source.fingerprint() if is_codes else source.settings["codes"],
@@ -155,7 +155,7 @@ def _write_shards(
 ) -> None:
     """Write the shards that ``todo`` claims: one thread computes while this one hashes and writes.
 
-    No further shard is claimed in advance: another process may be idle.
+    No shard is claimed in advance, because another process may be idle.
     """
     stopped = threading.Event()
 
@@ -193,11 +193,11 @@ class EntropyMeter:
         self.batch: int | None = stored.get("batch")  # products round differently in batches of another size
         if settings.entropy_model is not None and manifest.kind == "patches":
             if self.origin is None:
-                raise StageError(f"{artifact.folder} holds no entropies; to measure them, patchify the codes anew")
+                raise StageError(f"{artifact.folder} holds no entropies; to measure them, patchify the codes again")
             if fingerprint_of(settings.entropy_model, "entropy_model") != self.origin["fingerprint"]:
                 raise StageError(
                     f"{artifact.folder} already holds entropies, of another entropy model; "
-                    "omit --entropy-model to use them, or patchify the codes anew"
+                    "omit --entropy-model to use them, or patchify the codes again"
                 )
         elif settings.entropy_model is not None:
             model = load_entropy_model(settings.entropy_model)
@@ -247,7 +247,7 @@ class EntropyMeter:
 
 
 def spread_views(manifest: Manifest, images: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return rows and views (n,): all views if at most ``images``, else one view each of evenly spread images."""
+    """Return rows and views, (n,) int64: all views if at most ``images``, else one each of evenly spread images."""
     if manifest.rows * manifest.views <= images:
         return np.divmod(np.arange(manifest.rows * manifest.views), manifest.views)
     rows = np.unique(np.linspace(0, manifest.rows - 1, min(images, manifest.rows)).astype(np.int64))
@@ -305,7 +305,7 @@ def find_threshold(entropy: NDArray[np.float16], target: float, rule: PatchRule,
 
 
 def _recorded_settings(out: Location, identity: dict[str, Any], target: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the settings, threshold included, that a run of the same command recorded in ``out``; None without."""
+    """Return the settings, threshold included, that a run of the same command recorded in ``out``, or None."""
     if is_file(out / MANIFEST):
         manifest = Manifest.read(out)
         settings, recorded_target = manifest.settings, {name: manifest.made_by.get(name) for name in target}
@@ -325,7 +325,7 @@ def _find_rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progre
     """Return the rule with its threshold: the given one, or the one that reaches the target length on a sample.
 
     Raises:
-        StageError: the target length cannot be reached, or every token would be its own patch and none asked for that.
+        StageError: the target length cannot be reached, or every token would be its own patch unintentionally.
     """
     target, rule = settings.target_length, settings.rule
     if rule.strategy == "static":
@@ -348,15 +348,15 @@ def _find_rule(meter: EntropyMeter, settings: PatchifySettings, progress: Progre
     if target is None:
         raise StageError(
             f"--threshold {rule.threshold:g} makes every token its own patch: on {len(sample)} images entropies "
-            f"reach from {low:.2f} to {high:.2f} nats. Raise it, or give --target-length; "
-            "--max-length 1 if one token a patch is what you want"
+            f"range from {low:.2f} to {high:.2f} nats. Raise it, or give --target-length; "
+            "--max-length 1 if you want one token per patch"
         )
     if target <= 1 + TOLERANCE:
         raise StageError(
-            f"--target-length {target:g} makes every token its own patch; --max-length 1 if that is what you want"
+            f"--target-length {target:g} makes every token its own patch; give --max-length 1 if you want that"
         )
     raise StageError(
-        f"--target-length {target:g} cannot be reached: the entropies are too alike to tell "
+        f"--target-length {target:g} cannot be reached: the entropies are too similar to tell "
         f"tokens apart ({low:.3f} to {high:.3f} nats); train the entropy model longer"
     )
 
@@ -373,10 +373,10 @@ def _report_target(out: Location, manifest: Manifest, settings: PatchifySettings
         assert sample is not None
         better = find_threshold(sample, target, settings.rule, manifest.grid[1])
         if better.value == manifest.settings["threshold"] or better.deviation(target) >= deviation:
-            message += f"; no threshold comes nearer, the next one gives {better.next_length:.3f}"
+            message += f"; no threshold comes closer, the next one gives {better.next_length:.3f}"
         else:
             message += (
-                f"; the sample of {settings.sample} was not like the rest. `dpar patchify {out} NEW --threshold "
+                f"; the sample of {settings.sample} was not representative. `dpar patchify {out} NEW --threshold "
                 f"{better.value!r}` moves the boundaries without a model: length {better.length:.3f} on "
                 f"{better.sequences} sequences"
             )

@@ -1,14 +1,14 @@
-"""``dpar probe RUN OUT --train A --test B``: what a linear classifier reads off a frozen model (the paper's Table 7).
+"""``dpar probe RUN OUT --train A --test B``: a linear classifier on a frozen model's features (the paper's Table 7).
 
     results = probe(Path("run"), Path("probe"), ProbeSettings(train=Path("patches"), test=Path("patches-validation")))
 
 The features of an image are a layer's outputs, averaged over its patches (DPAR: a layer of the patch transformer) or
-tokens (LlamaGen); the last layer's, before the final norm, by default. The model is given the guidance class in place
-of the image's own, so that no label leaks into them; of several views the first is used. The classifier is one matrix
-and a bias on standardised features, fitted with full batches by L-BFGS from zero: the problem is convex, so the
-result is no matter of chance. The paper does not say how it fits its own.
+tokens (LlamaGen); by default the last layer's, before the final norm. The model gets the guidance class instead of the
+image's class, so that no label leaks into the features; of several views the first is used. The classifier is one
+matrix and a bias on standardised features, fitted with full batches by L-BFGS from zero: the problem is convex, so the
+result does not depend on a seed. The paper does not say how it fits its classifier.
 
-    OUT/probe.json            accuracies and what made them
+    OUT/probe.json            accuracies and their provenance
     OUT/train/, OUT/test/     features, in parts that processes share; a killed run resumes with them
 """
 
@@ -37,15 +37,15 @@ from pipeline.settings.fields import Precision
 from pipeline.settings.models import ProbeSettings
 from shards.reader import Artifact, Batch, open_artifact
 
-CHUNK = 1024  # images a part
-ROWS = 16_384  # whose logits are held at once
+CHUNK = 1024  # images per part
+ROWS = 16_384  # images whose logits are in memory at once
 
 
 def probe(run: Path, out: Path, settings: ProbeSettings, progress: Progress | None = None) -> dict[str, Any]:
-    """Fits a linear classifier on features of ``settings.train`` and counts its hits on ``settings.test``.
+    """Fit a linear classifier on features of ``settings.train`` and measure its accuracy on ``settings.test``.
 
     Returns:
-        What ``probe.json`` holds: top-1 and top-5 accuracy of both, in 0 to 1, and what made them.
+        The contents of ``probe.json``: top-1 and top-5 accuracy of both, from 0 to 1, and their provenance.
 
     Raises:
         StageError, ModelError, ArtifactError: run, artifacts, output or settings cannot be used.
@@ -54,7 +54,7 @@ def probe(run: Path, out: Path, settings: ProbeSettings, progress: Progress | No
     progress = progress or Progress()
     model = load_model(str(run))
     if model.config.classes == 0:
-        raise StageError(f"{run} is a model without classes; `dpar probe` looks at generators")
+        raise StageError(f"{run} is a model without classes; `dpar probe` needs a generator")
     share = (rank(), world_size())
     places = {"train": settings.train, "test": settings.test}
     artifacts = {name: open_artifact(place, verify=True, share=share) for name, place in places.items()}
@@ -114,7 +114,7 @@ def probe(run: Path, out: Path, settings: ProbeSettings, progress: Progress | No
 def _measure(
     model: DPAR | LlamaGen, artifact: Artifact, layer: int, folder: Path, settings: ProbeSettings, progress: Progress
 ) -> Parts:
-    """Features (n, d) and labels (n,) of all images, in parts."""
+    """Compute features (n, d) and labels (n,) of all images, in parts."""
     parts = Parts(folder, -(-len(artifact) // CHUNK))
     with progress.task(f"features, {folder.name}", len(artifact), "images") as task:
         for index in parts.missing():
@@ -132,34 +132,34 @@ def _measure(
 
 @torch.no_grad()
 def features(model: DPAR | LlamaGen, batch: Batch, layer: int, precision: Precision) -> NDArray[np.float32]:
-    """Outputs (B, d) of layer ``layer``, from 1, averaged over each image's patches, or tokens for LlamaGen.
+    """Return outputs (B, d) of layer ``layer``, from 1, averaged over each image's patches, or tokens for LlamaGen.
 
     They do not depend on ``batch.labels``.
     """
     device = model.output.weight.device
     codes = torch.from_numpy(batch.codes).to(device)
     layout = layout_for(model, batch, device)
-    seen: list[Tensor] = []
-    hook = model.layers[layer - 1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    outputs: list[Tensor] = []
+    hook = model.layers[layer - 1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         with autocast(device, precision):
             if isinstance(model, DPAR):
-                assert layout is not None  # fits() has refused artifacts without boundaries
-                nobody = torch.full((len(codes),), model.config.classes, device=device)
+                assert layout is not None  # check_compatible() has refused artifacts without boundaries
+                guidance_class = torch.full((len(codes),), model.config.classes, device=device)
                 patches, _ = model.encode(codes, layout)
-                model.transform(model.cls_embedding(nobody), patches, layout)
+                model.transform(model.cls_embedding(guidance_class), patches, layout)
             else:
                 model(codes)
     finally:
         hook.remove()
-    (output,) = seen
+    (output,) = outputs
     if layout is None:
         return output.float().mean(dim=1).cpu().numpy()
     return segment_mean(output.float(), layout.image_of_patch, len(codes)).cpu().numpy()
 
 
 def fit_linear(x: Tensor, labels: Tensor, classes: int, weight_decay: float, iterations: int) -> nn.Linear:
-    """The linear classifier of least cross-entropy plus ``weight_decay / 2 · |W|²`` on features (n, d), by L-BFGS."""
+    """Fit a classifier on features (n, d) by L-BFGS, minimising cross-entropy plus ``weight_decay / 2 · |W|²``."""
     head = nn.Linear(x.shape[1], classes, device=x.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -184,7 +184,7 @@ def fit_linear(x: Tensor, labels: Tensor, classes: int, weight_decay: float, ite
 
 @torch.no_grad()
 def accuracies(head: nn.Linear, x: Tensor, labels: Tensor) -> dict[str, float]:
-    """``top1`` and ``top5`` in 0 to 1: how often the right class is the likeliest, or among the five likeliest."""
+    """Return ``top1`` and ``top5`` accuracy, from 0 to 1."""
     most = min(5, head.out_features)
     hits = torch.cat(
         [
@@ -196,7 +196,7 @@ def accuracies(head: nn.Linear, x: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The results as a Markdown table."""
+    """Return the results as a Markdown table."""
     rows = "".join(
         f"| {name} | {100 * results[name]['top1']:.2f} | {100 * results[name]['top5']:.2f} | "
         f"{results[f'{name}_images']} |\n"

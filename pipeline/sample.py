@@ -1,12 +1,12 @@
-"""``dpar sample RUN OUT``: pictures.
+"""``dpar sample RUN OUT``: sample pictures from a run.
 
 sample_pictures(Path("run"), Path("pictures"), SampleSettings(classes=("cat",), cfg_scale=2.0))
 
 OUT/codes/                    the tokens, as an artifact: ``dpar inspect OUT/codes`` and every other command opens it
 OUT/images/CLASS/INDEX.png    each picture
-OUT/samples.npz               all of them, as ADM's evaluation suite reads it (``--npz``)
+OUT/samples.npz               all of them, in the format of ADM's evaluation suite (``--npz``)
 OUT/nearest.png, .json        each sample and the training image nearest to it (``--show-nearest``)
-OUT/sheet.png                 a row a class; with ``--image`` the original, the mask and what was sampled
+OUT/sheet.png                 one row per class; with ``--image`` the original, the mask and the samples
 
 Any number of processes may work on one OUT, and a killed run resumes and writes the same files.
 """
@@ -39,16 +39,16 @@ from pipeline.settings.sampling import SampleSettings
 from shards.files import atomic_path, write_json
 from shards.reader import Artifact
 
-SHEET_CLASSES = 50  # rows of a sheet, at most
+SHEET_CLASSES = 50  # most rows of a sheet
 SHEET_COLUMNS = 16
-MADE = ("images", "samples.npz", "sheet.png", "nearest.png", "nearest.json")  # of OUT, from the codes
+DERIVED = ("images", "samples.npz", "sheet.png", "nearest.png", "nearest.json")  # in OUT, computed from the codes
 
 
 def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Progress | None = None) -> dict[str, Any]:
-    """Samples pictures from a run of ``dpar train`` and writes them to ``out``.
+    """Sample pictures from a run of ``dpar train`` and write them to ``out``.
 
     Returns:
-        What was made: the sheet, the number of images, mean patches per image.
+        The path of the sheet, the number of images, and mean patches per image.
 
     Raises:
         StageError, ModelError, ArtifactError: run, output or settings cannot be used.
@@ -57,7 +57,7 @@ def sample_pictures(run: Path, out: Path, settings: SampleSettings, progress: Pr
     progress = progress or Progress()
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "codes").is_dir())):
         raise StageError(f"{out} holds something else; name a new or empty directory for the pictures")
-    stopped = f"Stopped. What was sampled is kept in {out}; run the same command again to resume."
+    stopped = f"Stopped. Finished images are kept in {out}; run the same command again to resume."
     with stops_with(stopped), open_engine(settings, progress) as engine:
         return _sample_pictures(run, out, settings, progress, engine)
 
@@ -76,8 +76,8 @@ def _sample_pictures(
     training = None if place is None else open_training(place, generator, "--show-nearest")
     plan = Plan(labels=labels, cfg_scale=settings.cfg_scale, edit=edit)
     if settings.overwrite:
-        for made in MADE:  # or they would be taken for those of the new codes
-            _remove(out / made)
+        for name in DERIVED:  # they belong to the old codes
+            _remove(out / name)
     artifact = write_sampled(generator, plan, out / "codes", progress, "sample", engine, overwrite=settings.overwrite)
     if settings.png:
         _write_pngs(generator, artifact, labels, out, progress, engine)
@@ -173,7 +173,7 @@ def write_nearest(
 
 
 def shard_pixels(generator: Generator, artifact: Artifact, index: int, size: int | None = None) -> NDArray[np.uint8]:
-    """The pictures of a shard of sampled images, (rows, H, W, 3); see :func:`pipeline.generation.generator.decode`."""
+    """Return the pictures of a shard, (rows, H, W, 3) uint8; see :func:`pipeline.generation.generator.decode`."""
     return generator.decode(artifact.shard_rows(index).codes[:, 0], size)
 
 
@@ -185,9 +185,9 @@ def sample_sheet(
     patches: bool,
     columns: int = SHEET_COLUMNS,
 ) -> Image.Image:
-    """A row of pictures for each class, at most ``columns`` of them, with their patches drawn on if asked.
+    """Return a sheet with one row per class of at most ``columns`` pictures, optionally with patches drawn.
 
-    Where there are more than SHEET_CLASSES classes, those shown are spread evenly over them.
+    Of more than SHEET_CLASSES classes, an evenly spread selection is shown.
     """
     chosen = np.unique(labels)
     if len(chosen) > SHEET_CLASSES:
@@ -199,10 +199,10 @@ def sample_sheet(
 def row_of_pictures(
     generator: Generator, artifact: Artifact, rows: NDArray[np.int64], patches: bool
 ) -> list[Image.Image]:
-    """Some of the sampled images side by side, with their patches drawn on if asked."""
+    """Return some of the sampled images as pictures, optionally with patches drawn."""
     batch = artifact.gather(rows, np.zeros_like(rows))
     pixels = generator.decode(batch.codes)
-    scale = max(1, round((320 if patches else 128) / pixels.shape[1]))  # lines need room
+    scale = max(1, round((320 if patches else 128) / pixels.shape[1]))  # larger, so that outlines are visible
     if not patches or batch.starts is None:
         return [enlarge(image, scale) for image in pixels]
     return [
@@ -211,13 +211,13 @@ def row_of_pictures(
 
 
 def folder_name(label: int, name: str) -> str:
-    """A directory name for a class, safe on every file system: its number, and what of its name can be kept."""
+    """Return a directory name for a class that is valid on every file system: its number and simplified name."""
     kept = re.sub(r"[^\w-]+", "_", name).strip("_")[:60]
     return f"{label:04d}-{kept}" if kept else f"{label:04d}"
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG file, whole or not at all."""
+    """Write a PNG file atomically."""
     with atomic_path(path) as part:
         picture.save(part, "PNG")
 

@@ -2,11 +2,11 @@
 
     manifest = tokenize("photos/", Path("codes"), TokenizeSettings(tokenizer="builtin:photos", image_size=128))
 
-Unusable images are left out, each with its reason in the manifest and in ``left_out.tsv``.
+Unusable images are left out; the manifest and ``left_out.tsv`` list them with their reasons.
 
 Decoding, encoding and writing overlap across shard boundaries: threads read, decode and crop images; this thread
 encodes them; one thread hashes and writes the previous shard. A batch never mixes images of two shards, so a shard's
-bytes depend on its images alone.
+bytes depend only on its images.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _fingerprint(tokenizer: str) -> str:
     try:
         return fingerprint_of(tokenizer, "tokenizer")
     except OSError:
-        load_tokenizer(tokenizer)  # its message says what is missing
+        load_tokenizer(tokenizer)  # raises an error that says what is missing
         raise
 
 
@@ -134,13 +134,13 @@ def holdout_folder(out: Path) -> Path: ...
 @overload
 def holdout_folder(out: Url) -> Url: ...
 def holdout_folder(out: Location) -> Location:
-    """Return the directory of the held-out part, beside ``out``."""
+    """Return the directory of the held-out part, next to ``out``."""
     named = out.resolve() if isinstance(out, Path) and out.name in ("", "..") else out
     return named.with_name(f"{named.name}-holdout")
 
 
 def artifact_identity(data: str, source: Source, fingerprint: str, settings: TokenizeSettings) -> dict[str, Any]:
-    """Return the settings that decide an artifact's bytes, with the fingerprints of tokenizer and listing."""
+    """Return the settings that determine an artifact's bytes, with the fingerprints of tokenizer and listing."""
     described = source.describe()
     values = identity(settings) | {
         "data": data,
@@ -216,7 +216,7 @@ def encode_source(
             first = [i * settings.shard_size for i in range(build.n_shards) if build.done(i)]
             task.skip(sum(min(settings.shard_size, source.n_items - i) for i in first))
         engine.run(Shards(build), work, task)
-    is_last = not is_file(out / MANIFEST)  # of the processes, probably
+    is_last = not is_file(out / MANIFEST)  # this is probably the last process to finish
     manifest = build.finish(make_manifest)
     if manifest is not None:
         report(manifest, from_any_process=is_last)
@@ -299,15 +299,15 @@ def write_shards(
 
 
 class CodeEncoder:
-    """Turns crops into codes, shard after shard, ``batch`` crops at a time.
+    """Encodes crops into codes, shard by shard, ``batch`` crops at a time.
 
         with CodeEncoder(tokenizer, settings) as encoder:
             encoder.add(crops)                               # once per image of the shard
             codes = encoder.end_shard()
 
     Codes depend neither on the number of cores nor on the other images of a batch. On a CPU one thread encodes each
-    image, because convolutions round differently with each number of threads. Elsewhere all batches have one size,
-    the last of a shard padded. One batch is filled while the previous one is computed.
+    image, because the rounding of convolutions depends on the number of threads. Elsewhere all batches have the same
+    size; the last one of a shard is padded. One batch is filled while the previous one is computed.
     """
 
     def __init__(self, tokenizer: VQTokenizer, settings: TokenizeSettings) -> None:
@@ -325,7 +325,7 @@ class CodeEncoder:
     def __enter__(self) -> Self:
         self._pool = ThreadPoolExecutor(self._cores)
         if self.device.type == "cpu":
-            torch.set_num_threads(1)  # per thread of the pool
+            torch.set_num_threads(1)  # in each thread of the pool
         return self
 
     def __exit__(self, *exception: object) -> None:

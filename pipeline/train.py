@@ -1,4 +1,4 @@
-"""``dpar train PATCHES OUT`` and ``dpar entropy CODES OUT``: the generators, and the entropy model.
+"""``dpar train PATCHES OUT`` and ``dpar entropy CODES OUT``: train a generator or the entropy model.
 
 train(Path("patches"), Path("run"), TrainSettings(model="dpar-b"))
 train_entropy(Path("codes"), Path("entropy"), EntropySettings(model="llamagen-b"))
@@ -41,15 +41,15 @@ from shards.manifest import Manifest
 from shards.reader import Artifact, open_artifact
 from shards.storage import Location
 
-FIXED = ("model", "grid")  # what a checkpoint's tensors are made for
-GUIDANCE_CLASS = "cls_embedding.embedding_table.weight"  # its last row
+FIXED = ("model", "grid")  # settings that determine the tensors of a checkpoint
+CLASS_EMBEDDING = "cls_embedding.embedding_table.weight"  # its last row is the guidance class
 
 
 def train(patches: Location, out: Path, settings: TrainSettings, progress: Progress | None = None) -> dict[str, Any]:
-    """Trains DPAR, or LlamaGen on the same data, and gives the run's last metrics. A run that was stopped resumes.
+    """Train DPAR, or LlamaGen on the same data, and return the run's last metrics. A stopped run resumes.
 
     Args:
-        patches: a patches artifact, or its URL; for LlamaGen codes will do.
+        patches: a patches artifact, or its URL; for LlamaGen codes are enough.
         out: the run's directory.
         settings: see :class:`TrainSettings`.
         progress: where to report.
@@ -69,41 +69,41 @@ def train_entropy(
 ) -> dict[str, Any]:
     """Train the entropy model, or take it from a LlamaGen; see :func:`train`.
 
-    What is trained is a LlamaGen without classes and without a start token, as the DPAR authors' is: token 0 is read
-    and not predicted, so losses and bits per token are means over N - 1 tokens.
+    Like the DPAR authors' model, it is a LlamaGen without classes and without a start token: token 0 is read but not
+    predicted, so losses and bits per token are means over N - 1 tokens.
     """
     progress = progress or Progress()
     artifact = _open(codes, settings)
     if settings.from_llamagen is not None:
         return entropy_from_llamagen(artifact, out, settings.from_llamagen, progress)
     if not settings.model.startswith("llamagen-"):
-        raise StageError(f"--model is {settings.model!r}; the entropy model is of LlamaGen's family: llamagen-…")
+        raise StageError(f"--model is {settings.model!r}; the entropy model must be a LlamaGen: llamagen-…")
     config = _config(artifact.manifest, settings, classes=0, start_token=False)
     n = artifact.manifest.n_tokens
     progress.say(
-        f"the entropy model predicts {n - 1} of {n} tokens per image; losses and bits per token are their mean"
+        f"the entropy model predicts {n - 1} of {n} tokens per image; losses and bits per token are means over those"
     )
     with enough_memory(settings, out):
         return _train("entropy", artifact, out, config, settings, None, progress)
 
 
 def entropy_from_llamagen(artifact: Artifact, out: Path, name: str, progress: Progress) -> dict[str, Any]:
-    """Writes the run of an entropy model that is a class-conditional LlamaGen, read at its guidance class.
+    """Write a run whose entropy model is a class-conditional LlamaGen with its guidance class as start token.
 
-    LlamaGen leaves the class out of a tenth of its training images, so that row of its embedding, put in front of the
-    tokens, makes it a model without classes. The run holds that row alone, and is used like one that was trained here.
+    LlamaGen is trained with that class in place of a tenth of the labels, so with it the model is unconditional. The
+    run stores only that row of the class embedding, and is used like a trained run.
 
     Args:
-        artifact: the codes that it is to measure.
+        artifact: the codes whose entropies will be measured.
         out: the run's directory.
-        name: LlamaGen's file, or weights of a LlamaGen by any other name.
+        name: a checkpoint file or other weights of a LlamaGen.
         progress: where to report.
 
     Returns:
         No metrics.
 
     Raises:
-        StageError, ModelError: the weights are something else, or for another grid or codebook than the codes.
+        StageError, ModelError: the weights are not a LlamaGen's, or for another grid or codebook than the codes.
     """
     path = weights_path(name)
     weights = read_weights(path, LlamaGen.model_type)
@@ -120,15 +120,15 @@ def entropy_from_llamagen(artifact: Artifact, out: Path, name: str, progress: Pr
                 values, tensors = dataclasses.asdict(dataclasses.replace(config, classes=0)), weights.tensors
                 note = f"An entropy model: `{Path(name).name}` (SHA-256 `{origin['fingerprint']}`)"
                 if config.start_token:
-                    tensors = tensors | {GUIDANCE_CLASS: tensors[GUIDANCE_CLASS][-1:]}
+                    tensors = tensors | {CLASS_EMBEDDING: tensors[CLASS_EMBEDDING][-1:]}
                     note += " read at its guidance class"
                 write_weights(run.model, LlamaGen.model_type, values, tensors, note + ".")
-        progress.say(f"weights: {run.model}, of {name}, read without classes")
+        progress.say(f"weights: {run.model}, from {name}, used without classes")
     return {}
 
 
 def _open(path: Location, settings: OptimSettings) -> Artifact:
-    """An artifact, all of its shards checked; under ``torchrun`` each process checks some."""
+    """Open an artifact; with ``settings.verify`` each process of ``torchrun`` verifies some of its shards."""
     cache = None if settings.cache is None else ShardCache(settings.cache, int(settings.cache_size * 1e9))
     return open_artifact(path, verify=settings.verify, share=(rank(), world_size()), cache=cache)
 
@@ -165,11 +165,11 @@ def _train(
     resolved: dict[str, Any] = {"device": str(device), "precision": precision_name(device, settings.precision)}
     resolved |= {"processes": world_size(), "steps": steps, **_prepare(model, settings, device, progress)}
     if settings.init is not None and not any((out / "checkpoints").glob("step-*")):
-        resolved["init"] = begin_from(model, settings.init)
+        resolved["init"] = initialise(model, settings.init)
     inputs = {"data": str(artifact.folder), "artifact": artifact.manifest.fingerprint(), **lineage(artifact.manifest)}
     with process_group(device):
         if rank() != 0:
-            barrier()  # the first process makes the folder
+            barrier()  # the first process creates the folder
         with RunFolder(
             out,
             kind,
@@ -208,7 +208,7 @@ def _train(
 
 
 def _recorded(settings: OptimSettings) -> dict[str, Any]:
-    """The settings as run.json holds them; without ``set`` where it is empty, as in runs from before it existed."""
+    """Return the settings for run.json; without an empty ``set``, which runs of earlier versions lack."""
     places = {"validation": settings.validation, "cache": settings.cache}
     values = dataclasses.asdict(settings) | {name: place and str(place) for name, place in places.items()}
     return {name: value for name, value in values.items() if name != "set" or value}
@@ -217,10 +217,10 @@ def _recorded(settings: OptimSettings) -> dict[str, Any]:
 def _prepare(
     model: DPAR | LlamaGen, settings: OptimSettings, device: torch.device, progress: Progress
 ) -> dict[str, Any]:
-    """Chooses how the model computes here, and says how packed patches attend; gives the choices, for the record.
+    """Choose compilation, recomputation and attention backend; return the choices for the run record.
 
     Raises:
-        ModelError: the attention that was asked for cannot run here.
+        ModelError: the requested attention backend cannot run here.
     """
     compiled = device.type == "cuda" if settings.compile is None else settings.compile
     if compiled:
@@ -236,11 +236,11 @@ def _prepare(
     return chosen
 
 
-def begin_from(model: DPAR | LlamaGen, name: str) -> dict[str, str]:
-    """Gives ``model`` the weights called ``name``, and says which they were.
+def initialise(model: DPAR | LlamaGen, name: str) -> dict[str, str]:
+    """Load the weights called ``name`` into ``model``; return their path and fingerprint.
 
     Raises:
-        StageError, ModelError: they are of another shape, or for another grid, heads or rotary positions.
+        StageError, ModelError: their shapes, grid, heads or rotary positions differ.
     """
     path = weights_path(name)
     weights = read_weights(path, model.model_type)
@@ -255,7 +255,7 @@ def begin_from(model: DPAR | LlamaGen, name: str) -> dict[str, str]:
 
 
 def lineage(manifest: Manifest) -> dict[str, Any]:
-    """What sampling from a run needs to know of its data: tokenizer, entropy model, patch rule, grid, classes."""
+    """Return what sampling needs to know of the data: tokenizer, entropy model, patch rule, grid, classes."""
     return {
         "tokenizer": manifest.tokenizer,
         "entropy_model": manifest.entropy_model,
@@ -276,7 +276,7 @@ def _open_validation(
     check_compatible(model, artifact.manifest, str(path), unconditional)
     wanted, given = training.tokenizer["fingerprint"], artifact.manifest.tokenizer["fingerprint"]
     if wanted != given:
-        raise StageError(f"{path} was made by tokenizer {given[:12]}, the training data by {wanted[:12]}")
+        raise StageError(f"{path} was made with tokenizer {given[:12]}, the training data with {wanted[:12]}")
     if not unconditional:
         check_same_classes(training.class_names, artifact.manifest.class_names, "the training data", str(path))
     return artifact

@@ -1,4 +1,4 @@
-"""``dpar train-tokenizer DATA OUT``: trains a VQ tokenizer of LlamaGen's architecture on the user's own images.
+"""``dpar train-tokenizer DATA OUT``: train a VQ tokenizer of LlamaGen's architecture on your own images.
 
 train_tokenizer("photos/", Path("vq"), TrainTokenizerSettings(steps=2000))
 tokenizer = VQTokenizer.from_pretrained("vq/model")
@@ -34,13 +34,13 @@ from shards.order import TrainingOrder
 
 LARGEST_ZOOM = 1.2  # short side before the random crop, as a multiple of the crop
 LOG_EVERY = 25
-WEIGHTS = "model.tokenizer."  # of the tokenizer, in a checkpoint
+WEIGHTS = "model.tokenizer."  # prefix of the tokenizer's tensors in a checkpoint
 
 
 def train_tokenizer(data: str, out: Path, settings: TrainTokenizerSettings, progress: Progress | None = None) -> Path:
-    """Trains a tokenizer on ``data`` and gives the directory of its weights, ``out/model``.
+    """Train a tokenizer on ``data`` and return the directory of its weights, ``out/model``.
 
-    Running it again resumes from the newest checkpoint, also to more steps than before.
+    Running it again resumes from the newest checkpoint; the number of steps may be increased.
 
     Raises:
         StageError, ModelError: data, output or settings cannot be used.
@@ -55,9 +55,8 @@ def train_tokenizer(data: str, out: Path, settings: TrainTokenizerSettings, prog
     if settings.image_size % factor:
         raise StageError(f"--image-size is {settings.image_size}; {settings.model} needs a multiple of {factor}")
     source = open_indexed(data, split=settings.split, classes=settings.classes)
-    decides = identity(settings)
     inputs = {"data": data, "source": source.describe()}
-    with RunFolder(out, "tokenizer", decides, inputs, steps=settings.steps) as run:
+    with RunFolder(out, "tokenizer", identity(settings), inputs, steps=settings.steps) as run:
         return _fit(config, source, run, settings, progress)
 
 
@@ -85,7 +84,7 @@ def _fit(
         progress.task("tokenizer", settings.steps, "steps") as task,
         crops,
         Checkpoints(run.checkpoints) as checkpoints,
-        stop_between_steps() as asked,
+        stop_between_steps() as stop_status,
     ):
         begin, _ = checkpoints.restore(state, progress)
         run.forget_metrics_after(begin)
@@ -113,8 +112,8 @@ def _fit(
             if adversarial:
                 optimizers["discriminator_optimizer"].zero_grad(set_to_none=True)
                 with autocast(device, settings.precision):
-                    judged = loss.discriminator_loss(images, reconstruction)
-                judged.backward()
+                    discriminator_loss = loss.discriminator_loss(images, reconstruction)
+                discriminator_loss.backward()
                 optimizers["discriminator_optimizer"].step()
             used += torch.bincount(quantised.codes.flatten(), minlength=config.codebook_size)
             done = step + 1
@@ -126,7 +125,7 @@ def _fit(
                     generator = torch.Generator().manual_seed(settings.seed + done)
                     restart_unused(model.quantize, used, latent, generator)
                 used.zero_()
-            status = asked()  # read once: the save and the message below must agree
+            status = stop_status()  # read once: the save and the message below must agree
             if done % settings.checkpoint_every == 0 or done == settings.steps or status:
                 checkpoints.save(done, state, publish)
             task.advance(1, f"loss {total.item():.4f}, PSNR {_psnr(parts['reconstruction'].item()):.1f} dB")
@@ -163,7 +162,7 @@ def _optimizers(model: VQTokenizer, loss: VQLoss, lr: float) -> dict[str, torch.
 
 
 class _Trained(torch.nn.Module):
-    """What a checkpoint of this run holds: the tokenizer, the discriminator if there is one, and counts of codes."""
+    """The contents of a checkpoint: the tokenizer, the discriminator if there is one, and counts of codes."""
 
     used: torch.Tensor  # (V,) how often each code was chosen since the last restart
 
@@ -175,13 +174,13 @@ class _Trained(torch.nn.Module):
 
 
 class RandomCrops:
-    """Batches of random crops, half of them mirrored; a function of (seed, step). Decodes ahead in threads."""
+    """Batches of random crops, half of them mirrored; a function of (seed, step). Threads prefetch the next batch."""
 
     def __init__(self, source: IndexedSource, size: int, batch: int, seed: int, workers: int) -> None:
         self.source, self.size, self.seed = source, size, seed
         self.order = TrainingOrder(rows=len(source), views=1, batch=batch, seed=seed)
         self._pool = ThreadPoolExecutor(workers)
-        self._ahead: dict[int, list[Future[NDArray[np.uint8]]]] = {}
+        self._prefetched: dict[int, list[Future[NDArray[np.uint8]]]] = {}
 
     def __enter__(self) -> RandomCrops:
         return self
@@ -190,14 +189,14 @@ class RandomCrops:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def batch(self, step: int) -> NDArray[np.uint8]:
-        """Crops of step ``step``: (batch, size, size, 3) uint8."""
+        """Return the crops of step ``step``: (batch, size, size, 3) uint8."""
         for wanted in (step, step + 1):
-            if wanted not in self._ahead:
+            if wanted not in self._prefetched:
                 rows, _ = self.order.batch(wanted)
-                self._ahead[wanted] = [
+                self._prefetched[wanted] = [
                     self._pool.submit(self._crop, int(row), wanted, place) for place, row in enumerate(rows)
                 ]
-        return np.stack([future.result() for future in self._ahead.pop(step)])
+        return np.stack([future.result() for future in self._prefetched.pop(step)])
 
     def _crop(self, row: int, step: int, place: int) -> NDArray[np.uint8]:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, step * 65_536 + place]))
@@ -206,12 +205,12 @@ class RandomCrops:
                 with budget.in_use():
                     return random_crop(self.source.load((row + i) % len(self.source)), self.size, rng)
             except UnusableImage:
-                continue  # the next one that can be used stands in
+                continue  # the next usable image replaces it
         raise StageError("none of the images can be used; `dpar tokenize` lists the reasons")
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A (size, size, 3) uint8 crop at a random place and scale, mirrored half of the time."""
+    """Return a (size, size, 3) uint8 crop at a random place and scale, mirrored half of the time."""
     short = round(size * rng.uniform(1.0, LARGEST_ZOOM))
     scale = short / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)

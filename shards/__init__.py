@@ -1,4 +1,4 @@
-"""The artifacts, on disk or at a URL, through which a stage hands its output to the next one.
+"""Artifacts, on disk or at a URL: the output of one stage and the input of the next.
 
     artifact = open_artifact("patches/", kind="patches")
     batch = artifact.gather(rows=np.array([0, 7]), views=np.array([0, 0]))

@@ -1,12 +1,12 @@
-"""The records of an artifact that is being written: its folder ``.build/``, removed when the manifest is there.
+"""The records of an artifact that is being written: its folder ``.build/``, removed once the manifest is written.
 
     settings.json        the settings that decide the bytes
     NNNNN.json           the record of a finished shard
     NNNNN.unchecked      the record of a shard that an earlier run wrote, until its SHA-256 has been verified
     NNNNN.lock           locked by the process that writes or verifies the shard
-    *.process            one per process at work, locked while it lives
+    *.process            one per running process, locked until it exits
 
-A process that finds no other one at work makes all records unchecked; it and those that join it share the
+A process that finds no other one running marks all records unchecked; it and those that join it share the
 verification.
 """
 
@@ -32,7 +32,7 @@ from shards.manifest import BUILD, MANIFEST, SETTINGS, Container, Manifest, Shar
 from shards.records import parse, read_json
 from shards.rows import Rows, write_shard
 
-THREADS = min(8, os.cpu_count() or 1)  # that verify shards; hashing releases the interpreter's lock
+THREADS = min(8, os.cpu_count() or 1)  # that verify shards; hashing releases the GIL
 
 
 class BuildRecords:
@@ -60,7 +60,7 @@ class BuildRecords:
         self.artifact.mkdir(parents=True, exist_ok=True)
 
     def exclusive(self) -> AbstractContextManager[object]:
-        """Keep the build's other processes waiting for the block."""
+        """Return a context in which the build's other processes wait."""
         return Claims(self.artifact).claimed(FOLDER, wait=True)
 
     def has_manifest(self) -> bool:
@@ -88,7 +88,7 @@ class BuildRecords:
         return settings
 
     def is_empty(self) -> bool:
-        """Return whether the folder is there but has no settings: a kill came right after its creation."""
+        """Return whether the folder exists without settings, as after a kill right after its creation."""
         return self.folder.is_dir() and not (self.folder / SETTINGS).exists()
 
     def read(self, index: int) -> ShardInfo | None:
@@ -117,7 +117,7 @@ class BuildRecords:
         write_json(self._path(index), dataclasses.asdict(info))
 
     def publish(self, manifest: Manifest) -> None:
-        """Write the listing of what was left out, then the manifest, and remove the records."""
+        """Write the list of inputs left out, then the manifest, and remove the records."""
         write_left_out(self.artifact, [item for shard in manifest.shards for item in shard.left_out])
         remove_parts(self.artifact)
         manifest.write(self.artifact)
@@ -139,14 +139,14 @@ class BuildRecords:
         self.claims.release_all()
 
     def count_processes(self) -> int:
-        """Return how many other processes are at work; 0 on a file system without locks."""
+        """Return how many other processes are running; 0 on a file system without locks."""
         claims = Claims(self.folder)
         busy = [path for path in self.folder.glob("*.process") if not claims.claim(path.name)]
         claims.release_all()
         return len(busy)
 
     def join(self, settings: dict[str, Any], *, first: bool) -> None:
-        """Register this process as one at work; the ``first`` makes all records unchecked."""
+        """Register this process as running; the ``first`` one marks all records unchecked."""
         self.folder.mkdir(exist_ok=True)
         if not (self.folder / SETTINGS).exists():
             write_json(self.folder / SETTINGS, settings)
@@ -156,7 +156,7 @@ class BuildRecords:
         self.claims.claim(f"{uuid.uuid4().hex}.process")
 
     def _uncheck(self) -> None:
-        """Make all records unchecked; those of a finished artifact come from its manifest."""
+        """Mark all records unchecked; those of a finished artifact come from its manifest."""
         for path in self.folder.glob("*.process"):
             path.unlink()
         recorded = [path for path in self.folder.iterdir() if re.fullmatch(r"\d{5,}\.(json|unchecked)", path.name)]
@@ -170,9 +170,9 @@ class BuildRecords:
             write_text(self._path(index, ".unchecked"), json.dumps(dataclasses.asdict(info)), sync=False)
 
     def verify(self, share: tuple[int, int]) -> None:
-        """Verify all unchecked records, together with the other processes at work; return when none is left.
+        """Verify all unchecked records, together with the other running processes; return when none is left.
 
-        Claims share the work, so ``share``, the rank and number of processes, is not needed.
+        Claims divide the work, so ``share``, the rank and number of processes, is unused.
         """
         indices = sorted(int(path.stem) for path in self.folder.glob("*.unchecked"))
         with ThreadPoolExecutor(THREADS) as pool:
@@ -204,7 +204,7 @@ class BuildRecords:
     def remove_artifact(self, settings: dict[str, Any], share: tuple[int, int]) -> None:
         """Delete shards and records, the manifest first: without it the rest counts as unfinished.
 
-        Processes do not do this at the same time, so the new settings and their ``share`` are not needed.
+        Only one process does this at a time, so ``settings`` and ``share`` are unused here.
         """
         (self.artifact / MANIFEST).unlink(missing_ok=True)
         for path in self.artifact.iterdir():
@@ -214,7 +214,7 @@ class BuildRecords:
         remove_parts(self.artifact)
 
     def remove(self) -> None:
-        """Remove the folder; it vanishes in one step for a process that still looks for a lock in it."""
+        """Remove the folder, in one step for processes that still look for a lock in it."""
         with contextlib.suppress(OSError):
             aside = self.artifact / f"{BUILD}.{os.getpid()}.part"
             self.folder.replace(aside)

@@ -1,12 +1,12 @@
-"""Shards of URLs on local disk: downloaded whole, verified, shared by the processes of a machine, bounded in size.
+"""Local disk cache of shards at URLs: complete, verified, shared by the processes of a machine, bounded in size.
 
     cache = ShardCache(Path("/nvme/dpar"), 100 * 10**9)
-    with cache.shard(url, info) as path: ...                 # the file stays at least for the block
+    with cache.shard(url, info) as path: ...                 # the file is not removed during the block
 
-A shard's file is called by its SHA-256, so artifacts and runs share a cache, and is verified when it arrives and when a
-process first uses it. A lock per shard lets one process download it while the others wait. The least recently used
-shards are removed, except those that a process is about to open; one that is open keeps its bytes. fsspec's own file
-cache and webdataset's have neither bound, lock nor checksum, or remove files that are about to be opened.
+A file is named after its shard's SHA-256, so artifacts and runs can share a cache. It is verified after download and
+when a process first uses it. A lock per shard lets one process download it while the others wait. The least recently
+used shards are removed, except those that a process is about to open; an open one stays readable. The file caches of
+fsspec and webdataset lack a size limit, locks or checksums, or remove files that are about to be opened.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class ShardCache:
 
     @contextmanager
     def shard(self, url: Url, info: ShardInfo) -> Iterator[Path]:
-        """Give the local file of the shard at ``url``, downloaded if necessary.
+        """Yield the local file of the shard at ``url``, downloaded if necessary.
 
         Raises:
             FileNotFoundError: there is no such shard at the URL.
-            ArtifactError: it cannot be read, or is not the shard of the manifest; or the disk refuses.
+            ArtifactError: it cannot be read, differs from the manifest, or cannot be written to the cache.
         """
         if not SHA256.fullmatch(info.sha256):
             raise ArtifactError(f"{url}: the manifest is damaged: {info.sha256[:70]!r} is not a SHA-256")
@@ -73,7 +73,7 @@ class ShardCache:
                 raise
             advice = ADVICE.get(error.errno or 0, "run the same command again")
             raise ArtifactError(
-                f"cannot keep {url} in {self.folder}: {error.strerror or error}; {advice}, with another --cache if "
+                f"cannot cache {url} in {self.folder}: {error.strerror or error}; {advice}, with another --cache if "
                 "this one is too small"
             ) from error
 
@@ -92,8 +92,8 @@ class ShardCache:
                 digest.update(piece)
             if digest.hexdigest() != info.sha256:
                 raise ArtifactError(
-                    f"shard {url} is damaged: its bytes are not those of the manifest (SHA-256 differs); run the "
-                    "command that made it again, or, if it was replaced meanwhile, this command"
+                    f"shard {url} is damaged: its SHA-256 differs from the manifest's; rerun the command that made it, "
+                    "or, if it has been replaced in the meantime, this command"
                 )
         self._verified.add(path.name)
 

@@ -31,11 +31,11 @@ READ = 256  # images that a stream reads at once
 
 
 class Sample(TypedDict, total=False):
-    """An image in one of its views; of a batch, the same with a leading dimension B."""
+    """One view of an image; the fields of a batch have a leading dimension B."""
 
     codes: Tensor  # (N,) int64
     labels: Tensor  # () int64
-    starts: Tensor  # (N,) bool, whether a patch starts at the token; only of patches
+    starts: Tensor  # (N,) bool, whether a patch starts at the token; patches only
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
@@ -48,7 +48,7 @@ def collate(samples: Sequence[Sample]) -> Sample:
 
 
 class _Reader:
-    """An artifact that may be copied to other processes, which open its shards for themselves."""
+    """An artifact that can be pickled: each process opens the shards itself."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = location(folder)
@@ -77,14 +77,14 @@ class _Reader:
 
 
 class ArtifactDataset(Dataset[Sample]):
-    """Codes or patches by number. Works with any sampler, and with workers that are forked or spawned."""
+    """Map-style dataset of codes or patches, for any sampler, and for workers that are forked or spawned."""
 
     def __init__(self, folder: str | os.PathLike[str], view: int | None = None) -> None:
         """Open an artifact.
 
         Args:
             folder: its directory.
-            view: of each image; None draws one at each access by torch's generator, which DataLoader seeds.
+            view: of each image; None draws one at each access from torch's generator, which DataLoader seeds.
 
         Raises:
             ArtifactError: it is not an artifact, or is damaged.
@@ -103,10 +103,10 @@ class ArtifactDataset(Dataset[Sample]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """Return several images, read together: DataLoader calls this if it is there."""
+        """Return several images, read together; DataLoader prefers this method if it exists."""
         rows = np.asarray(indices, np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"there are {len(self)} images; {int(rows.min())} to {int(rows.max())} were asked for")
+            raise IndexError(f"there are {len(self)} images; {int(rows.min())} to {int(rows.max())} were requested")
         if self.view is None:
             views = torch.randint(self.manifest.views, (len(rows),)).numpy()
         else:
@@ -115,10 +115,10 @@ class ArtifactDataset(Dataset[Sample]):
 
 
 class StreamingDataset(IterableDataset[Sample]):
-    """Codes or patches shard by shard, mixed within a few of them, shared by processes and workers.
+    """Codes or patches read shard by shard, shuffled within a few of them, divided among processes and workers.
 
-    An epoch is the same for a seed, whatever shares it. Every process gets equally many images, because DDP
-    waits for all of them: up to ``world_size - 1`` images at the end of an epoch are left out.
+    The order of an epoch depends on the seed, not on the number of processes or workers. Every process gets the same
+    number of images, because DDP waits for all of them: up to ``world_size - 1`` images per epoch are dropped.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
@@ -128,7 +128,7 @@ class StreamingDataset(IterableDataset[Sample]):
             folder: its directory.
             seed: of the order and of the views.
             rank: this process.
-            world_size: number of processes that share each epoch.
+            world_size: number of processes that divide each epoch.
 
         Raises:
             ArtifactError: it is not an artifact, or is damaged.

@@ -1,4 +1,4 @@
-"""The error this package raises for a bad artifact or a disk that refuses, as opposed to a bug."""
+"""The error this package raises for bad artifacts and failed writes, as opposed to bugs."""
 
 import errno
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), MAKE_WRITABLE)
 
 
 class ArtifactError(ValueError):
-    """An artifact cannot be used or written: the message says what, where, and what to do."""
+    """An artifact cannot be used or written; the message says what, where, and what to do."""
 
 
 @contextmanager

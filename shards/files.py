@@ -1,11 +1,11 @@
-"""Reading and writing single files: regular files only, and every write atomic.
+"""Read and write single files: regular files only, every write atomic.
 
     with atomic_path(path) as part:                          # a file beside `path`, renamed to it at the end
         np.savez(part, x=x)
     write_json(path, {"rows": 3})
 
-A named pipe would block a reader and a device never ends, so both are refused before they are opened. A reader sees
-the old file or the complete new one, whenever the writer is killed.
+Named pipes would block a reader and devices never end, so both are refused before they are opened. Whenever a writer
+is killed, readers see the old file or the complete new one.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def atomic_path(path: Path, *, unlocked: bool = False, sync: bool = True) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; at the end flush the file and rename it to ``path``.
+    """Yield a temporary path next to ``path``; at the end flush the file and rename it to ``path``.
 
-    The temporary file is removed if the block fails. A kill leaves it for the next writer to overwrite or to remove.
+    The temporary file is removed if the block fails. A kill leaves it for the next writer to overwrite or remove.
 
     Args:
-        path: the file to write; its directory exists.
-        unlocked: processes may write ``path`` at the same time, so each uses a temporary name of its own.
-        sync: flush to the disk before renaming.
+        path: the file to write, in an existing directory.
+        unlocked: use a temporary name per process, because processes may write ``path`` at the same time.
+        sync: flush to disk before renaming.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part" if unlocked else f"{path.name}.part")
     try:

@@ -1,7 +1,7 @@
 """``left_out.tsv``: the inputs that an artifact leaves out, each with its reason, one per line.
 
-Control characters and backslashes are escaped, so that a line is always two fields and the escapes can be undone. So
-is the first character of a field that a spreadsheet would compute.
+Control characters and backslashes are escaped, so that a line is always two fields and the escapes can be undone. The
+first character of a field is also escaped if a spreadsheet would read the field as a formula.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FORMULA = "=+-@"  # first characters of a spreadsheet formula
 
 
 def write_left_out(folder: Location, items: Sequence[LeftOut]) -> None:
-    """Write the listing into an artifact's directory; nothing if there are no items."""
+    """Write the file into an artifact's directory, unless there are no items."""
     if items:
         lines = [("key", "reason"), *((item.key, item.reason) for item in items)]
         text = "".join(f"{_escape(key)}\t{_escape(reason)}\n" for key, reason in lines)

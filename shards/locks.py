@@ -1,11 +1,11 @@
-"""Claims on pieces of work, so that processes that share it do not do the same piece twice.
+"""Claims on pieces of work, so that processes do not do the same piece twice.
 
     claims = Claims(folder)                                  # an existing directory
     if claims.claim(7):                                      # False: another process has piece 7
         ...
         claims.release(7)
 
-A claim is a lock on a file in the folder. The system releases the locks of a process that ends in any way, so a kill
+A claim is a lock on a file in the folder. The operating system releases a process's locks however it ends, so a kill
 leaves no stale claim. On a file system without locks every claim succeeds, and ``has_locks`` is False.
 """
 
@@ -69,7 +69,7 @@ class Claims:
 
     @contextmanager
     def claimed(self, piece: int | str, *, wait: bool = False) -> Iterator[bool]:
-        """Hold a piece for the block; gives the result of :meth:`claim`."""
+        """Claim a piece for the block; yield the result of :meth:`claim`."""
         claimed = self.claim(piece, wait=wait)
         try:
             yield claimed

@@ -25,7 +25,7 @@ Container = Literal["arrow", "webdataset"]
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An input that is not among the images, and why."""
+    """An input that was left out, and why."""
 
     key: str
     reason: str
@@ -87,11 +87,11 @@ class Manifest:
         path = folder / MANIFEST
         if isinstance(folder, Path) and not folder.is_dir():
             raise ArtifactError(f"no artifact at {folder}: there is no such directory")
-        is_finished, is_begun = _look(folder)
+        is_finished, is_started = _progress(folder)
         if not is_finished:
             raise ArtifactError(
-                f"{folder} is not finished: run the command that makes it again"
-                if is_begun
+                f"{folder} is not finished: rerun the command that makes it"
+                if is_started
                 else f"{folder} is not an artifact: it has no {MANIFEST}"
             )
         values = read_json(path)
@@ -113,7 +113,7 @@ class Manifest:
         if len(set(names)) < len(names):
             fault = "a shard is listed twice"
         if (n_rows := sum(shard.rows for shard in self.shards)) != self.rows:
-            fault = f"its shards hold {n_rows} rows together, and it says {self.rows}"
+            fault = f"its shards have {n_rows} rows in total, not {self.rows}"
         if fault is not None:
             raise ArtifactError(f"{path} is damaged: {fault}")
 
@@ -125,14 +125,16 @@ class Manifest:
 
 
 BUILD = ".build"  # records of finished shards, while an artifact is being written
-SETTINGS = "settings.json"  # in it
+SETTINGS = "settings.json"  # in BUILD
 
 
-def _look(folder: Location) -> tuple[bool, bool]:
+def _progress(folder: Location) -> tuple[bool, bool]:
     """Return whether a directory has a manifest, and whether it has the records of an artifact being written.
 
+    A URL is listed, because object stores explain why they refuse a listing, but not why they refuse a file.
+
     Raises:
-        ArtifactError: a URL cannot be listed; stores explain that, while they refuse a file without a reason.
+        ArtifactError: a URL cannot be listed.
     """
     if isinstance(folder, Path):
         return (folder / MANIFEST).is_file(), (folder / BUILD).is_dir()
@@ -149,7 +151,5 @@ def _check_version(kind: object, version: object, path: Location) -> None:
         return
     message = f"{path} has format version {version!r}; this version reads {supported}"
     if kind == "patches" and version == 1:
-        message += (
-            ". Version 1 followed another patch rule: make the patches again with `dpar patchify`, from the codes"
-        )
+        message += ". Version 1 used another patch rule: make the patches again from the codes, with `dpar patchify`"
     raise ArtifactError(message)

@@ -1,4 +1,4 @@
-"""The images of each training step: a function of (seed, step) alone, so that resuming needs no state.
+"""The images of each training step: a function of (seed, step) only, so that resuming needs no state.
 
     order = TrainingOrder(rows=len(artifact), views=manifest.views, batch=256, seed=0)
     rows, views = order.batch(step)                          # (256,) each; a rank takes its slice
@@ -28,7 +28,7 @@ WINDOW = 8  # shards whose rows are mixed when streaming
 
 @lru_cache(maxsize=64)
 def draw_keys(*purpose: int) -> NDArray[np.uint64]:
-    """Return independent 64-bit keys, (ROUNDS + 1,), for a purpose that up to four numbers name, the seed first."""
+    """Return independent keys (ROUNDS + 1,) uint64 for up to four numbers that identify their use, seed first."""
     seed, *stream = (*purpose, 0, 0, 0, 0)[:4]
     counter = np.array([0, *stream], np.uint64)  # drawing increments the first word
     philox = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=counter)
@@ -38,7 +38,7 @@ def draw_keys(*purpose: int) -> NDArray[np.uint64]:
 
 
 def mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
-    """Return a hash of each value and the key (splitmix64)."""
+    """Hash each value with the key (splitmix64)."""
     mixed = values * np.uint64(0x9E3779B97F4A7C15) + key
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
@@ -46,7 +46,7 @@ def mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
 
 
 def permuted(positions: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the values of a keyed permutation of ``range(size)`` at some positions, computed for these alone.
+    """Return the values of a keyed permutation of ``range(size)`` at some positions, without computing the others.
 
     A Feistel network on pairs of digits; values outside ``range(size)`` pass through it again.
     """
@@ -65,7 +65,7 @@ def permuted(positions: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) 
 
 
 class TrainingOrder:
-    """The order of one run over data with random access."""
+    """The order of images in a run over data with random access."""
 
     def __init__(self, *, rows: int, views: int, batch: int, seed: int) -> None:
         if min(rows, views, batch) < 1:
@@ -94,7 +94,7 @@ class TrainingOrder:
 
 
 class StreamingOrder(TrainingOrder):
-    """The order of one run over shards that are read sequentially.
+    """The order of images in a run over shards that are read sequentially.
 
     An epoch is a permutation of the shards; rows are permuted within windows of ``WINDOW`` consecutive shards of it.
     """

@@ -1,4 +1,4 @@
-"""Statistics of patch lengths: counted per shard while the shards are written, and merged exactly.
+"""Statistics of patch lengths: counted per shard while writing, and merged exactly.
 
     counts = count_patches(starts, labels)               # JSON values, stored per shard in the manifest
     statistics = merge_counts(counts_per_shard, n_tokens=256, views=20, class_names=names)

@@ -1,12 +1,12 @@
-"""Reading an artifact: random access to the rows of its shards, in either file format.
+"""Read an artifact: random access to the rows of its shards, in either file format.
 
 artifact = open_artifact("patches/", kind="patches", verify=True)
 artifact.manifest.rows, artifact.manifest.class_names
 batch = artifact.gather(rows, views)                     # Batch of (B, N) arrays
 rows = artifact.shard_rows(3)                            # a complete shard
 
-The artifact may be at a URL: then whole shards are downloaded, verified, and read on local disk (:mod:`shards.cache`).
-A memory map serves to parse a shard; after that only the requested rows are read, at their offsets in the file.
+Shards at a URL are downloaded completely, verified, and read from local disk (:mod:`shards.cache`).
+A shard is parsed through a memory map; after that only the requested rows are read, at their offsets in the file.
 Reading rows through the map is not faster, and keeps up to 2 MB of the file resident per row.
 """
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 MAX_OPEN = 4096  # shards; each has two file descriptors
 MAX_OPEN_REMOTE = 2 * WINDOW  # an open shard occupies the disk after it has left the cache
-CONNECTIONS = 4  # shards that a stream downloads at the same time
+CONNECTIONS = 4  # parallel downloads of a stream
 THREADS = min(8, os.cpu_count() or 1)  # that hash shards
 
 
@@ -77,7 +77,7 @@ def concatenated(parts: Sequence[Batch]) -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Some images, one view of each, as stored."""
+    """Some images, one view of each, in the stored dtypes."""
 
     labels: NDArray[np.int32]  # (R,)
     codes: NDArray[np.uint16]  # (R, N)
@@ -154,14 +154,14 @@ class Artifact:
             with self._cache.shard(path, info) as local:
                 return opener(local, info, self.columns)
         except FileNotFoundError:
-            raise ArtifactError(f"shard {path} is missing; run the command that made {self.folder} again") from None
-        except ArtifactError:  # of the cache
+            raise ArtifactError(f"shard {path} is missing; rerun the command that made {self.folder}") from None
+        except ArtifactError:  # from the cache
             raise
         except Exception as error:  # Arrow, NumPy and JSON raise all kinds of errors on damaged bytes
             raise ArtifactError(f"shard {path} is damaged: {_one_line(error)}") from error
 
     def _map_all(self, indices: Iterable[int]) -> Iterator[Shard]:
-        """Yield some shards in order; those at a URL are downloaded side by side."""
+        """Yield some shards in order; those at a URL are downloaded in parallel."""
         if self._cache is None:
             yield from map(self._map, indices)
             return
@@ -225,7 +225,7 @@ class Artifact:
                 first_bit=first_bit % 8,
             )
         except ValueError as error:  # a read returned too few bytes
-            raise ArtifactError(f"a shard of {self.folder} has been cut off since it was opened") from error
+            raise ArtifactError(f"a shard of {self.folder} was truncated after it was opened") from error
         self._check_values(drawn.codes, drawn.labels, f"a shard of {self.folder}")
         return drawn
 
@@ -239,8 +239,8 @@ class Artifact:
             for value in (int(values.min(initial=0)), int(values.max(initial=0))):
                 if value < 0 or (value > end and values.size):
                     raise ArtifactError(
-                        f"{where} holds {what} {value}; the {table} at {end}. "
-                        "Run the command that made it again, from an empty directory"
+                        f"{where} has {what} {value}; the {table} at {end}. "
+                        "Rerun the command that made it, with an empty directory"
                     )
 
     def keys(self, rows: NDArray[np.int64]) -> list[str]:
@@ -273,7 +273,7 @@ class Artifact:
         """Yield the names of missing or damaged shards, with the reason; reads every byte.
 
         Args:
-            share: this process's rank and the number of processes; shards are divided in stripes.
+            share: this process's rank and the number of processes, which check every n-th shard each.
         """
         indices = range(share[0], len(self.manifest.shards), share[1])
         with ThreadPoolExecutor(THREADS) as pool:
@@ -289,7 +289,7 @@ class Artifact:
                 if (reason := _check_size(path, info, self.columns)) is not None:
                     return reason
                 if file_sha256(path) != info.sha256:
-                    return "its bytes are not those that were written (SHA-256 differs)"
+                    return "its SHA-256 differs from the manifest's"
             self._map(index)
         except OSError as error:
             return f"it cannot be read: {error.strerror}"
@@ -313,7 +313,7 @@ def open_artifact(
         path: its directory, or the URL of one. Web servers cannot be listed, so shards there are checked when read.
         kind: the required kind; None accepts both.
         verify: also read every byte, and compare each shard's SHA-256 and columns with the manifest. A URL's shards
-            are compared when they arrive, whatever this says.
+            are always compared, when they are downloaded.
         share: with ``verify``, this process's rank and the number of processes that share the work.
         cache: where the shards of a URL are kept; None: in a temporary directory.
         download: with ``verify``, download the shards of a URL now.
@@ -325,7 +325,7 @@ def open_artifact(
     manifest = Manifest.read(folder)
     if kind is not None and manifest.kind != kind:
         command = {"codes": "dpar tokenize", "patches": "dpar patchify"}[kind]
-        raise ArtifactError(f"{folder} holds {manifest.kind}; {kind} are needed here, which `{command}` makes")
+        raise ArtifactError(f"{folder} holds {manifest.kind}; {kind} are needed here, as `{command}` writes them")
     artifact = Artifact(folder, manifest, cache)
     if verify and (download or isinstance(folder, Path)):
         bad = list(artifact.damaged(share))
@@ -335,16 +335,16 @@ def open_artifact(
     else:
         bad = [] if folder.scheme in READ_ONLY else list(_check_listing(manifest, entries(folder)))
     if bad:
-        shown = ", ".join(f"{name} ({reason})" for name, reason in bad[:20]) + (" …" if len(bad) > 20 else "")
+        listed = ", ".join(f"{name} ({reason})" for name, reason in bad[:20]) + (" …" if len(bad) > 20 else "")
         raise ArtifactError(
-            f"{len(bad)} of {len(manifest.shards)} shards of {folder} are damaged: {shown}; "
-            "run the command that made it again: it rebuilds only those"
+            f"{len(bad)} of {len(manifest.shards)} shards of {folder} are damaged: {listed}; "
+            "rerun the command that made it, which rebuilds only those"
         )
     return artifact
 
 
 def _check_listing(manifest: Manifest, sizes: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """Yield the names of shards that a listing lacks or gives another size, with the reason."""
+    """Yield the names of shards that are missing from a listing or differ in size, with the reason."""
     for info in manifest.shards:
         if info.name not in sizes:
             yield info.name, "missing"
@@ -377,7 +377,7 @@ def _file_limit() -> int:
     """Return how many files this process may open."""
     try:
         import resource
-    except ImportError:  # Windows allows some thousands
+    except ImportError:  # Windows allows thousands
         return 2 * MAX_OPEN
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2 * MAX_OPEN if soft == resource.RLIM_INFINITY else soft

@@ -1,4 +1,4 @@
-"""Parsing JSON files into dataclasses; an error is one sentence that names the file and the field.
+"""Parse JSON files into dataclasses; an error is one sentence that names the file and the field.
 
     manifest = parse(Manifest, read_json(path), str(path))
     # ArtifactError: codes/manifest.json: field shards[3].rows is '12', expected an integer of at least 0
@@ -44,7 +44,7 @@ def read_json(path: Location) -> Any:
     """Return the JSON value in a file.
 
     Raises:
-        ArtifactError: the file cannot be read or holds no JSON that this package could have written.
+        ArtifactError: the file cannot be read, or is not JSON that this package could have written.
     """
     try:
         data = read_bytes(path)
@@ -78,9 +78,9 @@ def parse(kind: type[T], value: Any, where: str, *, at: str = "", ignore_unknown
 
     Args:
         kind: the dataclass.
-        value: what `json.loads` gave.
+        value: from `json.loads`.
         where: the file, for messages.
-        at: the field of the file that contains the value, if it is not the complete file.
+        at: the field that contains the value, if it is not the entire file.
         ignore_unknown: ignore fields that the dataclass lacks, at every level.
 
     Raises:
@@ -156,7 +156,7 @@ class _Parser:
 
 
 def _same_type(kind: Any, value: Any) -> bool:
-    """Return whether a JSON value has the outer type that ``kind`` is written as."""
+    """Return whether a JSON value has the outer type of ``kind``."""
     origin = typing.get_origin(kind)
     if origin is Annotated:
         return _same_type(typing.get_args(kind)[0], value)

@@ -1,7 +1,7 @@
 """The records of an artifact that is being written to a URL: those of :mod:`shards.build_records`, as objects.
 
-Object stores have no locks: processes start at different places, and a shard that two of them compute has the same
-bytes twice. A process learns which shards are finished from a listing that is at most `FRESH` seconds old.
+Object stores have no locks: processes start at different shards, and if two compute the same shard, they write the same
+bytes. A process learns which shards are finished from a listing that is at most `FRESH` seconds old.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shards.rows import Rows, write_shard
 from shards.storage import CONNECTIONS, READ_ONLY, Url, entries, is_file, pieces, put, remove, size, write_json
 
 FRESH = 10.0  # seconds
-PATIENCE = 600.0  # seconds that processes wait for the first one to delete what --overwrite replaces
+PATIENCE = 600.0  # seconds to wait for the first process to delete what --overwrite replaces
 
 
 class RemoteRecords:
@@ -33,7 +33,7 @@ class RemoteRecords:
     A claim always succeeds.
     """
 
-    has_locks = True  # so that every process may take every shard
+    has_locks = True  # there are none, but True lets every process take every shard
 
     def __init__(self, artifact: Url) -> None:
         """Prepare the records of the directory ``artifact``; nothing is read or written yet."""
@@ -46,17 +46,17 @@ class RemoteRecords:
         """Check that the directory can be listed.
 
         Raises:
-            ArtifactError: it cannot be, or is for reading only.
+            ArtifactError: it cannot be listed, or is read-only.
         """
         if self.artifact.scheme in READ_ONLY:
             raise ArtifactError(
-                f"{self.artifact} cannot be written: {self.artifact.scheme}:// is for reading. Write to s3://, gs:// "
+                f"{self.artifact} cannot be written: {self.artifact.scheme}:// is read-only. Write to s3://, gs:// "
                 "or a folder"
             )
         entries(self.artifact)
 
     def exclusive(self) -> AbstractContextManager[object]:
-        """Nothing to wait for."""
+        """Return an empty context: there are no locks."""
         return nullcontext()
 
     def has_manifest(self) -> bool:
@@ -84,7 +84,7 @@ class RemoteRecords:
         return not is_file(self.folder / SETTINGS)
 
     def count_processes(self) -> int:
-        """Return 0: without locks other processes are not seen."""
+        """Return 0: without locks other processes are not visible."""
         return 0
 
     def join(self, settings: dict[str, Any], *, first: bool) -> None:
@@ -124,10 +124,10 @@ class RemoteRecords:
         return True
 
     def release(self, index: int) -> None:
-        """Nothing to release."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Remove what this process has recorded after another one finished the artifact."""
+        """Remove records that this process wrote after another one finished the artifact."""
         if self._finished and self.has_manifest():
             self.remove()
 
@@ -160,7 +160,7 @@ class RemoteRecords:
             return {index: info for index, info in zip(indices, infos, strict=True) if info is not None}
 
     def write_shard(self, name: str, rows: Rows, container: Container) -> tuple[str, int]:
-        """Write a shard to a temporary file and put it in one piece; return its SHA-256 and its bytes."""
+        """Write a shard to a temporary file and upload it in one piece; return its SHA-256 and its bytes."""
         with tempfile.TemporaryDirectory(prefix="dpar-") as folder:
             path = Path(folder) / name
             digest = write_shard(path, rows, container)
@@ -173,7 +173,7 @@ class RemoteRecords:
         self._finished.add(index)
 
     def publish(self, manifest: Manifest) -> None:
-        """Write the listing of what was left out, then the manifest, and remove the records."""
+        """Write the list of inputs left out, then the manifest, and remove the records."""
         write_left_out(self.artifact, [item for shard in manifest.shards for item in shard.left_out])
         manifest.write(self.artifact)
         self.remove()
@@ -181,16 +181,19 @@ class RemoteRecords:
     def remove_artifact(self, settings: dict[str, Any], share: tuple[int, int]) -> None:
         """Delete shards and records, the manifest first: without it the rest counts as unfinished.
 
-        The first of the processes does. The others wait for its ``settings``, or they would delete what it writes next.
+        The first process deletes them. The others wait for the new ``settings``, or they would delete what it writes
+        next.
 
         Raises:
-            ArtifactError: the first process does not.
+            ArtifactError: the first process did not delete them in time.
         """
         if share[0] != 0:
             end = time.monotonic() + PATIENCE
             while self.settings() != settings:
                 if time.monotonic() > end:
-                    raise ArtifactError(f"{self.artifact} is not replaced by the process with RANK=0: start it, too")
+                    raise ArtifactError(
+                        f"{self.artifact} was not replaced by the process with RANK=0; start it as well"
+                    )
                 time.sleep(1.0)
             return
         remove([self.artifact / MANIFEST])

@@ -7,8 +7,8 @@
 | entropy | float16 (R, views, N)     | fixed-size list of float16  | ``entropy.npy``       |
 | starts  | bool (R, views, N)        | fixed-size list of uint8    | ``starts.npy``        |
 
-``starts`` is stored as bits, ``views · N`` per row, packed big-endian (``numpy.packbits``). The plain libraries open
-both: ``datasets.load_dataset("arrow", …)``, ``webdataset.WebDataset(…)``.
+``starts`` is stored as bits, ``views · N`` per row, packed big-endian (``numpy.packbits``). The files also open without
+this package: ``datasets.load_dataset("arrow", …)``, ``webdataset.WebDataset(…)``.
 """
 
 from __future__ import annotations
@@ -45,10 +45,7 @@ class Rows:
 
 
 def write_shard(path: Path, rows: Rows, container: Container) -> str:
-    """Write a shard atomically and return the SHA-256 of its bytes.
-
-    The bytes are a function of ``rows`` alone.
-    """
+    """Write a shard atomically and return the SHA-256 of its bytes, which depend only on ``rows``."""
     with atomic_path(path, unlocked=True) as part:
         with open(part, "wb") as file:
             (_write_arrow if container == "arrow" else _write_tar)(file, rows)
@@ -62,7 +59,7 @@ def pack_starts(starts: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 
 def unpack_starts(packed: NDArray[np.uint8], views: int, n_tokens: int) -> NDArray[np.bool_]:
-    """Return packed boundaries as (R, views, N) bool: the inverse of :func:`pack_starts`."""
+    """Return packed boundaries as (R, views, N) bool; the inverse of :func:`pack_starts`."""
     bits = np.unpackbits(packed, axis=1, count=views * n_tokens, bitorder="big")
     return bits.view(np.bool_).reshape(len(packed), views, n_tokens)
 

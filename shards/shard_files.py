@@ -3,8 +3,8 @@
     shard = ArrowShard(path, info, columns_of(manifest))     # ValueError: it differs from the manifest
     shard.keys(rows), shard.labels[rows], shard.offsets["codes"]
 
-Types, bounds and sizes are checked before any data is read. Tars are parsed here because the webdataset library reads a
-tar from first to last through ``tarfile``: no row by its number, and a tenth of the images per second.
+Types, bounds and sizes are checked before any data is read. Tars are parsed here because the webdataset library reads
+them sequentially through ``tarfile``, without random access and at a tenth of the speed.
 """
 
 from __future__ import annotations

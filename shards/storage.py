@@ -1,11 +1,11 @@
-"""Where an artifact lies: a directory on disk, or a URL that ``fsspec`` reaches.
+"""Where an artifact is stored: a directory on disk, or a URL that ``fsspec`` supports.
 
     place = location("s3://bucket/codes")                    # a Url; a path stays a Path
     read_bytes(place / "manifest.json")
     for piece in pieces(place / "00003.tar", size): ...
 
-Paths keep what :mod:`shards.files` does with them. A put to an object store is atomic, so a reader sees the old object
-or the complete new one there too. Credentials come from where ``s3fs`` and ``gcsfs`` look.
+Paths are handled by :mod:`shards.files`. A put to an object store is atomic too: a reader sees the old object or the
+complete new one. Credentials are those that ``s3fs`` and ``gcsfs`` find.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds to wait before each retry
 SILENCE = 30.0  # seconds without a byte, after which a web server's connection counts as broken
 PIECE = 8 * 2**20  # bytes per request
 SMALLEST_PIECE = 2**12  # bytes per request over a connection that breaks
-CONNECTIONS = 8  # at the same time, where many small files are handled
+CONNECTIONS = 8  # parallel requests for many small files
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # of this package, by scheme
 READ_ONLY = ("http", "https")
 ANOTHER_REGION = re.compile(r"region|specified endpoint|PermanentRedirect|location constraint", re.IGNORECASE)
@@ -68,7 +68,7 @@ def is_url(text: str) -> bool:
 
 
 def location(place: str | os.PathLike[str]) -> Location:
-    """Return the location of an artifact as a user names it; ``file://`` is a path."""
+    """Return the location that a path or URL names; ``file://`` is a path."""
     text = os.fspath(place)
     if text.startswith("file://"):
         return Path(unquote(urlsplit(text).path))
@@ -130,7 +130,7 @@ def size(place: Location) -> int:
         return place.stat().st_size
     bytes_: int | None = _info(place)["size"]
     if bytes_ is None:
-        raise ArtifactError(f"{place}: its server does not say how many bytes it has")
+        raise ArtifactError(f"{place}: its server does not report its size")
     return bytes_
 
 
@@ -165,9 +165,9 @@ def entries(url: Url) -> dict[str, int]:
 
 
 def pieces(url: Url, size: int) -> Iterator[bytes]:
-    """Yield the bytes of a file at a URL, some at a time.
+    """Yield the bytes of a file at a URL, in pieces.
 
-    A connection that breaks is resumed where it broke: fsspec resumes S3 and not HTTP, so pieces are requested here,
+    A broken connection is resumed where it broke. fsspec resumes S3 but not HTTP, so pieces are requested here,
     smaller ones after each failure.
 
     Raises:
@@ -182,7 +182,7 @@ def pieces(url: Url, size: int) -> Iterator[bytes]:
         most = max((end - at) // 4, SMALLEST_PIECE)
         data: bytes = filesystem.cat_file(path, start=at, end=end)
         most = asked
-        return data  # all of it from a server that knows no ranges
+        return data  # the entire file from a server without range requests
 
     while at < size:
         data = _call(url, "read", read)
@@ -208,7 +208,7 @@ def _call(url: Url, verb: str, action: Callable[[Any, str], T]) -> T:
             if fault is None and wait is None:
                 tries = len(WAITS) + 1
                 reason = _one_line((isinstance(error, FileNotFoundError) and error.__cause__) or error)
-                fault = ArtifactError(f"{url} cannot be {verb}: {tries} tries failed, at last with: {reason}")
+                fault = ArtifactError(f"{url} cannot be {verb} after {tries} tries: {reason}")
             if fault is not None:
                 raise fault from error
         time.sleep(wait or 0.0)
@@ -230,14 +230,14 @@ def _filesystem(url: Url) -> tuple[Any, str]:
         advice = f"pip install 'dpar[{extra}]'" if extra else _one_line(error)
         raise ArtifactError(f"{url}: {url.scheme}:// needs a package that is not installed: {advice}") from error
     except ValueError as error:
-        raise ArtifactError(f"{url}: there is no such kind of URL ({_one_line(error)})") from error
+        raise ArtifactError(f"{url}: this kind of URL is not supported ({_one_line(error)})") from error
     return filesystem, path
 
 
 def _fault(url: Url, verb: str, error: Exception) -> Exception | None:
     """Return the error for the user; None if another try may succeed."""
     text, cause = _one_line(error), error.__cause__
-    words = text.replace(url.partition("://")[2], "")  # the user's own names say nothing
+    words = text.replace(url.partition("://")[2], "")  # the user's own names are no evidence
     status = getattr(error, "status", getattr(cause, "status", None))  # of HTTP
     kind = type(error).__name__
     if isinstance(error, ArtifactError):
@@ -251,13 +251,13 @@ def _fault(url: Url, verb: str, error: Exception) -> Exception | None:
         return _shorter(url)
     if isinstance(error, FileNotFoundError):
         if cause is not None and status is None and type(cause).__module__.startswith("aiohttp"):
-            return None  # fsspec's word for a server that does not answer
+            return None  # fsspec raises this if a server does not respond
         if "bucket" in words.lower():
-            return ArtifactError(f"{url} cannot be {verb}: there is no such bucket. Make it, or name another one")
+            return ArtifactError(f"{url} cannot be {verb}: there is no such bucket. Create it, or name another one")
         return FileNotFoundError(errno.ENOENT, "no such file", str(url))
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in kind:
         return ArtifactError(
-            f"{url} cannot be {verb}: permission denied ({text}). Check the credentials, and what they allow"
+            f"{url} cannot be {verb}: permission denied ({text}). Check the credentials and their permissions"
         )
     if isinstance(error, NotImplementedError):
         return ArtifactError(f"{url} cannot be {verb}: {url.scheme}:// does not support that")
@@ -265,7 +265,7 @@ def _fault(url: Url, verb: str, error: Exception) -> Exception | None:
 
 
 def _shorter(url: Url) -> ArtifactError:
-    return ArtifactError(f"{url} has fewer bytes than its manifest says: it was replaced or cut off")
+    return ArtifactError(f"{url} has fewer bytes than its manifest says: it was replaced or truncated")
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,8 +5,8 @@
 
 Arrow shards are read in a global random order (:class:`shards.order.TrainingOrder`). WebDataset shards are streamed:
 each is read sequentially once per epoch, and its images are mixed with those of a few other shards
-(:class:`shards.order.StreamingOrder`). All shards at a URL are streamed, as whole ones are downloaded. Either way a
-batch is a function of (seed, step), and the shares of any number of processes add up to the same global batch.
+(:class:`shards.order.StreamingOrder`). Shards at a URL are always streamed, because they are downloaded completely.
+Either way a batch is a function of (seed, step), and the shares of all processes add up to the same global batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shards.storage import Url
 
 
 class TrainingData:
-    """An artifact's images in the order of one run."""
+    """An artifact's images in training order."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Writing an artifact so that a kill at any moment loses no finished shard.
+"""Write an artifact, so that a kill at any moment loses no finished shard.
 
     build = ArtifactBuild(out, settings=settings, n_shards=12, container="arrow", overwrite=False)
     for index in build.todo(rank, world_size):
@@ -13,8 +13,8 @@ The life of a shard:
     4. a later run of the command verifies its SHA-256; on a mismatch it starts again at 1
 
 A shard is a function of its index and the settings, so any number of processes may share the work, and running the
-same command again resumes and ends with the same bytes. A URL takes the place of a directory
-(:mod:`shards.remote_records`): there add() puts a complete file, and nothing is claimed.
+same command again resumes it and gives the same bytes. At a URL (:mod:`shards.remote_records`) add() uploads a complete
+file, and nothing is claimed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ArtifactBuild:
 
         Args:
             folder: the artifact's directory, or its URL.
-            settings: JSON values that decide the bytes.
+            settings: JSON values that determine the bytes.
             n_shards: number of shards.
             container: format of the shards.
             overwrite: delete an artifact made with other settings.
@@ -84,7 +84,7 @@ class ArtifactBuild:
         return disk_errors(path, lambda: self.n_shards - self.remaining())
 
     def _join(self, overwrite: bool, share: tuple[int, int]) -> None:
-        """Join the processes at work, and make all records unchecked if it is the only one. Runs exclusively."""
+        """Join the running processes; mark all records unchecked if there are none. Runs exclusively."""
         n_others = self.records.count_processes()
         before = self.records.settings()
         if before is not None and before != self.settings:
@@ -101,7 +101,7 @@ class ArtifactBuild:
                     "Stop them first, or name another output"
                 )
             self.records.remove_artifact(self.settings, share)
-            before = self.records.settings()  # at a URL, of the process that removed it
+            before = self.records.settings()  # at a URL, those of the process that removed it
         names = self.records.names()[:3]
         if before is None and names and not (names == [BUILD] and self.records.is_empty()):
             raise ArtifactError(
@@ -134,11 +134,10 @@ class ArtifactBuild:
     def todo(self, rank: int = 0, world_size: int = 1, *, only: int | None = None) -> Generator[int, None, None]:
         """Claim the shards that this process has to write, one by one; :meth:`add` releases each.
 
-        The process passes once over all shards, from a start that depends on its rank, and takes those that are
+        The process passes over all shards once, from a start that depends on its rank, and takes those that are
         neither finished nor claimed by another process, of the same ``torchrun`` or started by hand. On a file system
-        without locks it takes every ``world_size``-th. At a URL nothing is claimed
-        (:mod:`shards.remote_records`). With ``only`` it claims this shard or none, and waits while
-        another process has it.
+        without locks it takes every ``world_size``-th. At a URL nothing is claimed (:mod:`shards.remote_records`).
+        With ``only`` it claims at most this shard, and waits while another process has it.
 
         Raises:
             ArtifactError: a lock file cannot be written.
@@ -171,7 +170,7 @@ class ArtifactBuild:
         """Write shard ``index`` and record it; any thread may call this.
 
         Raises:
-            ArtifactError: the disk refuses; no partial shard is left.
+            ArtifactError: the disk cannot be written; no partial shard is left.
         """
         name = self.name(index)
         try:
@@ -193,7 +192,7 @@ class ArtifactBuild:
         """Write the manifest if every shard is finished; return None while other processes still write some.
 
         Raises:
-            ArtifactError: the disk refuses.
+            ArtifactError: the disk cannot be written.
         """
         if self.finished is not None:
             return self.finished

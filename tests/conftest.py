@@ -1,6 +1,6 @@
-"""Ctrl-C, the order of tests, and a fixture that many modules use.
+"""Ctrl-C, the order of tests, and a shared fixture.
 
-Some tests press Ctrl-C, and a shell that runs the tests in the background starts them with it ignored.
+Some tests press Ctrl-C, which a shell ignores in the processes that it starts in the background.
 """
 
 import signal
@@ -14,13 +14,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest test first, so that no worker waits for it at the end."""
+    """Start the longest test first, so that workers do not wait for it at the end."""
     items.sort(key=lambda item: not item.name.startswith("test_the_demo_"))
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """PyTorch on one thread, for equal sums and for processes that share the cores."""
+    """Run PyTorch on one thread, for reproducible sums and for processes that share the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

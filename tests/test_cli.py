@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def dpar(*arguments: object, status: int = 0, cwd: Path | None = None, **environment: str) -> str:
-    """Runs the command as a user would, and gives what it printed."""
+    """Run the command as a user would and return its output."""
     command = [sys.executable, "-m", "dpar", *(str(a) for a in arguments)]
     env = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600)
@@ -85,7 +85,7 @@ def test_the_five_commands_run_from_a_folder_of_images_to_scores(
     assert "tokens per view" in dpar("inspect", tmp_path / "patches", "--images", 0, "--verify")
 
 
-def test_a_cli_py_of_the_users_never_stands_in_for_the_command_line(tmp_path: Path) -> None:
+def test_a_cli_py_in_the_working_directory_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "cli.py").write_text("raise SystemExit('not this one')")
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     for before in ([], launcher):
@@ -95,7 +95,7 @@ def test_a_cli_py_of_the_users_never_stands_in_for_the_command_line(tmp_path: Pa
         assert '"model": "dpar-b"' in done.stdout
 
 
-def test_help_answers_without_loading_what_takes_long_to_load() -> None:
+def test_help_does_not_import_slow_packages() -> None:
     slow = {"torch", "pyarrow", "numpy.random", "PIL", "rich.markdown"}
     code = (
         f"import sys, cli; cli.app(['--help'], standalone_mode=False); sys.exit(any(m in sys.modules for m in {slow}))"
@@ -142,7 +142,7 @@ def test_help_lists_options_under_headings_those_that_must_be_given_first() -> N
         assert ungrouped <= {"--config", "-h,", "--tiny"}, name
 
 
-def test_help_ends_in_two_examples_that_are_commands() -> None:
+def test_help_ends_with_two_valid_examples() -> None:
     from pipeline.settings.examples import EXAMPLES
 
     assert set(EXAMPLES) == {"dpar", *commands()}
@@ -153,13 +153,13 @@ def test_help_ends_in_two_examples_that_are_commands() -> None:
 
 
 def check_command(line: str) -> None:
-    """Parses a command line of ``dpar``, or of ``torchrun -m dpar``, without running it."""
+    """Parse a command line of ``dpar``, or of ``torchrun -m dpar``, without running it."""
     words = shlex.split(line, comments=True)
     if words[0] == "torchrun":
         words = words[words.index("-m") + 1 :]
     assert words[0] == "dpar", line
     assert words[1] in commands(), line
-    commands()[words[1]].make_context(words[1], words[2:])  # raises for what is not an option, or not of its type
+    commands()[words[1]].make_context(words[1], words[2:])  # raises for unknown options and values of a wrong type
 
 
 def test_the_version_is_printed() -> None:
@@ -175,7 +175,7 @@ def test_every_command_has_help_for_every_option() -> None:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"
 
 
-def test_a_config_file_gives_options_and_flags_win(tmp_path: Path) -> None:
+def test_options_come_from_a_config_file_and_flags_override_it(tmp_path: Path) -> None:
     config = tmp_path / "flops.toml"
     config.write_text('model = ["dpar-b"]\nimage-size = [256]\npatch_length = 2.0\n')
     rows = json.loads(dpar("flops", "--json", "--config", config))
@@ -201,7 +201,7 @@ def test_a_config_file_can_give_a_required_option(tmp_path: Path) -> None:
         ("downsampling = 1" + "0" * 30, "--downsampling is a number of too many digits; it must be at most"),
     ],
 )
-def test_a_config_file_that_cannot_be_meant_is_wrong_usage(tmp_path: Path, content: str, says: str) -> None:
+def test_an_invalid_config_file_is_wrong_usage(tmp_path: Path, content: str, says: str) -> None:
     config = tmp_path / "c.toml"
     config.write_text(content)
     assert says in " ".join(dpar("flops", "--config", config, status=2).replace("│", "").split())
@@ -259,7 +259,7 @@ def test_the_demo_makes_its_report_from_the_installed_wheel_outside_the_checkout
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
-    assert not list(site.glob("cli*"))  # a name that anybody may use
+    assert not list(site.glob("cli*"))  # a common name, which the wheel must not install
     where = "import dpar, pipeline, dpar.command.cli as c; print(dpar.__file__, pipeline.__file__, c.__file__)"
     installed = os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
     used = subprocess.run([sys.executable, "-c", where], check=True, capture_output=True, text=True, env=installed)
@@ -272,7 +272,7 @@ def test_the_demo_makes_its_report_from_the_installed_wheel_outside_the_checkout
     report = (tmp_path / "out" / "report.html").read_text()
     assert "bits per token" in report
     assert len(report) < 4_000_000
-    assert "://" not in report.replace("http://www.w3.org", "")  # nothing is fetched; pictures' base64 has no colon
+    assert "://" not in report.replace("http://www.w3.org", "")  # no URLs; base64 has no colon
     for name in (
         "reconstructions-1",
         "patches-shipped",

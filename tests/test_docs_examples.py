@@ -1,4 +1,4 @@
-"""The Python of docs/ that trains and evaluates runs as it stands."""
+"""The Python examples of docs/ that train and evaluate run unchanged."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The layers of the code: a room imports from those below it alone, so that a reader can start at the bottom."""
+"""The layers of the code: a folder imports only from those below it, so that a reader can start at the bottom."""
 
 import ast
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ ROOMS = ("dpar", "shards", "pipeline")
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules of this project that a file imports, wherever in it."""
+    """Return the modules of this project that a file imports anywhere."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -21,13 +21,13 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def layer(module: str) -> int:
-    """The place in :data:`LAYERS` of a module of pipeline."""
+    """Return the index in :data:`LAYERS` of a module of pipeline."""
     name = module.split(".")[1] if "." in module else "stages"
     return LAYERS.index(name if name in LAYERS else "stages")
 
 
 @pytest.mark.parametrize("package", ["dpar", "shards"])
-def test_the_method_and_the_artifacts_import_no_other_package(package: str) -> None:
+def test_dpar_and_shards_import_no_other_package(package: str) -> None:
     others = {
         f"{path.relative_to(ROOT)} imports {module}"
         for path in (ROOT / package).rglob("*.py")
@@ -37,7 +37,7 @@ def test_the_method_and_the_artifacts_import_no_other_package(package: str) -> N
     assert others == set()
 
 
-def test_rooms_of_the_pipeline_import_from_those_below_them_alone() -> None:
+def test_folders_of_the_pipeline_import_only_from_those_below_them() -> None:
     upward = set()
     for path in (ROOT / "pipeline").rglob("*.py"):
         own = ".".join(path.relative_to(ROOT).with_suffix("").parts)

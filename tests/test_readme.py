@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell users to type is what the code takes."""
+"""The code accepts all commands in README.md and docs/."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def command_lines(page: Path) -> list[list[str]]:
-    """The words of each ``dpar`` command in the page's shell blocks, those after ``torchrun … -m`` too."""
+    """Return the words of each ``dpar`` command in the page's shell blocks, including those after ``torchrun … -m``."""
     text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in text.splitlines()]
     return [line[line.index("dpar") :] for line in lines if "dpar" in line]
@@ -41,7 +41,7 @@ def test_the_readme_has_command_lines_to_check() -> None:
     names = {line[1] for line in command_lines(ROOT / "README.md")}
     assert {"train-tokenizer", "tokenize", "entropy", "patchify", "train", "eval", "sample"} <= names
     first = next(line for line in command_lines(ROOT / "README.md") if line[1] in ("train-tokenizer", "tokenize"))
-    assert first[1] == "train-tokenizer"  # before anybody encodes images of their own
+    assert first[1] == "train-tokenizer"  # before users encode their own images
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -68,7 +68,7 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
             assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
-def test_the_readme_is_short_and_its_python_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_is_short_and_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
     code = "\n".join(blocks(ROOT / "README.md", "python"))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A web server on loopback for tests: it serves a folder, and breaks connections where it is told to."""
+"""A web server on loopback for tests: it serves a folder, and breaks connections on request."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class WebServer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ranges = True  # whether Range headers are obeyed
-        self.most_bytes: int | None = None  # after which every answer breaks off
-        self.silent = 0  # requests still to be left without an answer
-        self.refused: str | None = None  # a path that is answered with 503
+        self.most_bytes: int | None = None  # after which every answer is cut off
+        self.silent = 0  # number of next requests to leave unanswered
+        self.refused: str | None = None  # a path to answer with 503
         self.requests: list[str] = []  # paths of all GETs
         self.sent = 0  # bytes of all bodies
         folder.mkdir(parents=True, exist_ok=True)

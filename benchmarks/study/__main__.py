@@ -1,9 +1,8 @@
 """The study: `python -m benchmarks.study main --work DIR --codes-train A --codes-validation B --entropy-model RUN`.
 
 Parts: main, choices, thresholds, limits, probe, equal-flops, speed; then `tables --out DIR`. Every cell is a `dpar`
-command in its own folder below `--work`. A study that was stopped resumes when the same command is run again, a cell
-that is done is skipped, and parts share the cells that they have in common. `--list` shows cells and their state.
-docs/study.md says what each part is.
+command with its own folder in `--work`. The same command resumes a stopped study: finished cells are skipped, and parts
+share common cells. `--list` shows cells and their state. docs/study.md explains each part.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=(*PARTS, "tables"))
     parser.add_argument("--work", type=Path, required=True, help="the study's folder")
-    parser.add_argument("--codes-train", type=Path, required=True, help="what `dpar tokenize` made")
+    parser.add_argument("--codes-train", type=Path, required=True, help="an artifact of `dpar tokenize`")
     parser.add_argument("--codes-validation", type=Path, required=True)
     parser.add_argument("--entropy-model", required=True, help="run or weights")
-    parser.add_argument("--out", type=Path, help="of the tables (default: WORK/tables)")
+    parser.add_argument("--out", type=Path, help="folder for the tables (default: WORK/tables)")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--rows", nargs="+", help="only these rows of the part, by name")
-    parser.add_argument("--list", action="store_true", help="show the part's cells and their state, and run none")
+    parser.add_argument("--list", action="store_true", help="only show the part's cells and their state")
     for field in dataclasses.fields(Size):
         kind = {"float": float, "str": str}.get(str(field.type), int)
         parser.add_argument("--" + field.name, type=kind, default=field.default)

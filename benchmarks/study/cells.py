@@ -1,4 +1,4 @@
-"""The study's cells: a `dpar` command each, in its own folder, run once and resumed by running the study again."""
+"""The study's cells: each is a `dpar` command with its own folder, run once and resumed by running the study again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Cell:
     kind: str  # runs, scores, probes
     row: Row
     seed: int
-    length: float | None = None  # at inference; None is the training data's
+    length: float | None = None  # mean patch length at inference; None is the training data's
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class Study:
     def __init__(
         self, work: Path, codes_train: Path, codes_validation: Path, entropy_model: str, size: Size, seeds: int
     ) -> None:
-        """Takes ``work`` for the study of these data at this size.
+        """Open or create the study of these data at this size in ``work``.
 
         Raises:
             StageError: it holds another study.
@@ -74,7 +74,7 @@ class Study:
         self.shape = sizes | {"codebook_size": manifest.codebook_size, "classes": len(manifest.class_names)}
 
     def rows(self, part: str) -> tuple[Row, ...]:
-        """The rows of a part, the published model among them for comparison."""
+        """Return the rows of a part, including the published model for comparison."""
         if part == "choices":
             return (DPAR, *CHOICES)
         if part == "thresholds":
@@ -86,7 +86,7 @@ class Study:
         return MAIN
 
     def cells(self, part: str) -> list[Cell]:
-        """The cells of a part, in the order in which they run: the first seed of all rows before the second."""
+        """Return the cells of a part in the order in which they run: the first seed of all rows before the second."""
         pairs = [(row, seed) for seed in range(self.seeds) for row in self.rows(part) if seed < (row.seeds or seed + 1)]
         cells = [Cell(kind="runs", row=row, seed=seed) for row, seed in pairs]
         if part == "probe":
@@ -98,15 +98,15 @@ class Study:
         return cells
 
     def done(self, cell: Cell) -> bool:
-        """Whether the cell's command has ended."""
+        """Return whether the cell's command has finished."""
         return self.record(cell.name).is_file()
 
     def record(self, name: str) -> Path:
-        """What says that a command has ended, and how long it took."""
+        """Return the path of the file that records a finished command and its duration."""
         return self.work / "done" / f"{name}.json"
 
     def state(self, cell: Cell) -> str:
-        """done, missing, or begun, with a run's step."""
+        """Return "done", "missing", or "begun" with a run's step."""
         if self.done(cell):
             return "done"
         folder = self.work / cell.name
@@ -116,7 +116,7 @@ class Study:
         return f"begun, step {max(steps)} of {self.size.steps}" if steps else "begun"
 
     def run(self, cell: Cell) -> None:
-        """Runs the cell's command unless it has ended before."""
+        """Run the cell's command unless it is done."""
         if self.done(cell):
             return
         row, out = cell.row, self.work / cell.name
@@ -151,7 +151,10 @@ class Study:
         return [*options, "--precision", size.precision]
 
     def patches(self, rule: str, part: str) -> Path:
-        """The patches of training or held-out images by a rule, made if missing: from DPAR's, without a model."""
+        """Return the patches of training or held-out images by a rule.
+
+        Missing ones are computed from the entropies of DPAR's patches, without a model.
+        """
         name = f"patches/{rule}-{part}"
         folder = self.work / name
         if self.record(name).is_file():
@@ -173,11 +176,11 @@ class Study:
         return folder
 
     def rule(self, name: str) -> PatchRule:
-        """A rule as the training images were cut by it."""
+        """Return the patch rule of the training images, with its threshold."""
         return PatchRule.from_dict(Manifest.read(self.patches(name, "train")).settings)
 
     def _run_at_length(self, run: Path, length: float) -> Path:
-        """A copy of a static run that says another length: static runs have no option for it at inference."""
+        """Copy a static run with another length in its record, because `dpar eval` has no option for it."""
         copy = self.work / "runs" / f"{run.name}-at-{length:g}"
         if (copy / RUN).is_file():
             return copy
@@ -189,7 +192,7 @@ class Study:
         return copy
 
     def dpar(self, name: str, *arguments: object) -> None:
-        """Runs a `dpar` command in its own process and records that it has ended; raises SystemExit if it fails."""
+        """Run a `dpar` command in a new process and record its end; raise SystemExit if it fails."""
         command = [sys.executable, "-m", "dpar", *map(str, arguments)]
         print(f"{time.strftime('%H:%M:%S')} {name}: dpar {shlex.join(command[3:])}", flush=True)
         began = time.monotonic()
@@ -202,7 +205,7 @@ class Study:
 
 
 def _as_options(rule: PatchRule) -> tuple[object, ...]:
-    """The options of `dpar patchify` for a rule."""
+    """Return the options of `dpar patchify` for a rule."""
     if rule.static_length is not None:
         return ("--strategy", "static", "--static-length", repr(rule.static_length))
     reset = "--row-reset" if rule.row_reset else "--no-row-reset"

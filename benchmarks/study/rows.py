@@ -1,4 +1,4 @@
-"""What the study compares: sizes, patch rules, and the rows of each part."""
+"""The models that the study compares: sizes, patch rules, and the rows of each part."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dpar.flops import count
 from dpar.presets import preset
 
 LENGTHS = (1.81, 1.92, 2.03, 2.16)  # mean lengths at inference, the paper's Table 6
-TRAINED_LENGTHS = (1.5, 2.2)  # beside 1.81, after Table 4
-LIMITS = (2, 8, 16)  # beside 1 and 4, Table 5
-DEPTHS = ((1, 4, 4), (2, 4, 3), (3, 4, 2))  # encoder, patch transformer, decoder, beside 1+5+3; Table 10
-ROPES = ("dynamic-compact", "2d")  # beside dynamic; Table 9
+TRAINED_LENGTHS = (1.5, 2.2)  # in addition to 1.81; after Table 4
+LIMITS = (2, 8, 16)  # in addition to 1 and 4; Table 5
+DEPTHS = ((1, 4, 4), (2, 4, 3), (3, 4, 2))  # encoder, patch transformer, decoder; in addition to 1+5+3; Table 10
+ROPES = ("dynamic-compact", "2d")  # in addition to dynamic; Table 9
 PARTS = ("main", "choices", "thresholds", "limits", "probe", "equal-flops", "speed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is equal in all rows."""
+    """Settings that all rows share."""
 
     steps: int = 500
     batch: int = 16  # images per step
     width: int = 128
     length: float = 1.81  # mean tokens per patch of DPAR's training data
-    samples: int | None = None  # per row; None is as many as there are held-out images
+    samples: int | None = None  # per row; None: the number of held-out images
     guidance: float = 2.0
     precision: str = "bf16"
 
@@ -35,14 +35,14 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A model, what it reads, and what differs from the preset."""
+    """A model: its patch rule and its differences from the preset."""
 
     name: str
     title: str
     rule: str = "dpar"  # a key of :func:`rule_options`
     llamagen: bool = False
     overrides: tuple[tuple[str, object], ...] = ()
-    seeds: int | None = None  # None: as many as the study has
+    seeds: int | None = None  # None: the study's number of seeds
 
     @property
     def preset(self) -> str:
@@ -69,7 +69,7 @@ CHOICES = (
 
 
 def limits() -> tuple[Row, ...]:
-    """Thresholds, length limits, depths and rotary variants, one seed each."""
+    """Return the rows of thresholds, length limits, depths and rotary variants, with one seed each."""
     lengths = [Row(name=f"length-{x:g}", title=f"mean length {x:g}", rule=f"length-{x:g}") for x in TRAINED_LENGTHS]
     longest = [Row(name=f"limit-{p}", title=f"P = {p}", rule=f"limit-{p}") for p in LIMITS]
     names = ("encoder_layers", "patch_layers", "decoder_layers")
@@ -86,11 +86,11 @@ def limits() -> tuple[Row, ...]:
 
 
 def equal_flops(size: Size, codes: dict[str, int]) -> Row:
-    """DPAR with the depth whose training step costs what LlamaGen's costs, as nearly as whole layers allow.
+    """Return DPAR with the depth whose training step costs closest to LlamaGen's.
 
     Args:
-        size: of the study.
-        codes: grid, codebook and classes, as arguments of a preset.
+        size: the study's size.
+        codes: grid, codebook size and number of classes, as arguments of a preset.
     """
     shape = codes | {"width": size.width, "heads": size.heads}
     wanted = count(preset("llamagen-mini", **shape)).linear
@@ -101,7 +101,7 @@ def equal_flops(size: Size, codes: dict[str, int]) -> Row:
 
 
 def rule_options(rule: str, threshold: float, mean_length: float) -> tuple[str, ...]:
-    """Options of `dpar patchify` that cut DPAR's patches again by another rule.
+    """Return options of `dpar patchify` that apply another rule to DPAR's patches.
 
     Args:
         rule: its name.

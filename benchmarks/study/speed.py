@@ -1,4 +1,4 @@
-"""Images per second of each row, in turn, so that whatever else the machine does meets all alike."""
+"""Images per second of each row, measured in turn, so that other load affects all equally."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ ROUNDS, BATCH = 5, 16
 
 
 def measure_speed(study: Study) -> None:
-    """Write `speed.json`: the median images per second of each main row, guidance on, and all that were measured."""
+    """Write `speed.json`: images per second of each main row with guidance, all measurements and their medians."""
     settings = SampleSettings(cfg_scale=study.size.guidance, batch=BATCH)
     generators = {
         row.name: Generator.load(study.work / "runs" / f"{row.name}-seed-0", settings) for row in study.rows("speed")
     }
     labels = np.arange(BATCH) % study.shape["classes"]
     seconds: dict[str, list[float]] = {name: [] for name in generators}
-    for turn in range(ROUNDS + 1):  # the first one prepares kernels, and does not count
+    for turn in range(ROUNDS + 1):  # the first one is a warm-up
         for name, generator in generators.items():
             began = time.perf_counter()
             generator.sample(labels, np.arange(BATCH), study.size.guidance)
             if turn:
                 seconds[name].append(time.perf_counter() - began)
-    rates = {name: [BATCH / each for each in taken] for name, taken in seconds.items()}
-    medians = {name: statistics.median(each) for name, each in rates.items()}
+    rates = {name: [BATCH / value for value in values] for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     write_json(study.work / "speed.json", {"images_per_second": medians, "measured": rates, "batch": BATCH})

@@ -1,4 +1,4 @@
-"""The study's tables and plots, of the cells that are done; what is missing is said."""
+"""The study's tables and plots of all finished cells; missing cells are listed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADINGS = {
     "limits": "Threshold, length limit, depths, rotary variants",
     "probe": "Linear probe",
     "equal-flops": "Equal FLOPs",
-    "speed": "What it costs to sample",
+    "speed": "Sampling speed",
 }
 Numbers = dict[str, float | None]
 
@@ -86,7 +86,7 @@ def _over_seeds(
     read: Callable[[Path], Numbers],
     length: float | None = None,
 ) -> dict[str, str]:
-    """Mean ± standard deviation over the seeds that are done, with their number if some are missing."""
+    """Return mean ± standard deviation over the finished seeds, with their number if some are missing."""
     cells = [cell for cell in study.cells(part) if (cell.kind, cell.row, cell.length) == (kind, row, length)]
     done = [read(study.work / cell.name) for cell in cells if study.done(cell)]
     names = ("top1", "top5") if kind == "probes" else ("nats", "kid", "fd", "pflops")
@@ -140,7 +140,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(study: Study, path: Path, *, flops: bool) -> None:
-    """Held-out nats of the main rows during training, and their final KID and Fréchet distance, against cost."""
+    """Plot held-out nats of the main rows during training, and their final KID and Fréchet distance, against cost."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -169,7 +169,7 @@ def plot(study: Study, path: Path, *, flops: bool) -> None:
 
 
 def _curve(study: Study, row: Row, seed: int, flops: bool) -> tuple[list[int], list[float], float]:
-    """Steps, held-out nats at them, and what a step is on the x axis."""
+    """Return steps, held-out nats at these steps, and the length of a step on the x axis."""
     lines = read_metrics(study.work / "runs" / f"{row.name}-seed-{seed}")
     points = {
         line["step"]: line["validation_bits_per_token"] for line in lines if line.get("validation_bits_per_token")

@@ -1,4 +1,4 @@
-"""The share of compute that patches save, against a LlamaGen of the same depth and width.
+"""The share of compute that patches save, compared with a LlamaGen of the same depth and width.
 
     compute = Compute(pipe.generator.config, pipe.entropy_model.config)
     compute.saved(patches=133.5, guided=True)                # Saved(generator=0.31, total=0.12)
@@ -18,14 +18,14 @@ from dpar.model import DPARConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """Shares of the baseline's compute; below 0 where the model costs more."""
+    """Shares of the baseline's compute; negative if the model costs more."""
 
-    generator: float  # the generator alone
+    generator: float  # without the entropy model
     total: float  # with the entropy model, which the baseline does not need
 
 
 class Compute:
-    """The costs of a DPAR with its entropy model and of its baseline, counted at the first use."""
+    """The costs of a DPAR with its entropy model and of its baseline, counted on first use."""
 
     def __init__(self, generator: DPARConfig, entropy_model: LlamaGenConfig | None) -> None:
         self.generator, self.entropy_model = generator, entropy_model
@@ -40,7 +40,7 @@ class Compute:
         )
 
     def saved(self, patches: float, guided: bool) -> Saved:
-        """Return what a mean of ``patches`` per image saves, with the two halves of guidance or in one pass."""
+        """Return what a mean of ``patches`` per image saves, with guidance or in one forward pass."""
         one, all_tokens, entropy_model, baseline = self._costs
         n = self.generator.n_tokens
         share = (patches - 1) / max(n - 1, 1)
@@ -53,7 +53,7 @@ class Compute:
 
     @cached_property
     def _costs(self) -> tuple[Cost, Cost, Cost | None, Cost]:
-        """Of the generator with one patch and with a patch per token, of the entropy model, of the baseline."""
+        """Costs of the generator with one patch and with a patch per token, of the entropy model, of the baseline."""
         n = float(self.generator.n_tokens)
         entropy_model = None if self.entropy_model is None else count(self.entropy_model)
         return count(self.generator, n), count(self.generator), entropy_model, count(self.baseline)

@@ -1,6 +1,6 @@
-"""Controls that tabs share, and how a tab says that something went wrong.
+"""Controls that tabs share, and messages about results and errors.
 
-sampling = Sampling(model)                               # sliders, where they are to stand
+sampling = Sampling(model)                               # places the sliders
 run.click(work, [image, *sampling.inputs], ...)          # work(image, *values): sampling.choices(*values)
 note("133 patches", "31 % saved"), failure(error)        # HTML
 """
@@ -54,7 +54,7 @@ class Sampling:
     def choices(
         self, cfg_scale: float, temperature: float, top_k: int, top_p: float, threshold: float, seed: int
     ) -> Choices:
-        """The choices of these inputs' values.
+        """Return the choices for these input values.
 
         Raises:
             StageError: a field is empty.
@@ -70,25 +70,25 @@ class Sampling:
 
 
 def image_examples(paths: list[Path], image: gr.Image | gr.ImageEditor) -> None:
-    """Images to pick into a component."""
+    """Add example images for a component."""
     gr.Examples([[str(path)] for path in paths], [image], label="Or pick one", examples_per_page=len(paths))
 
 
 def titled_image(title: str, scale: int) -> gr.Image:
-    """An image to look at, its title above it; Gradio's own label would cover a corner of it."""
+    """Add an output image with a title above it; Gradio's label would cover a corner of the image."""
     with gr.Column(scale=scale, min_width=240):
         gr.Markdown(f"**{title}**")
         return gr.Image(label=title, show_label=False, interactive=False, buttons=[])
 
 
 def note(text: str, *details: str) -> str:
-    """A line about a result, and smaller ones below it, as HTML."""
+    """Return a line about a result, and smaller ones below it, as HTML."""
     small = "".join(f"<small>{html.escape(detail)}</small>" for detail in details)
     return f'<p class="note" role="status"><b>{html.escape(text)}</b>{small}</p>'
 
 
 def failure(error: Exception) -> str:
-    """What the page says of an error, as HTML; the traceback of one that is not the user's goes to the terminal."""
+    """Return an error message as HTML; print the traceback of an unexpected error on the terminal."""
     if isinstance(error, (StageError, ArtifactError, ModelError)):
         message = str(error)
     else:

@@ -1,4 +1,4 @@
-"""What the tabs do, as plain functions of the model: sample, edit, measure an image, place its patches.
+"""The actions of the tabs as plain functions of the model: sample, edit, measure an image, place its patches.
 
 pictures = generate(model, [3], 4, Choices(cfg_scale=2.0))
 pictures = edit(model, image, 3, 4, Choices(), keep_rows=8)
@@ -23,20 +23,20 @@ from pipeline.reports.pictures import draw_patches, enlarge, entropy_map, scale_
 from pipeline.runtime.provenance import made_by
 from pipeline.settings.fields import LARGEST, require
 
-MOST_IMAGES = 64  # at once
+MOST_IMAGES = 64  # per job
 
 Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """How to sample; the pipeline checks the values that are not checked here."""
+    """How to sample. The pipeline checks the values that are not checked here."""
 
     cfg_scale: float = 2.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    threshold: float | None = None  # nats; None is the training data's
+    threshold: float | None = None  # nats; None uses that of the training data
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ def generate(
     """Sample ``per_class`` pictures of each class.
 
     Raises:
-        StageError, ModelError: no class or too many pictures, or a setting that means nothing.
+        StageError, ModelError: no class, too many pictures, or an invalid setting.
     """
     require(len(labels) > 0, "choose at least one class")
     _check_count(len(labels) * per_class)
@@ -79,10 +79,10 @@ def edit(
     """Sample a part of an image ``count`` times and keep the rest; see :class:`DPARPipeline`.
 
     Raises:
-        StageError, ModelError: no image or class, nothing to sample, or a setting that means nothing.
+        StageError, ModelError: no image or class, nothing to sample, or an invalid setting.
     """
     require(image is not None, "choose an image first, or upload one")
-    require(label is not None, "choose a class for what is sampled")
+    require(label is not None, "choose a class for the sampled part")
     assert label is not None
     _check_count(count)
     sampled = model.pipe(
@@ -100,12 +100,12 @@ def edit(
 
 
 def mean_patches(pictures: Sequence[Picture]) -> float:
-    """The mean number of patches per image."""
+    """Return the mean number of patches per image."""
     return float(np.mean([picture.starts.sum() for picture in pictures]))
 
 
 def _check_count(count: int) -> None:
-    require(1 <= count <= MOST_IMAGES, f"{count} pictures at once; there can be from 1 to {MOST_IMAGES}")
+    require(1 <= count <= MOST_IMAGES, f"{count} pictures were requested; from 1 to {MOST_IMAGES} are possible")
 
 
 def _pictures(
@@ -132,22 +132,22 @@ def _pictures(
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedPatches:
-    """The patches of an image under some rule."""
+    """The patches of an image by some rule."""
 
-    picture: Image.Image  # the reconstruction with its patches drawn on it
+    picture: Image.Image  # the reconstruction with its patches drawn
     patches: int
 
 
 def place_patches(
     model: Model, measured: PatchedImage, threshold: float, max_length: int, row_reset: bool
 ) -> PlacedPatches:
-    """Place the patches of stored entropies anew, without the model; a ``max_length`` of 0 means no limit.
+    """Place patches from measured entropies, without running the model; a ``max_length`` of 0 means no limit.
 
     Raises:
-        ModelError: the rule has no such values.
+        ModelError: the rule does not take these values.
     """
     rule = model.pipe.rule_at(threshold, max_length, row_reset)
-    assert rule is not None  # rule_at has raised
+    assert rule is not None  # or rule_at would have raised
     starts = rule.starts(measured.entropies.reshape(-1), model.pipe.grid[1])
     pixels = np.asarray(measured.reconstruction)
     picture = draw_patches(pixels, starts, model.pipe.grid, scale_for(pixels.shape[1], LARGE))
@@ -155,7 +155,7 @@ def place_patches(
 
 
 def measured_pictures(pipe: DPARPipeline, measured: PatchedImage) -> tuple[Image.Image, Image.Image]:
-    """The reconstruction of an image, and its entropies with their scale."""
+    """Return the reconstruction of an image, and its entropy map with a colour bar."""
     pixels = np.asarray(measured.reconstruction)
     values = measured.entropies.reshape(-1)
     times = scale_for(pixels.shape[1], LARGE)
@@ -163,7 +163,7 @@ def measured_pictures(pipe: DPARPipeline, measured: PatchedImage) -> tuple[Image
 
 
 def mask_of_layers(layers: Sequence[Image.Image | None], size: tuple[int, int]) -> Image.Image:
-    """White where something is painted on a layer (RGBA), black elsewhere."""
+    """Return a mask that is white where something is painted on a layer (RGBA), black elsewhere."""
     painted = np.zeros((size[1], size[0]), bool)
     for layer in layers:
         if layer is not None:

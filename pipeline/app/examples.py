@@ -1,4 +1,4 @@
-"""Images to pick on the page: of the built-in data that the model's classes are from, else photographs.
+"""Example images for the page: from the built-in emoji if the model shares their classes, else photographs.
 
 paths = write_examples(model.pipe.class_names, folder)
 """

@@ -1,4 +1,4 @@
-"""One job of the model at a time, each of which the browser session that started it can stop.
+"""Run one job of the model at a time; the browser session that started a job can stop it.
 
 jobs = Jobs()
 jobs.run(session, lambda progress: pipe("cat", progress=progress))
@@ -20,14 +20,14 @@ class Cancelled(Exception):
 
 
 class Jobs:
-    """The jobs of all sessions. Gradio's queue orders them; the lock holds if one still stops when the next begins."""
+    """The jobs of all sessions. Gradio's queue orders them; the lock covers a job that is still stopping."""
 
     def __init__(self) -> None:
         self._model = threading.Lock()
         self._stops: dict[str, threading.Event] = {}
 
     def run(self, session: str, work: Callable[[Progress], Result], report: Progress = lambda share: None) -> Result:
-        """Return the result of ``work``, which calls its argument with the share that is done.
+        """Return the result of ``work``, which calls its argument with the fraction done.
 
         Raises:
             Cancelled: :meth:`stop` was called for this session.

@@ -1,4 +1,4 @@
-"""The model behind the page: a bundle or a run as a pipeline, with its name and its costs.
+"""The model of the page: a bundle or a run as a pipeline, with its name and its costs.
 
 model = load_model("builtin:emoji", AppSettings())
 model.pipe(["flag"]), model.title, model.patches_text(133.5, guided=True)
@@ -23,7 +23,7 @@ from pipeline.settings.sampling import SamplingSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A pipeline and what the page says about it."""
+    """A pipeline and the texts about it on the page."""
 
     name: str  # as the user gave it
     pipe: DPARPipeline
@@ -31,7 +31,7 @@ class Model:
 
     @property
     def title(self) -> str:
-        """One line: name, kind, sizes."""
+        """Name, kind and sizes in one line."""
         rows, columns = self.pipe.grid
         side = self.pipe.tokenizer.config.downsampling
         kind = "DPAR" if isinstance(self.pipe.generator.config, DPARConfig) else "LlamaGen"
@@ -53,17 +53,17 @@ class Model:
 
     @property
     def highest_threshold(self) -> float:
-        """ln V, nats, rounded up: no token's entropy is above it."""
+        """ln V in nats, rounded up: no token's entropy exceeds it."""
         return math.ceil(100 * math.log(self.pipe.generator.config.codebook_size)) / 100
 
     @property
     def threshold(self) -> float:
-        """The threshold of the training data, nats; if infinite, the highest, which no entropy exceeds either."""
+        """The threshold of the training data in nats, at most ``highest_threshold``."""
         known = None if self.pipe.rule is None else self.pipe.rule.threshold
         return self.highest_threshold if known is None else min(known, self.highest_threshold)
 
     def patches_text(self, patches: float, guided: bool | None) -> tuple[str, str]:
-        """What a mean of ``patches`` per image saves, and compared with what.
+        """Return texts: what a mean of ``patches`` per image saves, and compared with which model.
 
         Args:
             patches: mean per image.

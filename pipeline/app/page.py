@@ -1,6 +1,6 @@
-"""The page: three tabs on one model. Generate samples, Patchify shows the patches of an image, Edit samples a part.
+"""The page, with three tabs: Generate samples images, Patchify shows an image's patches, Edit resamples a part.
 
-page = build(model, folder)                                  # gr.Blocks; folder is for the files that it offers
+page = build(model, folder)                                  # gr.Blocks; folder is for files to download
 page.launch(**LAUNCH)
 """
 
@@ -51,12 +51,12 @@ LAUNCH: dict[str, Any] = {
 }
 MODEL_EVENT: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # one job at a time
 REDRAW: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
-ROWS, MASK = "Keep the upper rows", "Draw what is sampled"
+ROWS, MASK = "Keep the top rows", "Draw the part to sample"
 DAY = 24 * 60 * 60  # seconds
 
 
 def build(model: Model, folder: Path) -> gr.Blocks:
-    """Lay out the page; ``folder`` exists, and what is written to it is served."""
+    """Lay out the page; files written to ``folder``, which exists, are served."""
     jobs = Jobs()
     examples = write_examples(model.pipe.class_names, folder)
     with gr.Blocks(title="DPAR", analytics_enabled=False, delete_cache=(DAY, DAY)) as page:
@@ -111,9 +111,9 @@ def _edit_tab(model: Model, jobs: Jobs, folder: Path, examples: list[Path]) -> N
                 buttons=[],
             )
             image_examples(examples, editor)
-            mode = gr.Radio([ROWS, MASK], value=ROWS, label="What stays")
-            keep_rows = gr.Slider(0, rows - 1, rows // 2, step=1, label="Rows of tokens kept, from the top")
-            label = gr.Dropdown(_choices(model), value=0, label="Class of what is sampled")
+            mode = gr.Radio([ROWS, MASK], value=ROWS, label="Part to keep")
+            keep_rows = gr.Slider(0, rows - 1, rows // 2, step=1, label="Rows of tokens to keep, from the top")
+            label = gr.Dropdown(_choices(model), value=0, label="Class of the sampled part")
             count = gr.Slider(1, 16, 4, step=1, label="Pictures")
             sampling = Sampling(model)
             with gr.Row():
@@ -151,10 +151,10 @@ def _edit_tab(model: Model, jobs: Jobs, folder: Path, examples: list[Path]) -> N
 
 def _patchify_tab(model: Model, jobs: Jobs, examples: list[Path]) -> None:
     if model.pipe.entropy_model is None:
-        gr.Markdown("This model places no patches by entropy: it is a LlamaGen, or was trained on static patches.")
+        gr.Markdown("This model does not patch by entropy: it is a LlamaGen, or was trained on static patches.")
         return
     rule = model.pipe.rule
-    assert rule is not None  # those with an entropy model have one
+    assert rule is not None  # models with an entropy model have one
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
             image = gr.Image(
@@ -200,7 +200,7 @@ def _patchify_tab(model: Model, jobs: Jobs, examples: list[Path]) -> None:
             return {status: gr.skip()}
         try:
             placed = place_patches(model, measured, *values)
-        except Exception as error:  # whatever fails is text on the page
+        except Exception as error:  # any failure becomes a message on the page
             return {status: failure(error)}
         return {
             patches: placed.picture,
@@ -213,7 +213,7 @@ def _patchify_tab(model: Model, jobs: Jobs, examples: list[Path]) -> None:
             return {**empty, status: note("Pick an image, or upload one.")}
         try:
             result = jobs.run(_session(request), lambda _: model.pipe.patchify(picture))
-        except Exception as error:  # likewise
+        except Exception as error:  # as above
             return {**empty, status: failure(error)}
         reconstruction, map_of_entropy = measured_pictures(model.pipe, result)
         return {decoded: reconstruction, entropy: map_of_entropy, measured: result, **place(result, *values)}
@@ -241,7 +241,7 @@ def _wire(
     inputs: list[Any],
     sample: Callable[..., Sampled],
 ) -> None:
-    """Have ``run`` sample and show what comes out, and ``cancel`` stop it."""
+    """Make ``run`` sample and show the results, and ``cancel`` stop it."""
 
     def work(request: gr.Request, progress: gr.Progress = gr.Progress(), *values: Any) -> Updates:  # noqa: B008
         patches, *others = values
@@ -253,7 +253,7 @@ def _wire(
             )
         except Cancelled:
             return {results.status: note("Stopped.")}
-        except Exception as error:  # whatever fails is text on the page
+        except Exception as error:  # any failure becomes a message on the page
             return {results.status: failure(error)}
         return results.show(pictures, patches, guided, sentence)
 

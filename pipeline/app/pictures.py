@@ -1,6 +1,6 @@
-"""Sampled pictures with what belongs to them, as the page draws them and as files.
+"""Sampled pictures with their patches, entropies and settings: drawn for the page, and as PNG files.
 
-thumbnail(picture, patches=True), entropy_picture(picture, scale)
+drawn(picture, patches=True, size=THUMBNAIL), entropy_picture(picture, scale)
 write_png(picture, folder)                               # a PNG whose text chunk "parameters" has the settings
 """
 
@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from pipeline.reports.charts import entropy_scale
 from pipeline.reports.pictures import draw_patches, enlarge, entropy_map, scale_for
 
-THUMBNAIL, LARGE = 256, 512  # pixels along a side, about
+THUMBNAIL, LARGE = 256, 512  # approximate pixels per side
 TEXT = "parameters"  # the text chunk that other image generators use
 
 
@@ -33,7 +33,7 @@ class Picture:
     starts: NDArray[np.bool_]  # (N,)
     entropy: NDArray[np.float16] | None  # (N,) nats; None without an entropy model
     grid: tuple[int, int]
-    settings: dict[str, Any]  # JSON-able
+    settings: dict[str, Any]  # JSON values
 
     @property
     def caption(self) -> str:
@@ -42,31 +42,31 @@ class Picture:
 
     @property
     def file_name(self) -> str:
-        """A name that is safe on every file system."""
+        """A file name that is valid on every file system."""
         name = re.sub(r"[^\w-]+", "-", str(self.settings["class"])).strip("-")[:60]
         return f"{name}-seed{self.settings['seed']}-{self.settings['index']}.png"
 
 
 def drawn(picture: Picture, patches: bool, size: int) -> Image.Image:
-    """The picture about ``size`` px wide, its patches drawn on it if asked."""
+    """Return the picture about ``size`` px wide, optionally with its patches drawn."""
     pixels = np.asarray(picture.image)
     scale = scale_for(pixels.shape[1], size)
     return draw_patches(pixels, picture.starts, picture.grid, scale) if patches else enlarge(pixels, scale)
 
 
 def shared_scale(pictures: Sequence[Picture]) -> tuple[float, float]:
-    """One colour scale for the entropies of all pictures, nats."""
+    """Return one colour scale in nats for the entropies of all pictures."""
     values = [picture.entropy for picture in pictures if picture.entropy is not None]
     return entropy_scale(np.stack(values)) if values else (0.0, 1.0)
 
 
 def entropy_picture(picture: Picture, scale: tuple[float, float]) -> Image.Image | None:
-    """The entropy map with its colour bar; None without entropies."""
+    """Return the entropy map with its colour bar; None without entropies."""
     return None if picture.entropy is None else entropy_map(picture.entropy, picture.grid, scale, LARGE)
 
 
 def write_png(picture: Picture, folder: Path) -> Path:
-    """Write the picture as it was sampled, its settings as JSON in a text chunk; ``folder`` is its own."""
+    """Write the sampled picture with its settings as JSON in a text chunk; ``folder`` is for this picture only."""
     info = PngInfo()
     info.add_itxt(TEXT, json.dumps(picture.settings, ensure_ascii=False))
     path = folder / picture.file_name

@@ -1,6 +1,6 @@
-"""Sampled pictures on the page: all of them, and one at full size with its entropies, its settings and its file.
+"""Sampled pictures on the page: a gallery, and one at full size with its entropies, settings and file.
 
-results = Results(model, folder)                             # inside gr.Blocks, where it is to stand
+results = Results(model, folder)                             # places the components, inside gr.Blocks
 run.click(work, inputs, results.outputs)                     # work returns results.show(pictures)
 """
 
@@ -74,7 +74,7 @@ class Results:
         )
 
     def show(self, pictures: list[Picture], patches: bool, guided: bool, more: str = "") -> Updates:
-        """The outputs for new pictures, the first of them selected."""
+        """Return the outputs for new pictures, with the first selected."""
         mean = mean_patches(pictures)
         return {
             self.status: note(f"{more}{mean:.1f} patches per image", *self._model.patches_text(mean, guided)),

@@ -1,4 +1,4 @@
-"""``dpar app``: the page, served until Ctrl-C or SIGTERM.
+"""``dpar app``: serve the page until Ctrl-C or SIGTERM.
 
 serve("builtin:emoji", AppSettings(), ready=print)           # ready gets the page's address
 """
@@ -19,7 +19,7 @@ from pipeline.settings.app import AppSettings
 
 
 def serve(name: str, settings: AppSettings, ready: Callable[[str], None]) -> None:
-    """Serve the page of a bundle or a run; what it writes is in a temporary directory, deleted at the end.
+    """Serve the page of a bundle or a run. Its files are in a temporary directory, which is deleted at the end.
 
     Args:
         name: a bundle's directory, built-in name or Hub name, or a run of ``dpar train``.
@@ -51,7 +51,7 @@ def serve(name: str, settings: AppSettings, ready: Callable[[str], None]) -> Non
                 quiet=True,
                 **LAUNCH,
             )
-        except OSError as error:  # of the ports from 7860 none is free
+        except OSError as error:  # no port from 7860 is free
             raise StageError(f"cannot listen at {settings.host}: {error}; name a free port with --port") from error
         with contextlib.suppress(KeyboardInterrupt):
             ready(address)
@@ -73,10 +73,10 @@ def _sigterm_like_ctrl_c() -> Iterator[None]:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raise StageError if nothing can listen there; Gradio would find out after the model is loaded."""
+    """Raise StageError if the port cannot be used; Gradio would only notice after the model is loaded."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         raise StageError(
-            f"cannot listen at {host}, port {port}: {error.strerror}; name another one with --port, or leave it out"
+            f"cannot listen at {host}, port {port}: {error.strerror}; name another port with --port, or omit it"
         ) from error

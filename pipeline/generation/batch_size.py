@@ -1,4 +1,4 @@
-"""How many images to sample at once, from the memory at hand. No image depends on it.
+"""Choose the batch size of sampling by free memory. No image depends on it.
 
 batch = sampling_batch(model, entropy_model, guided=True, device=device, bf16=True)
 """
@@ -11,15 +11,15 @@ from dpar.llamagen import LlamaGen
 from dpar.model import DPAR
 
 ON_CPU = 32
-MOST = 256  # past it a step is compute-bound and memory buys nothing
-SHARE = 0.8  # of free memory that is planned with; the rest is for activations and fragmentation
-LOGITS = 6  # float32 or float64 copies of the logits that drawing holds at its peak
+MOST = 256  # larger batches are compute-bound and not faster
+SHARE = 0.8  # of free memory to use; the rest is for activations and fragmentation
+LOGITS = 6  # copies of the logits, float32 or float64, at the peak of drawing
 
 
 def sampling_batch(
     model: DPAR | LlamaGen, entropy_model: LlamaGen | None, *, guided: bool, device: torch.device, bf16: bool
 ) -> int:
-    """The images to sample at once on a device: 32 on the CPU, on a GPU the largest power of two that fits, to 256."""
+    """Return the batch size on a device: 32 on the CPU, on a GPU the largest power of two that fits, at most 256."""
     if device.type != "cuda":
         return ON_CPU
     free, _ = torch.cuda.mem_get_info(device)
@@ -28,9 +28,10 @@ def sampling_batch(
 
 
 def bytes_per_image(model: DPAR | LlamaGen, entropy_model: LlamaGen | None, *, guided: bool, bf16: bool) -> int:
-    """What sampling one image keeps on the device: keys and values of every layer, and logits.
+    """Return the memory in bytes that sampling needs per image: keys and values of every layer, and logits.
 
-    Caches have room for a patch per token. With guidance all but the patch encoder and the entropy model hold two rows.
+    Caches have room for a patch per token. With guidance each image has two rows, except in the patch encoder and the
+    entropy model.
     """
     config, element = model.config, 2 if bf16 else 4
     rows = 2 if guided else 1
@@ -44,6 +45,6 @@ def bytes_per_image(model: DPAR | LlamaGen, entropy_model: LlamaGen | None, *, g
 
 
 def batch_for(free: int, each: int) -> int:
-    """The largest power of two of images of ``each`` bytes that fit into ``free`` bytes, 1 to 256."""
+    """Return the largest power of two, 1 to 256, of images of ``each`` bytes that fit into ``free`` bytes."""
     fits = max(1, free // each)
     return int(min(MOST, 2 ** (fits.bit_length() - 1)))

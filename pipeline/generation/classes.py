@@ -10,10 +10,10 @@ from pipeline.sources.source import known_class
 
 
 def choose_classes(names: tuple[str, ...], wanted: tuple[str, ...]) -> list[int]:
-    """Labels of classes given by number, by name, or by either half of ``n02099601 golden retriever``; by default all.
+    """Return labels of classes given by number, name, or either half of ``n02099601 golden retriever``; default: all.
 
     Raises:
-        StageError: there is no such class, with the nearest name.
+        StageError: there is no such class; the message suggests the nearest name.
     """
     chosen = []
     for item in wanted:

@@ -1,12 +1,12 @@
-"""Sampling a part of an image anew and keeping the rest, zero-shot (``dpar sample --image``).
+"""Zero-shot editing: sample a part of an image and keep the rest (``dpar sample --image``).
 
     edit = Edit.of(generator, SampleSettings(image=Path("cat.jpg"), mask=Path("mask.png"), classes=("cat",)))
-    edit.known                                               # the tokens that stay, for Generator.sample
+    edit.known                                               # the tokens to keep, for Generator.sample
 
-The image is cropped and encoded as for training. A token with any masked pixel is sampled; the others stay exactly as
-they are, so what they decode to is what the tokenizer makes of the original, but for the few pixels next to new
-tokens. Sampling goes in raster order: a new token has seen what is above it and left of it in its row, known or new,
-and nothing of what is kept further on. So images go on downwards well, and a hole's lower and right edges may show.
+The image is cropped and encoded as for training. A token with any masked pixel is sampled; the others keep their codes,
+so they decode to the tokenizer's reconstruction of the original, except for a few pixels next to new tokens. Sampling
+is in raster order: a new token sees the tokens above it and left of it in its row, kept or new, but no later ones. So
+extending images downwards works well, but the lower and right edges of a hole may be visible.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from pipeline.sources import UnusableImage
 from pipeline.sources.crops import views
 from pipeline.sources.decode import read_image
 
-VEIL = 0.75  # how much of a masked pixel is grey on the sheet
+VEIL = 0.75  # opacity of the grey over masked pixels on the sheet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """An image, and which of its tokens stay."""
+    """An image, and which of its tokens are kept."""
 
     original: NDArray[np.uint8]  # (H, W, 3), as it was encoded
     known: KeptTokens
 
     @classmethod
     def of(cls, generator: Generator, settings: SampleSettings) -> Edit:
-        """What the settings' ``image`` and ``mask`` or ``keep_rows`` mean for this generator.
+        """Return the edit that ``image`` and ``mask`` or ``keep_rows`` describe, for this generator's grid.
 
         Raises:
-            StageError: a file cannot be read, the mask has another size than the image, or leaves nothing to sample.
+            StageError: a file cannot be read, the mask has another size than the image, or there is nothing to sample.
         """
         assert settings.image is not None
         rows, columns = generator.grid
         if rows != columns:
-            raise StageError(f"the model is for {rows}×{columns} tokens; images can be kept on square grids alone")
+            raise StageError(f"the model is for {rows}×{columns} tokens; editing needs a square grid")
         image = _read(settings.image)
         original = _crop(image, generator.image_size[0])
         if settings.mask is not None:
@@ -74,20 +74,20 @@ class Edit:
         return cls(original=original, known=KeptTokens(codes=_codes(generator, original), kept=kept))
 
     def record(self) -> dict[str, Any]:
-        """What of it decides the samples."""
+        """Return what determines the samples, for the artifact's settings."""
         codes = np.where(self.known.kept, self.known.codes, -1).astype("<i8")
         return {"kept": int(self.known.kept.sum()), "tokens": hashlib.sha256(codes.tobytes()).hexdigest()[:16]}
 
 
 def edit_sheet(generator: Generator, edit: Edit, results: list[Image.Image]) -> Image.Image:
-    """The original, its masked part veiled, what its own codes decode to, and the results."""
+    """Return a sheet of the original, the original with its masked part grey, its reconstruction, and the results."""
     times = results[0].width // edit.original.shape[1]
     f = generator.tokenizer.config.downsampling
-    anew = np.kron(~edit.known.kept.reshape(generator.grid), np.ones((f, f), bool))[..., None]
-    veiled = np.where(anew, edit.original * (1 - VEIL) + 128 * VEIL, edit.original).astype(np.uint8)
+    masked = np.kron(~edit.known.kept.reshape(generator.grid), np.ones((f, f), bool))[..., None]
+    veiled = np.where(masked, edit.original * (1 - VEIL) + 128 * VEIL, edit.original).astype(np.uint8)
     decoded = generator.decode(edit.known.codes[None])[0]
     first = [enlarge(part, times) for part in (edit.original, veiled, decoded)]
-    heads = ["original", "sampled anew: grey", "its codes, decoded", *(f"result {i}" for i in range(len(results)))]
+    heads = ["original", "grey: sampled", "reconstruction", *(f"result {i}" for i in range(len(results)))]
     return sheet([[*first, *results]], column_titles=heads)
 
 

@@ -1,4 +1,4 @@
-"""A trained run or a bundle, and everything that sampling from it needs: entropy model, tokenizer and patch rule.
+"""A trained run or a bundle with everything needed to sample from it: entropy model, tokenizer and patch rule.
 
 generator = Generator.load(Path("run"), settings)                # or weights of a LlamaGen or DPAR trained elsewhere
 drawn = generator.sample(labels, indices, cfg_scale=2.0)         # codes, starts
@@ -66,21 +66,21 @@ class KeptTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """What :meth:`load` found; everything is on ``device`` and in evaluation mode."""
+    """A model with its tokenizer, entropy model and patch rule, on ``device`` and in evaluation mode."""
 
     model: DPAR | LlamaGen
     entropy_model: LlamaGen | None
     tokenizer: VQTokenizer
     name: str  # of the run or the weights
     weights_fingerprint: str
-    tokenizer_origin: dict[str, str]  # path and fingerprint of the weights that made what the model was trained on
+    tokenizer_origin: dict[str, str]  # path and fingerprint of the weights that encoded the training data
     entropy_origin: dict[str, str] | None  # likewise, of the entropy model
     class_names: tuple[str, ...]
     trained_rule: PatchRule | None  # of the training data; None for LlamaGen
-    rule: PatchRule | None  # to sample by: the same, or what with_rule says
+    rule: PatchRule | None  # to sample with: the trained one, or that of with_rule
     settings: SamplingSettings
     device: torch.device
-    sampler: Sampler  # of the models; it keeps what is costly to make, also for other rules
+    sampler: Sampler  # of the models; independent of the rule, so that its caches are reused
 
     @classmethod
     def load(
@@ -91,13 +91,13 @@ class Generator:
         Args:
             run: the run's directory, or weights inside it; a bundle; a checkpoint file of LlamaGen or of the DPAR
                 authors; or a model directory that belongs to no run.
-            settings: how to sample, and where other weights than the recorded ones are to be found.
-            reference: what weights without a run take their tokenizer and their class names from; a DPAR also its
-                entropy model and patch rule, if the artifact has them.
-            weights: of the run's model, other than its newest; also a checkpoint of the run.
+            settings: how to sample, and paths of parts that replace the recorded ones.
+            reference: for weights without a run, the artifact that supplies tokenizer and class names, and for a DPAR
+                also the entropy model and patch rule, if it has them.
+            weights: weights or a checkpoint of the run to use instead of its newest weights.
 
         Raises:
-            StageError, ModelError: it is no such run, has no weights yet, or its parts are gone or do not fit.
+            StageError, ModelError: it is not such a run, has no weights yet, or its parts are missing or incompatible.
         """
         bundle = bundle_folder(run)
         home = run if bundle is not None else run_of(run)
@@ -112,7 +112,7 @@ class Generator:
         else:
             record = read_run(home)
             if record["kind"] != "train":
-                raise StageError(f"{home} is a run of `dpar {record['kind']}`; one of `dpar train` is needed")
+                raise StageError(f"{home} is a run of `dpar {record['kind']}`; a run of `dpar train` is needed")
             inputs = record["inputs"]
             model = _load_weights(home, name)
         tokenizer = _part(inputs["tokenizer"], settings.tokenizer, load_tokenizer, "--tokenizer")
@@ -149,11 +149,11 @@ class Generator:
 
     @classmethod
     def _of_weights(cls, path: Path, settings: SamplingSettings, reference: Artifact | None) -> Generator:
-        """A model that was trained elsewhere: its classes have numbers, or the names of ``reference``."""
+        """Return a model that was trained elsewhere, with class names from ``reference`` or numbers."""
         model = load_model(str(path))
         classes = model.config.classes
         if classes == 0:
-            raise StageError(f"{path} has no classes; it serves as an entropy model, not for sampling")
+            raise StageError(f"{path} has no classes: it is an entropy model, not a generator")
         origin: dict[str, str] | None = None
         names = tuple(str(label) for label in range(classes))
         if reference is not None:
@@ -197,15 +197,15 @@ class Generator:
         )
 
     def with_rule(self, threshold: float | None, max_length: int | None) -> Generator:
-        """The same with this threshold (nats) and longest patch (0: no limit); None is the training data's.
+        """Return the generator with another threshold (nats) or maximum length (0: no limit); None: as trained.
 
         Raises:
-            StageError: the model has no such patches, or no threshold is known.
+            StageError: the model's patches do not take these values, or no threshold is known.
         """
         row_reset = self.settings.row_reset
         if self.trained_rule is None:
             if threshold is not None or max_length is not None or row_reset is not None:
-                raise StageError("a LlamaGen has no patches; leave out --threshold, --max-length and --row-reset")
+                raise StageError("a LlamaGen has no patches; omit --threshold, --max-length and --row-reset")
             return self
         return dataclasses.replace(self, rule=changed_rule(self.trained_rule, threshold, max_length, row_reset))
 
@@ -217,14 +217,14 @@ class Generator:
         known: KeptTokens | None = None,
         advance: Callable[[int], None] = lambda images: None,
     ) -> SampledImages:
-        """Images of these classes, (n,); image ``indices[i]`` of the run is the same in any batch.
+        """Sample images; image ``indices[i]`` is the same in any batch.
 
         Args:
             labels: (n,) classes.
-            indices: (n,) numbers of the images in the run.
+            indices: (n,) indices of the images in the output.
             cfg_scale: s of guidance.
             known: tokens that every image keeps.
-            advance: called with the number of images that have been sampled since the last call.
+            advance: called with the number of images sampled since the last call.
         """
         s, n = self.settings, len(labels)
         batch = s.batch or sampling_batch(
@@ -256,7 +256,7 @@ class Generator:
         return SampledImages(codes=codes.cpu().numpy(), starts=starts.cpu().numpy())
 
     def decode(self, codes: NDArray[np.integer], size: int | None = None) -> NDArray[np.uint8]:
-        """Pictures of codes (n, N): (n, H, W, 3), ``size`` px along a side where it is given; see :func:`decode`."""
+        """Decode codes (n, N) to pictures (n, H, W, 3) uint8; see :func:`decode`."""
         return decode(self.tokenizer, codes, self.grid, precision=self.settings.decode_precision, size=size)
 
     @property
@@ -272,9 +272,9 @@ class Generator:
 
 
 def run_of(path: Path) -> Path | None:
-    """The run that ``path`` is, or that the weights at ``path`` lie in; None for weights without a run.
+    """Return the run at ``path``, or the run that contains the weights at ``path``; None for weights without a run.
 
-    A path that is neither is taken for a run, to be refused as one.
+    Any other path is returned unchanged, so that reading it as a run raises the error.
     """
     weights = path.is_file() or (path / CONFIG).is_file()
     if (path / RUN).is_file() or not weights:
@@ -292,10 +292,10 @@ def decode(
     precision: Precision = "fp32",
     size: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Pictures (n, H, W, 3) uint8 of codes (n, N).
+    """Decode codes (n, N) to pictures (n, H, W, 3) uint8.
 
-    With ``size``, pictures of another size are brought to ``size`` px along a side before they become integers:
-    bicubic without antialiasing, which is how LlamaGen's sampling script brings 384 px to 256 px for FID.
+    With ``size``, pictures are resized to ``size`` px along a side before rounding to integers: bicubic without
+    antialiasing, as LlamaGen's sampling script resizes 384 px to 256 px for FID.
     """
     device = tokenizer.quantize.embedding.weight.device
     chunks = []
@@ -310,7 +310,7 @@ def decode(
 
 
 def trained_rule(inputs: dict[str, Any]) -> PatchRule:
-    """The patch rule of a run's training data, from the inputs that the run records."""
+    """Return the patch rule of a run's training data, from the recorded inputs."""
     if inputs["patch_rule"] is None:
         raise StageError("the run was trained without patches; DPAR cannot be sampled from it")
     return PatchRule.from_dict(inputs["patch_rule"])
@@ -319,7 +319,7 @@ def trained_rule(inputs: dict[str, Any]) -> PatchRule:
 def changed_rule(
     trained: PatchRule, threshold: float | None, max_length: int | None, row_reset: bool | None
 ) -> PatchRule:
-    """The rule of the training data with other values where they are given; a ``max_length`` of 0 is no limit.
+    """Return the rule of the training data with the given values replaced; a ``max_length`` of 0 is no limit.
 
     Raises:
         StageError: the threshold is not known, or the rule is static.
@@ -337,12 +337,12 @@ def changed_rule(
         row_reset=trained.row_reset if row_reset is None else row_reset,
     )
     if rule.threshold is None:
-        raise StageError("weights without a run do not say above which entropy a patch starts; give --threshold (nats)")
+        raise StageError("weights without a run do not record an entropy threshold; give --threshold (nats)")
     return rule
 
 
 def weights_fingerprint(name: str) -> str:
-    """SHA-256 of the weights called ``name``; of a checkpoint of a run, of all that it holds."""
+    """Return the SHA-256 of the weights called ``name``; for a checkpoint of a run, of all its files."""
     if not (Path(name) / CHECKPOINT).is_file():
         return fingerprint_of(name)
     digests = [file_sha256(path) for path in sorted(Path(name).glob("*.safetensors"))]
@@ -350,7 +350,7 @@ def weights_fingerprint(name: str) -> str:
 
 
 def _load_weights(run: Path, name: str) -> DPAR | LlamaGen:
-    """The model of a run with the weights called ``name``."""
+    """Return the model of a run with the weights called ``name``."""
     if not (Path(name) / CHECKPOINT).is_file():
         return load_model(name)
     from pipeline.runs.checkpoints import load_full_tensors
@@ -367,15 +367,15 @@ def _same_codebook(tokenizer: VQTokenizer, model: DPAR | LlamaGen) -> None:
 
 
 def _moved(origin: dict[str, str] | None, given: str | None, part: Part) -> dict[str, str]:
-    """The origin of a part with the path that the user gave, if any; one of the two there must be."""
+    """Return the path and fingerprint of a part: those of the path ``given`` by the user, else the recorded ones."""
     if given is None:
-        assert origin is not None  # or there would have been no part
+        assert origin is not None  # or _part would have raised
         return origin
     return {"path": given, "fingerprint": fingerprint_of(given, part)}
 
 
 def _part(origin: dict[str, str] | None, given: str | None, load: Any, option: str) -> Any:
-    """A model by the path that the user gave, or by the one recorded, whose weights must be the recorded ones."""
+    """Load a part from the path ``given`` by the user, else from the recorded one; its fingerprint must match."""
     if given is not None:
         return load(given, None if origin is None else origin["fingerprint"])
     if origin is None:

@@ -1,4 +1,4 @@
-"""Uploading weights to the Hugging Face Hub.
+"""Upload weights to the Hugging Face Hub.
 
 address = push(Path("bundle"), "you/dpar-emoji")
 """
@@ -17,13 +17,13 @@ UPLOADED = [*MODEL, BUNDLE, SAMPLES, *(f"{part}/{file}" for part in PARTS for fi
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload a model directory or a bundle to a repository on the Hugging Face Hub, made if it is not there.
+    """Upload a model directory or a bundle to a repository on the Hugging Face Hub, created if missing.
 
     Returns:
         The repository's address.
 
     Raises:
-        StageError: the Hub cannot be reached, or does not take it: no login, no permission, a name it refuses.
+        StageError: the Hub cannot be reached, or refuses: no login, no permission, an invalid name.
     """
     from huggingface_hub import HfApi
 
@@ -31,10 +31,10 @@ def push(folder: Path, repo: str) -> str:
     try:
         address = api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=UPLOADED)
-    except Exception as error:  # its transport's exceptions have no class in common
+    except Exception as error:  # transport errors have no common base class
         first_line = next(iter(str(error).splitlines()), "")
         raise StageError(
-            f"{folder} is written, but {repo} on the Hub did not take it ({type(error).__name__}: {first_line}). "
-            "`hf auth login` gives this machine a token; run the same command again to push"
+            f"{folder} is written, but the upload to {repo} failed ({type(error).__name__}: {first_line}). "
+            "Log in with `hf auth login` and run the same command again to push"
         ) from error
     return str(address)

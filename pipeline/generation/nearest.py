@@ -1,11 +1,11 @@
-"""The training images nearest to sampled ones: what is memory and what is invention.
+"""The training images nearest to samples, to recognise memorised ones.
 
 nearest = find_nearest(codes, open_artifact(Path("patches")), tokenizer)
 nearest.keys[0], nearest.distance[0]                         # the closest training image of sample 0
 
-Images are compared as their tokenizer sees them: each token by the vector of its code, at its place in the grid. All
-views of a training image count. A copy has distance 0; an image moved by a token's width is far from itself, so a
-large distance proves less than a small one.
+Images are compared token by token, by the codebook vectors at each place of the grid. All views of a training image
+count. A copy has distance 0; an image shifted by one token is far from itself, so a large distance proves less than a
+small one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shards.storage import Location, location
 
 CHUNK = 2048  # training images in memory at the same time
 SHOWN = 16  # samples on a sheet
-SIDE_PX = 128  # of a picture on it, at least
+SIDE_PX = 128  # smallest side of a picture on a sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def find_nearest(codes: NDArray[np.integer], training: Artifact, tokenizer: VQTo
 
 
 def recorded_training(run: Path) -> Location | None:
-    """The artifact that a run records as its training data; None for weights without a run."""
+    """Return the location of a run's training data; None for weights without a run."""
     home = run_of(run)
     if home is None or not (home / RUN).is_file():
         return None
@@ -79,7 +79,7 @@ def recorded_training(run: Path) -> Location | None:
 
 
 def open_training(folder: Location, generator: Generator, option: str) -> Artifact:
-    """Open the artifact whose images are compared with samples; ``option`` is the one that can name another.
+    """Open the artifact whose images are compared with samples; ``option`` is the CLI option for naming another.
 
     Raises:
         ArtifactError: it is not an artifact.
@@ -97,14 +97,14 @@ def open_training(folder: Location, generator: Generator, option: str) -> Artifa
 
 
 def shown_rows(samples: int) -> NDArray[np.int64]:
-    """The samples that a sheet shows: at most SHOWN, spread over all."""
+    """Return the samples that a sheet shows, (n,) int64: at most SHOWN, evenly spread."""
     return np.unique(np.linspace(0, samples - 1, min(SHOWN, samples)).astype(np.int64))
 
 
 def nearest_sheet(
     generator: Generator, codes: NDArray[np.integer], labels: NDArray[np.int64], nearest: Nearest
 ) -> Image.Image:
-    """Samples above their closest training images, with the distance of each; at most SHOWN, spread over all."""
+    """Return a sheet of samples above their closest training images, with distances; at most SHOWN, evenly spread."""
     chosen = shown_rows(len(codes))
     scale = max(1, round(SIDE_PX / generator.image_size[0]))
     rows = [

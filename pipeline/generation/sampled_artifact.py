@@ -1,10 +1,10 @@
-"""Sampled images as an artifact, which every other command opens, made by any number of processes.
+"""Write sampled images as an artifact that every other command opens, with any number of processes.
 
     plan = Plan(labels=labels_of([0, 1, 2], 50_000, "balanced", seed=0), cfg_scale=2.0)
     artifact = write_sampled(generator, plan, out / "codes", progress, "sample", engine)
 
-An image is a function of weights, seed, index, label and settings. A shard holds a range of indices, is written whole
-or not at all, and is not sampled again: a run that was killed resumes and ends with the same bytes.
+An image is a function of weights, seed, index, label and settings. A shard holds a range of indices and is written
+atomically, so a killed run resumes with the missing shards and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from shards.writer import ArtifactBuild
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be sampled: image i has class ``labels[i]``."""
+    """The images to sample: image i has class ``labels[i]``."""
 
     labels: NDArray[np.int64]  # (n,)
     cfg_scale: float
-    edit: Edit | None = None  # the image that every one of them is a version of
+    edit: Edit | None = None  # the image that all of them are versions of
 
 
 def labels_of(classes: list[int], count: int, how: str, seed: int) -> NDArray[np.int64]:
-    """Classes (count,) of a number of images: ``balanced`` takes them in turn, ``random`` draws them by the seed."""
+    """Return the classes of ``count`` images, (count,) int64: ``balanced`` cycles, ``random`` draws with the seed."""
     if how == "balanced":
         return np.asarray(classes, np.int64)[np.arange(count) % len(classes)]
     drawn = np.random.Generator(np.random.Philox(key=[seed, 2**63])).integers(0, len(classes), count)
@@ -54,7 +54,7 @@ def labels_of(classes: list[int], count: int, how: str, seed: int) -> NDArray[np
 
 
 def labels_like(labels: NDArray[np.integer[Any]], count: int) -> NDArray[np.int64]:
-    """Classes (count,), sorted, in the proportions of ``labels`` (n,); the same classes if ``count`` is n."""
+    """Return classes (count,) int64, sorted, in the proportions of ``labels`` (n,); the same if ``count`` is n."""
     return np.sort(labels).astype(np.int64)[np.arange(count) * len(labels) // count]
 
 
@@ -69,23 +69,23 @@ def write_sampled(
     overwrite: bool = False,
     sampled: Callable[[int, float], None] = lambda shard, seconds: None,
 ) -> Artifact:
-    """Samples what ``plan`` says into an artifact: patches for DPAR, codes for LlamaGen.
+    """Sample the images of ``plan`` into an artifact: patches for DPAR, codes for LlamaGen.
 
-    Other processes that do the same at the same time get other shards; all of them return when all is there.
+    Concurrent processes sample different shards; each returns when all shards are finished.
 
     Args:
-        generator: what to sample from, with the rule to sample by.
+        generator: the model to sample from, with its rule.
         plan: the images.
         folder: the artifact.
         progress: where to report.
         title: of the progress bar.
         engine: computes the shards.
-        overwrite: throw away an artifact that other settings made.
-        sampled: called with each shard and the seconds that it took, where it was sampled.
+        overwrite: replace an artifact that was made with other settings.
+        sampled: called with the index of each shard and its duration in seconds, in the process that sampled it.
 
     Raises:
         ArtifactError: the folder holds something else, or images sampled with other settings.
-        ModelError: the generator's parts do not fit each other.
+        ModelError: the generator's parts are incompatible.
     """
     warn_if_out_of_reach(
         None if generator.rule is None else generator.rule.threshold, generator.model.config.codebook_size, progress
@@ -93,15 +93,15 @@ def write_sampled(
     size = generator.settings.shard_size
     n_shards = -(-len(plan.labels) // size)
     known = None if plan.edit is None else plan.edit.known
-    decides = _decides(generator, plan)
-    build = ArtifactBuild(folder, settings=decides, n_shards=n_shards, container="arrow", overwrite=overwrite)
+    identity = _identity(generator, plan)
+    build = ArtifactBuild(folder, settings=identity, n_shards=n_shards, container="arrow", overwrite=overwrite)
     manifest_file = folder / MANIFEST
 
-    def there(index: int) -> bool:
-        return build.done(index) is not None or manifest_file.is_file()  # in this order: records go when it comes
+    def is_done(index: int) -> bool:
+        return build.done(index) is not None or manifest_file.is_file()  # in this order: it replaces the records
 
     def work(shards: Indices[int, None, None], count: Count) -> None:
-        if _decides(generator, plan) != decides:
+        if _identity(generator, plan) != identity:
             raise StageError(f"{generator.name} has other weights on the worker than on the driver")
         for index in shards:
             indices = np.arange(index * size, min((index + 1) * size, len(plan.labels)))
@@ -113,9 +113,9 @@ def write_sampled(
             build.add(index, rows, statistics=None if rows.starts is None else count_patches(rows.starts, rows.labels))
 
     with progress.task(title, len(plan.labels), "images") as task:
-        task.begin_at(sum(len(plan.labels[i * size : (i + 1) * size]) for i in range(n_shards) if there(i)))
-        engine.run(Pieces(folder, n_shards, there), work, task)
-    build.finish(lambda shards: _manifest(generator, decides, shards))
+        task.begin_at(sum(len(plan.labels[i * size : (i + 1) * size]) for i in range(n_shards) if is_done(i)))
+        engine.run(Pieces(folder, n_shards, is_done), work, task)
+    build.finish(lambda shards: _manifest(generator, identity, shards))
     return open_artifact(folder)
 
 
@@ -131,11 +131,11 @@ def _rows(
     return Rows(keys=keys, labels=labels.astype(np.int32), codes=codes, entropy=entropy, starts=drawn.starts[:, None])
 
 
-def _decides(generator: Generator, plan: Plan) -> dict[str, Any]:
-    """What decides the artifact's bytes, under the names that other stages read."""
+def _identity(generator: Generator, plan: Plan) -> dict[str, Any]:
+    """Return the settings that determine the artifact's bytes, under the names that other stages read."""
     s = generator.settings
-    # as of codes that came from images; none of them can be found again
-    made = {
+    # in place of the settings of tokenized images; there are no originals
+    codes_settings = {
         "data": f"sampled from {generator.weights_fingerprint[:12]}",
         "split": None,
         "classes": [],
@@ -161,11 +161,11 @@ def _decides(generator: Generator, plan: Plan) -> dict[str, Any]:
         "precision": precision_name(generator.device, s.precision),
     }
     if generator.rule is None:
-        return sampling | made
-    return sampling | generator.rule.to_dict() | {"codes": "sampled", "codes_settings": made}
+        return sampling | codes_settings
+    return sampling | generator.rule.to_dict() | {"codes": "sampled", "codes_settings": codes_settings}
 
 
-def _manifest(generator: Generator, decides: dict[str, Any], shards: tuple[ShardInfo, ...]) -> Manifest:
+def _manifest(generator: Generator, identity: dict[str, Any], shards: tuple[ShardInfo, ...]) -> Manifest:
     patches = generator.trained_rule is not None
     n_tokens = generator.model.config.n_tokens
     return Manifest(
@@ -177,10 +177,10 @@ def _manifest(generator: Generator, decides: dict[str, Any], shards: tuple[Shard
         class_names=generator.class_names,
         rows=sum(shard.rows for shard in shards),
         shards=shards,
-        settings=decides,
+        settings=identity,
         source={"kind": "sampled", "weights": generator.name},
         tokenizer=generator.tokenizer_origin,
-        entropy_model=None,  # the entropies that boundaries came from are not kept
+        entropy_model=None,  # the entropies that determined boundaries are not stored
         statistics=merge_counts(
             [shard.statistics for shard in shards], n_tokens=n_tokens, views=1, class_names=generator.class_names
         )

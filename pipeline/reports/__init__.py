@@ -1,1 +1,1 @@
-"""Pictures and pages for people."""
+"""Pictures, charts and HTML pages."""

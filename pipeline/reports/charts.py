@@ -3,7 +3,7 @@
     picture = heat(entropy.reshape(grid), 0.0, 9.7, size_px=384)         # (H_g, W_g), nats
     scale = color_bar(0.0, 9.7, height=384)
 
-Arrays in, Pillow images out. matplotlib takes half a second to load, so it is imported where something is drawn.
+Arrays in, Pillow images out. matplotlib takes half a second to load, so it is imported on first use.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-COLORS = "magma"  # its lightness rises evenly, so it also reads in grey and to the colour-blind
+COLORS = "magma"  # perceptually uniform: also readable in grey and by the colour-blind
 MISSING = (128 / 255,) * 3
 DPI = 100
-BAR_WIDTH, BAR_PX = 76, 14  # pixels of a colour scale, and of the coloured part of it
+BAR_WIDTH, BAR_PX = 76, 14  # pixels of a colour scale, and of its coloured part
 MARGIN_TOP, MARGIN_BOTTOM = 24, 8  # pixels for the unit and for half a label
-LABELLED = 16  # most bars that each get their share written above
+LABELLED = 16  # most bars that are labelled with their share
 
 
 def colors(values: NDArray[np.floating[Any]], low: float, high: float) -> NDArray[np.uint8]:
-    """Colours of values: ``low`` and below is nearly black, ``high`` and above pale yellow.
+    """Return the colours of values: ``low`` and below is nearly black, ``high`` and above pale yellow.
 
     Args:
         values: (...) floats; +inf is the top colour, NaN mid-grey.
@@ -46,7 +46,7 @@ def colors(values: NDArray[np.floating[Any]], low: float, high: float) -> NDArra
 
 
 def heat(values: NDArray[np.floating[Any]], low: float, high: float, size_px: int) -> Image.Image:
-    """A map of one value per token.
+    """Draw a map of one value per token.
 
     Args:
         values: (H_g, W_g) floats; +inf (token 0) is drawn in the top colour.
@@ -61,7 +61,7 @@ def heat(values: NDArray[np.floating[Any]], low: float, high: float, size_px: in
 
 
 def color_bar(low: float, high: float, height: int, unit: str = "nats") -> Image.Image:
-    """The scale of a heat map of the same ``low`` and ``high``, ``height`` px high, with ticks and the unit on top."""
+    """Draw the colour bar of a heat map, ``height`` px high, with ticks and the unit on top."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
@@ -83,7 +83,7 @@ def color_bar(low: float, high: float, height: int, unit: str = "nats") -> Image
 
 
 def entropy_scale(entropy: NDArray[np.floating[Any]]) -> tuple[float, float]:
-    """A colour scale for entropies of any shape: all but the lowest and highest 1 % of them, to the half nat.
+    """Return a colour scale for entropies of any shape: their 1 % and 99 % quantiles, rounded outwards to half a nat.
 
     0 to 1 if nothing is finite.
     """
@@ -96,12 +96,12 @@ def entropy_scale(entropy: NDArray[np.floating[Any]]) -> tuple[float, float]:
 
 
 def histogram(counts: Sequence[float], labels: Sequence[str], axis: str) -> Image.Image:
-    """A bar chart of shares.
+    """Draw a bar chart of shares.
 
     Args:
         counts: one bar each, 0 or more; drawn as shares of their sum.
-        labels: under the bars; some are left out if there are many.
-        axis: what the labels count.
+        labels: below the bars; some are omitted if there are many.
+        axis: title of the horizontal axis.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -122,7 +122,7 @@ def histogram(counts: Sequence[float], labels: Sequence[str], axis: str) -> Imag
 
 
 def _rendered(figure: Figure) -> Image.Image:
-    """A figure's pixels."""
+    """Return a figure as an image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -1,6 +1,6 @@
-"""The numbers of ``dpar inspect`` for people: tables for the terminal, and the page.
+"""Reports of ``dpar inspect``: tables for the terminal, and the HTML page.
 
-for table in tables(inspection): ...                     # what pipeline.inspect.inspect returns
+for table in tables(inspection): ...                     # inspection: from pipeline.inspect.inspect
 write_page(Path("look"), inspection, drawn)
 """
 
@@ -26,11 +26,11 @@ from pipeline.reports.pictures import data_uri
 from pipeline.runtime.provenance import made_by
 from shards.files import write_json
 
-BARS = 32  # most in a histogram
+BARS = 32  # most bars of a histogram
 
 
 def rule_name(rule: PatchRule) -> str:
-    """A rule in a word."""
+    """Return a short name of a rule."""
     if rule.strategy == "static":
         return f"static, length {rule.static_length:g}"
     return "no rule" if rule.threshold is None else f"τ = {rule.threshold:.4g}"
@@ -47,10 +47,10 @@ def write_page(out: Path, inspection: Inspection, drawn: Sequence[Section]) -> N
         lengths = _table_patches(inspection, patches)
         sections.append(Section("Patches", text, tables=lengths, chart=_length_chart(patches)))
     if compressible:
-        text = "By patches per image: few patches are a compressible image."
+        text = "By patches per image: an image with few patches is compressible."
         sections.append(Section("Most and least compressible", text, tables=_table_compressible(compressible)))
     sections += drawn
-    sections.append(Section("Settings", "What made it.", tables=[_table_settings(inspection)]))
+    sections.append(Section("Settings", "Of the command that made it.", tables=[_table_settings(inspection)]))
     subtitle = f"{inspection.rows:,} images as {inspection.kind}"
     if patches:
         subtitle += f", {patches.mean_length:.3f} tokens per patch"
@@ -77,7 +77,7 @@ def _length_chart(patches: StoredPatches) -> Picture:
 
 
 def tables(inspection: Inspection) -> list[Table]:
-    """The numbers as tables of text."""
+    """Return the numbers as tables of text."""
     out = [_table_artifact(inspection), *_table_values(inspection)]
     if inspection.patches:
         out += _table_patches(inspection, inspection.patches)
@@ -97,7 +97,7 @@ def _table_artifact(inspection: Inspection) -> Table:
         ("shards", f"{inspection.shards:,} ({inspection.container}), {_size(inspection.bytes)}"),
         (
             "checked",
-            "every shard's SHA-256" if inspection.verified else "shards exist; --verify checks their bytes",
+            "every shard's SHA-256" if inspection.verified else "shards exist; --verify checks their contents",
         ),
         ("source", _source(inspection.source)),
         ("tokenizer", _model(inspection.tokenizer)),
@@ -113,13 +113,13 @@ def _table_artifact(inspection: Inspection) -> Table:
 def _table_values(inspection: Inspection) -> Iterator[Table]:
     codebook = inspection.codebook
     row = (f"{codebook.used:,}", f"{codebook.share:.1%}", f"{codebook.perplexity:,.1f}")
-    note = "Perplexity is the number of codes that would be as varied if all were equally frequent."
+    note = "Perplexity is the number of equally frequent codes that would be as varied."
     yield Table("Codes used", ("codes", "of the codebook", "perplexity"), [row], note)
     if inspection.entropy:
         quantiles = inspection.entropy.quantiles
         header = ("mean", *(f"{float(q):.0%}" for q in quantiles))
         values = (f"{inspection.entropy.mean:.3f}", *(f"{value:.2f}" for value in quantiles.values()))
-        yield Table("Entropy in nats, mean and quantiles", header, [values], "Token 0 of each image is left out.")
+        yield Table("Entropy in nats, mean and quantiles", header, [values], "Token 0 of each image is excluded.")
 
 
 def _table_patches(inspection: Inspection, stored: StoredPatches) -> list[Table]:
@@ -157,8 +157,8 @@ def _lengths(entry: CompressibleClass | CompressibleImage) -> tuple[str, str]:
 
 def _table_settings(inspection: Inspection) -> Table:
     rows = [
-        (name if not under else f"{under}.{name}", value if isinstance(value, str) else json.dumps(value))
-        for under, settings in (("", inspection.settings), ("codes", inspection.settings.get("codes_settings", {})))
+        (name if not group else f"{group}.{name}", value if isinstance(value, str) else json.dumps(value))
+        for group, settings in (("", inspection.settings), ("codes", inspection.settings.get("codes_settings", {})))
         for name, value in settings.items()
         if name != "codes_settings"
     ]

@@ -1,4 +1,4 @@
-"""What ``dpar inspect`` says of an artifact: one record, for tables, pages and ``numbers.json``."""
+"""The result of ``dpar inspect``: one record, for tables, pages and ``numbers.json``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Entropies:
     """Entropies in nats, without token 0."""
 
     mean: float
-    quantiles: dict[str, float]  # by their share
+    quantiles: dict[str, float]  # by probability, as text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class LengthRange:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPatches(PatchLengths):
-    """The artifact's own patches."""
+    """The patches stored in the artifact."""
 
     class_mean_length: LengthRange
     lengths: dict[str, int]  # patches by length
@@ -103,7 +103,7 @@ class Compressible:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """An artifact in numbers; None stands for what it does not have."""
+    """An artifact in numbers; None for those that do not apply."""
 
     artifact: str
     kind: str
@@ -130,11 +130,11 @@ class Inspection:
     patches: StoredPatches | None = None
     thresholds: list[ThresholdPatches] = field(default_factory=list)
     compressible: Compressible | None = None
-    pictures: list[str] = field(default_factory=list)  # files beside the page
+    pictures: list[str] = field(default_factory=list)  # file names, next to the page
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values by key."""
+        """Return JSON values by key."""
         return dataclasses.asdict(self, dict_factory=_json_keys)
 
 

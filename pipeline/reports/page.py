@@ -1,9 +1,9 @@
-"""Pages that people read: sections of text, pictures and tables in one HTML file that needs no other.
+"""Reports as self-contained HTML pages: sections of text, pictures and tables.
 
     section = Section("Codebook", "How much of it is used.", tables=[Table("Codes", ["used", "of"], [["31", "32"]])])
     render("report.html", Path("out/index.html"), title="codes/", subtitle="12 images", sections=[section], made_by={})
 
-Everything in a page is escaped. Pages hold no scripts and load nothing: pictures are ``data:`` addresses.
+Everything in a page is escaped. Pages have no scripts and load nothing: pictures are ``data:`` URIs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shards.files import write_text
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with its caption; ``alt`` says what is seen on it. A wide one has a line of its own."""
+    """A picture with its caption and alternative text. A wide one has a line of its own."""
 
     caption: str
     data_uri: str
@@ -32,7 +32,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of strings; each row is as long as the header. The first column names its row."""
+    """A table of strings; each row is as long as the header. The first column is the row's name."""
 
     caption: str
     header: Sequence[str]
@@ -57,16 +57,16 @@ def render(template: str, out: Path, **values: Any) -> None:
     Args:
         template: a file of ``pipeline/reports/templates``. ``report.html`` takes ``title``, ``subtitle``, ``sections``
             (of `Section`) and ``made_by`` (a dict).
-        out: the page; its directory is made if missing.
-        values: what the template takes.
+        out: the page; its directory is created if missing.
+        values: the template's variables.
 
     Raises:
-        jinja2.UndefinedError: a value that the template takes is missing.
+        jinja2.UndefinedError: a variable of the template is missing.
         jinja2.TemplateNotFound: there is no such template.
     """
     page = _environment().get_template(template).render(**values)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page, errors="backslashreplace")  # a key may hold what UTF-8 cannot
+    write_text(out, page, errors="backslashreplace")  # a key may not be valid UTF-8
 
 
 @lru_cache

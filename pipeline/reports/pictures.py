@@ -31,18 +31,18 @@ TEXT_PX = 15
 LINE_PX = 19  # from one line of text to the next
 LIGHT, DARK = (255, 255, 255), (0, 0, 0)  # a patch's outline and its edge
 OUTLINE_OPACITY, EDGE_OPACITY = 0.95, 0.6
-ROW_TITLE_PX = 190  # widest
-TITLE_LINES = 4  # most
+ROW_TITLE_PX = 190  # largest width
+TITLE_LINES = 4  # at most
 WEBP_QUALITY = 85
 WEBP_LARGEST = 16383  # pixels along a side
 
-# The font that Pillow ships has ASCII and a few signs.
+# Pillow's built-in font has ASCII and a few other characters.
 _SPELT = {"τ": "threshold", "×": "x", "≥": ">=", "≤": "<=", "∞": "inf", "−": "-", "–": "-", "—": "-"}
 _DRAWN = frozenset("«°±·»‘’“”…")
 
 
 def enlarge(image: NDArray[np.uint8], scale: int) -> Image.Image:
-    """An image (H, W, 3) uint8, ``scale`` times as large in both directions, smooth."""
+    """Return an image (H, W, 3) uint8 enlarged ``scale`` times in both directions, smoothly."""
     picture = Image.fromarray(np.ascontiguousarray(image))
     if scale == 1:
         return picture
@@ -50,17 +50,17 @@ def enlarge(image: NDArray[np.uint8], scale: int) -> Image.Image:
 
 
 def scale_for(side: int, wanted: int = 384) -> int:
-    """The whole number of times that brings ``side`` pixels closest to ``wanted``, at least 1."""
+    """Return the integer factor, at least 1, that brings ``side`` pixels closest to ``wanted``."""
     return max(1, round(wanted / side))
 
 
 def draw_patches(
     image: NDArray[np.uint8], starts: NDArray[np.bool_], grid: tuple[int, int], scale: int = 3
 ) -> Image.Image:
-    """The patches of an image outlined on it, in a light line with dark edges.
+    """Draw the outlines of an image's patches on it, as light lines with dark edges.
 
-    There is a line between two neighbouring tokens wherever they are in different patches. The frame is open where a
-    patch continues from the right end of one row to the left end of the next.
+    There is a line between two neighbouring tokens of different patches. The frame is open where a patch continues
+    from the right end of one row to the left end of the next.
 
     Args:
         image: (H, W, 3) uint8.
@@ -88,7 +88,7 @@ def draw_patches(
 
 
 def _vertical_borders(patch: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
-    """Of (H_g, W_g) patch numbers: (H_g, W_g + 1) bool, whether there is a line left of each column, and at the end."""
+    """Return where (H_g, W_g) patch numbers have a line left of a column or at the end: (H_g, W_g + 1) bool."""
     rows, columns = patch.shape
     borders = np.ones((rows, columns + 1), bool)
     borders[:, 1:-1] = patch[:, 1:] != patch[:, :-1]
@@ -98,16 +98,16 @@ def _vertical_borders(patch: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
 
 
 def _horizontal_borders(patch: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
-    """Of (H_g, W_g) patch numbers: (H_g + 1, W_g) bool, whether there is a line above each row, and at the end."""
+    """Return where (H_g, W_g) patch numbers have a line above a row or at the end: (H_g + 1, W_g) bool."""
     borders = np.ones((patch.shape[0] + 1, patch.shape[1]), bool)
     borders[1:-1] = patch[1:] != patch[:-1]
     return borders
 
 
 def _mark_vertical(mask: NDArray[np.bool_], borders: NDArray[np.bool_], width: int, wide: int) -> None:
-    """Sets (H, W) ``mask`` where (rows, columns + 1) ``borders`` are, ``width`` px across and ``wide`` more each side.
+    """Mark the (rows, columns + 1) ``borders`` in the (H, W) ``mask``, ``width`` px wide plus ``wide`` on each side.
 
-    Lines reach over the corners by as much, so that edges meet.
+    Lines extend past their corners by as much, so that edges meet.
     """
     height, across = mask.shape
     rows, columns = borders.shape[0], borders.shape[1] - 1
@@ -119,7 +119,7 @@ def _mark_vertical(mask: NDArray[np.bool_], borders: NDArray[np.bool_], width: i
 
 
 def beside(pictures: Sequence[Image.Image], gap: int = 6) -> Image.Image:
-    """Pictures side by side, their tops level."""
+    """Place pictures side by side, aligned at the top."""
     width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
     canvas = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER)
     x = 0
@@ -135,10 +135,10 @@ def sheet(
     column_titles: Sequence[str] = (),
     gap: int = 12,
 ) -> Image.Image:
-    """A grid of pictures on white, with titles left of the rows and above the columns.
+    """Arrange pictures in a grid on white, with titles left of the rows and above the columns.
 
     Args:
-        rows: pictures of any sizes; a column is as wide as its widest, a row as high as its highest. Rows may differ
+        rows: pictures of any sizes; a column is as wide as its widest, a row as high as its tallest. Rows may differ
             in length.
         row_titles: one per row, or none; long ones are broken into lines, or at ``\\n``.
         column_titles: one per column, or none.
@@ -183,7 +183,7 @@ def sheet(
 
 
 def captioned(picture: Image.Image, text: str) -> Image.Image:
-    """Return a picture with all of ``text`` below it, in as many lines as it takes."""
+    """Return a picture with ``text`` below it, wrapped."""
     lines = _wrap(text, picture.width, most=None)
     result = Image.new("RGB", (picture.width, picture.height + LINE_PX * len(lines)), PAPER)
     result.paste(picture)
@@ -194,7 +194,7 @@ def captioned(picture: Image.Image, text: str) -> Image.Image:
 def entropy_map(
     entropy: NDArray[np.floating[Any]], grid: tuple[int, int], scale: tuple[float, float], size_px: int
 ) -> Image.Image:
-    """An image's entropies (N,) in nats as a heat map ``size_px`` px high, with its colour bar."""
+    """Draw an image's entropies (N,) in nats as a heat map ``size_px`` px high, with its colour bar."""
     low, high = scale
     return beside([heat(entropy.reshape(grid), low, high, size_px), color_bar(low, high, size_px)])
 
@@ -209,16 +209,16 @@ def patches_sheet(
     originals: NDArray[np.uint8] | None = None,
     scale: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """One row per image: the original, the image that its codes stand for, its entropies, its patches.
+    """Return a sheet with one row per image: original, image decoded from its codes, entropies, patches.
 
     Args:
         images: (n, H, W, 3) uint8, decoded from the codes; patches are drawn on them.
-        entropy: (n, N) nats, +inf for token 0; None leaves the column out.
+        entropy: (n, N) nats, +inf for token 0; None omits the column.
         starts: (n, N) bool, by column title: one column of outlined patches each.
         grid: rows and columns of tokens.
         titles: of the rows, n of them.
-        originals: (n, H, W, 3) uint8; None leaves the column out.
-        scale: ends of the colour scale, nats; None takes `entropy_scale` of these entropies.
+        originals: (n, H, W, 3) uint8; None omits the column.
+        scale: ends of the colour scale, nats; None uses `entropy_scale` of these entropies.
     """
     times = scale_for(images.shape[1])
     ends = scale or (entropy_scale(entropy) if entropy is not None else (0.0, 1.0))
@@ -237,7 +237,7 @@ def patches_sheet(
 def reconstruction_sheet(
     reconstructions: NDArray[np.uint8], titles: Sequence[str], originals: NDArray[np.uint8] | None = None
 ) -> Image.Image:
-    """One row per image: the original, if given, and what its codes decode to.
+    """Return a sheet with one row per image: the original, if given, and its reconstruction.
 
     Args:
         reconstructions: (n, H, W, 3) uint8.
@@ -253,14 +253,14 @@ def reconstruction_sheet(
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """An image as a PNG file's bytes."""
+    """Return an image as the bytes of a PNG file."""
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
 
 
 def data_uri(image: Image.Image) -> str:
-    """An image as a ``data:`` address, for a page that needs no other file: WebP, a tenth of PNG's size for photos."""
+    """Return an image as a ``data:`` URI, for self-contained pages: WebP, a tenth of PNG's size for photos."""
     stream = io.BytesIO()
     if max(image.size) > WEBP_LARGEST:
         image = image.copy()
@@ -284,14 +284,14 @@ def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: Sequence[str])
 
 
 def _drawable(text: str) -> str:
-    """The text in characters that the font has: signs spelt out, accents dropped, ``?`` for the rest."""
+    """Replace characters that the font lacks: signs are spelt out, accents dropped, the rest become ``?``."""
     plain = unicodedata.normalize("NFKD", "".join(_SPELT.get(c, c) for c in text.replace("…", "\0")))
     kept = (c for c in plain.replace("\0", "…") if not unicodedata.combining(c))
     return "".join(c if c.isascii() or c in _DRAWN else "?" for c in kept)
 
 
 def _wrap(text: str, width: int, most: int | None = TITLE_LINES) -> list[str]:
-    """Lines at most ``width`` px wide, broken at spaces and slashes where there are any; the first ``most`` of them."""
+    """Break a text into lines of at most ``width`` px, preferably at spaces and slashes; keep the first ``most``."""
     lines: list[str] = []
     for paragraph in _drawable(text).split("\n"):
         line = ""
@@ -311,5 +311,5 @@ def _wrap(text: str, width: int, most: int | None = TITLE_LINES) -> list[str]:
 
 
 def _pieces(text: str) -> list[str]:
-    """The parts of a text between which a line may be broken; each keeps the space or slash at its end."""
+    """Split a text where a line may be broken; each part keeps the space or slash at its end."""
     return [piece for piece in text.replace(" ", " \0").replace("/", "/\0").split("\0") if piece]

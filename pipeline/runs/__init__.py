@@ -1,1 +1,1 @@
-"""A training run on disk: its record, lock, metrics and checkpoints, and the weights that stages name."""
+"""A training run on disk: its record, lock, metrics and checkpoints; and loading weights by name."""

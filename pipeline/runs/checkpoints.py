@@ -4,16 +4,16 @@
         begin, notes = checkpoints.restore(state, progress)          # (0, {}) if there is none
         ...
         checkpoints.save(step, state, publish=publish_weights)       # returns when the tensors are copied
-        checkpoints.finish()                                         # waits until all is on disk
+        checkpoints.finish()                                         # waits until everything is on disk
 
     CHECKPOINTS/step-00001234/*.safetensors       each process's share of the tensors (torch.distributed.checkpoint)
     CHECKPOINTS/step-00001234/checkpoint.json     sizes and SHA-256 of these files, and notes; written last
 
 All processes write into ``step-00001234.part``, which the first one renames when all are done, so several machines
-need a shared file system. Until it is written they hold one copy of the state in host memory together: each copies its
-own share, whether tensors are sharded (FSDP) or equal in all processes (DDP). A run can resume with another number of
-processes, with FSDP or without. Nothing in a checkpoint is pickled. Each process hashes the files that it wrote, on the
-saving thread, and verifies its share of the hashes when a run resumes.
+need a shared file system. During a save the processes hold one copy of the state in host memory in total: each copies
+its own share, whether tensors are sharded (FSDP) or equal in all processes (DDP). A run can resume with another number
+of processes, with or without FSDP. Nothing in a checkpoint is pickled. Each process hashes the files that it wrote, on
+the saving thread, and verifies its share of the hashes when a run resumes.
 """
 
 from __future__ import annotations
@@ -173,9 +173,9 @@ class Checkpoints:
         self._saving: Future[Any] | None = None
         self._step = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        # Saving overlaps with the steps, so it needs a process group of its own.
+        # Saving overlaps with training steps, so it needs a separate process group.
         self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
-        for message in ("torch.distributed is disabled", "TypedStorage is deprecated"):  # one process; torch's own
+        for message in ("torch.distributed is disabled", "TypedStorage is deprecated"):  # raised inside torch
             warnings.filterwarnings("ignore", message)
 
     def __enter__(self) -> Self:
@@ -275,7 +275,7 @@ class Checkpoints:
         for path in reversed(checkpoints):
             if (fault := gather_first(damage(path, share=(rank(), world_size())))) is None:
                 break
-            progress.say(f"the checkpoint {path} is damaged: {fault}; the one before it is used")
+            progress.say(f"the checkpoint {path} is damaged: {fault}; using the one before it")
         else:
             if checkpoints:
                 raise StageError(
@@ -285,7 +285,7 @@ class Checkpoints:
             return 0, {}
         tensors = state.tensors()
         stored = _sizes(path)
-        if not any(name.startswith("ema.") for name in stored):  # averaging is new in this run
+        if not any(name.startswith("ema.") for name in stored):  # averaging starts now
             tensors = {name: t for name, t in tensors.items() if not name.startswith("ema.")}
         self._load(path, tensors)
         state.adopt(tensors)
@@ -305,7 +305,7 @@ class Checkpoints:
 
 
 def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Return what is wrong with a checkpoint's files: one is missing, truncated or changed; None if nothing is.
+    """Return what is wrong with a checkpoint's files (missing, truncated or changed); None if nothing is.
 
     Args:
         checkpoint: its folder.

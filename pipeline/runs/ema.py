@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's weights, which often gives better samples than the weights themselves.
+"""An exponential moving average of a model's weights, which often gives better samples than the last weights.
 
 average = EMA(model, decay=0.9999)
 average.update(model, skip)                              # after each optimizer step: a ← decay·a + (1 - decay)·w

@@ -1,6 +1,6 @@
 """The directory of a training run: its record, metrics, checkpoints and newest weights.
 
-RUN/run.json          settings, inputs, steps, versions, command; and a history of its starts
+RUN/run.json          settings, inputs, steps, versions, command, and a history of starts
 RUN/metrics.jsonl     one line per report
 RUN/checkpoints/      the newest complete checkpoints (:mod:`pipeline.runs.checkpoints`)
 RUN/model/            the newest weights, as ``from_pretrained`` takes them
@@ -35,13 +35,13 @@ from shards.records import differences, parse, parse_json, read_json
 FORMAT_VERSIONS = {"tokenizer": 1, "entropy": 2, "train": 2}  # of run.json, by kind of run
 RUN = "run.json"
 METRICS = "metrics.jsonl"
-# Temporary files of a killed save of weights: safetensors' own, and ours.
+# Temporary files of a killed save of weights: those of safetensors and of dpar.files.
 LEFTOVER = re.compile(rf"\.tmp[A-Za-z0-9]{{6}}|({'|'.join(map(re.escape, (WEIGHTS, CONFIG, CARD)))})\.part")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The weights that made a run's data."""
+    """The weights that a run's data was made with."""
 
     path: str
     fingerprint: str
@@ -132,7 +132,7 @@ class RunFolder:
             settings: all of them.
             inputs: paths and fingerprints of what the run reads.
             steps: total steps; more than before extend the run, whatever ``settings`` say about steps and epochs.
-            free: names of settings that do not decide the result and may change.
+            free: names of settings that do not affect the result and may change.
             fixed: names of settings that even ``override`` cannot change.
             override: resume with other settings and inputs, and record the changes.
             resolved: resolved settings, for the record: device, precision, processes.
@@ -290,7 +290,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             if number > data.count(b"\n"):  # incomplete
                 continue
             raise StageError(
-                f"{error}. Remove the line, which nothing else needs, or restore the file from a copy"
+                f"{error}. Remove the line, which nothing else depends on, or restore the file from a copy"
             ) from error
     return lines
 

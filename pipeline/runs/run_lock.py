@@ -3,8 +3,8 @@
     lock = lock_run(folder)                                  # StageError: the run is in use by process 4711 on …
     lock.release_all()
 
-The system releases the lock of a process that ends in any way, so a kill never blocks the next start. The file
-``.lock`` remains; it names the holder only while the lock is held.
+The operating system releases a process's lock however it ends, so a kill never blocks the next start. The file
+``.lock`` remains; the holder it names is valid only while the lock is held.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loading the models that stages use, by path, run, Hub name or built-in name.
+"""Load the models that stages use, by path, run, Hub name or built-in name.
 
 tokenizer = load_tokenizer("builtin:photos")                             # or LlamaGen's vq_ds16_c2i.pt
 entropy_model = load_entropy_model("runs/entropy", fingerprint=manifest.entropy_model["fingerprint"])
@@ -59,14 +59,14 @@ def check_grid_and_codebook(config: SequenceConfig, manifest: Manifest, name: st
     height, width, size = config.grid_height, config.grid_width, config.codebook_size
     if ((height, width), size) != (manifest.grid, manifest.codebook_size):
         raise StageError(
-            f"{name} is a model of {height}×{width} tokens of {size} codes, and {codes} holds "
-            f"{manifest.grid[0]}×{manifest.grid[1]} tokens of {manifest.codebook_size} codes; weights only work with "
-            "the grid and the codebook of their training (positions count rows and columns of that grid)"
+            f"{name} is a model of {height}×{width} tokens of {size} codes, but {codes} holds "
+            f"{manifest.grid[0]}×{manifest.grid[1]} tokens of {manifest.codebook_size} codes; weights work only with "
+            "the grid and the codebook they were trained on"
         )
 
 
 def check_same_tokenizer(name: str, tokenizer: Mapping[str, str], codes: str) -> None:
-    """Check that the entropy model called ``name`` was trained on codes of ``tokenizer``, the one of ``codes``.
+    """Check that the entropy model called ``name`` was trained on codes of ``tokenizer``, like those at ``codes``.
 
     A run records the tokenizer of its data. Weights without a run have no such record and are not checked.
 
@@ -78,15 +78,15 @@ def check_same_tokenizer(name: str, tokenizer: Mapping[str, str], codes: str) ->
     if trained_on is None or expected is None or trained_on == expected:
         return
     raise StageError(
-        f"{name} was trained on codes of the tokenizer {recorded.get('path')} ({trained_on[:12]}), and {codes} holds "
-        f"codes of {tokenizer.get('path')} ({expected[:12]}); its entropies would be meaningless. `dpar entropy` "
-        f"trains a model on {codes}. If both are one tokenizer in two files, `dpar convert {name} NEW` writes weights "
+        f"{name} was trained on codes of the tokenizer {recorded.get('path')} ({trained_on[:12]}), but {codes} holds "
+        f"codes of {tokenizer.get('path')} ({expected[:12]}); its entropies would be meaningless. Train a model on "
+        f"{codes} with `dpar entropy`. If both files are the same tokenizer, `dpar convert {name} NEW` writes weights "
         "without this record"
     )
 
 
 def _recorded_tokenizer(weights: Path) -> dict[str, str]:
-    """Return the tokenizer of a model's training data, as its run or its bundle records it; empty without either."""
+    """Return the tokenizer of a model's training data as recorded by its run or bundle; empty without either."""
     if (weights.parent / BUNDLE).is_file():
         tokenizer = weights.parent / "tokenizer"
         return {"path": str(tokenizer), "fingerprint": Bundle.read(weights.parent).parts["tokenizer"]}
@@ -96,11 +96,11 @@ def _recorded_tokenizer(weights: Path) -> dict[str, str]:
         recorded: Any = {} if run is None else read_run(run)["inputs"]["tokenizer"]
         return {key: str(recorded[key]) for key in ("path", "fingerprint") if key in recorded}
     except (LookupError, TypeError, AttributeError) as error:
-        raise StageError(f"{run}/run.json is damaged: it names no tokenizer of its data") from error
+        raise StageError(f"{run}/run.json is damaged: it does not name the tokenizer of its data") from error
 
 
 def bundle_inputs(folder: Path) -> dict[str, Any]:
-    """Return what the bundle in ``folder`` says of its training data, in the form of a run's record."""
+    """Return the training data recorded in the bundle ``folder``, in the form of a run's inputs."""
     bundle = Bundle.read(folder)
 
     def origin(part: Part) -> dict[str, str] | None:
@@ -115,7 +115,7 @@ def bundle_inputs(folder: Path) -> dict[str, Any]:
 
 
 def fingerprint_of(name: str, part: Part = "generator") -> str:
-    """Return the SHA-256 of the weights called ``name``; of a bundle, of its ``part``."""
+    """Return the SHA-256 of the weights called ``name``; for a bundle, of its ``part``."""
     path = weights_path(name, part)
     return fingerprint(path if Path(path).is_file() else local_folder(path, part))
 
@@ -126,7 +126,7 @@ def locate_weights(name: str, expected: str | None, part: Part) -> Path:
     folder = Path(path) if Path(path).is_file() else local_folder(path, part)
     if expected is not None and (actual := fingerprint(folder)) != expected:
         raise StageError(
-            f"the {part.replace('_', ' ')} at {name} has weights {actual[:12]}, but {expected[:12]} made the codes; "
+            f"the {part.replace('_', ' ')} at {name} has weights {actual[:12]}, but {expected[:12]} are needed; "
             f"name the right one with --{part.replace('_', '-')}"
         )
     return folder

@@ -1,1 +1,1 @@
-"""The runtime of every stage: devices, processes, progress, signals and exit statuses, errors, shared work."""
+"""The runtime of all stages: devices, processes, progress, signals and exit statuses, errors, work sharing."""

@@ -31,7 +31,7 @@ def world_size() -> int:
 
 
 def follow_workers(fast: bool | None, *, driver: bool = False) -> None:
-    """Compute with the precision that suits the workers of Ray; a driver computes nothing and needs no device.
+    """Use the precision that suits Ray's workers; a driver computes nothing and needs no device.
 
     Args:
         fast: what `fast_bf16` returns from now on; None undoes the call.
@@ -42,7 +42,7 @@ def follow_workers(fast: bool | None, *, driver: bool = False) -> None:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device called ``name``; ``cuda`` is this process's GPU, and ``auto`` likewise, without CUDA the CPU.
+    """Return the device called ``name``; ``cuda`` is this process's GPU, ``auto`` the same or, without CUDA, the CPU.
 
     Raises:
         StageError: the name is unknown, or this machine has no such device.
@@ -56,11 +56,11 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise StageError(f"no device is called {name!r}; there are auto, cpu, cuda, cuda:N, mps") from error
+        raise StageError(f"no device is called {name!r}; choose from auto, cpu, cuda, cuda:N, mps") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise StageError(f"device {name} is not there: this machine, or this PyTorch, has no CUDA")
+        raise StageError(f"device {name} is not available: this machine, or this PyTorch, has no CUDA")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise StageError(f"device {name} is not there: this machine, or this PyTorch, has no Metal")
+        raise StageError(f"device {name} is not available: this machine, or this PyTorch, has no Metal")
     return device
 
 

@@ -5,7 +5,7 @@
         shard_model(model, device, precision)                # FSDP2: a share of every tensor per process, in place
         worst = all_reduce_max(torch.tensor([0.0, 75.0]))    # elementwise, over all processes
 
-With one process nothing has an effect.
+With one process these have no effect.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes reach this point."""
     if world_size() > 1:
         dist.barrier()
 
@@ -66,7 +66,7 @@ def shard_model(model: nn.Module, device: torch.device, precision: Precision) ->
     """Shard every parameter, gradient and optimizer state over the processes (FSDP2).
 
     Args:
-        model: changed in place; its parameters become DTensors. A layer is complete only while it runs.
+        model: changed in place; its parameters become DTensors. A layer's full parameters exist only while it runs.
         device: the model's device.
         precision: with bf16 on CUDA, parameters of layers are gathered in bf16. Residuals and the reduction of
             gradients are float32, as with DistributedDataParallel.
@@ -77,14 +77,14 @@ def shard_model(model: nn.Module, device: torch.device, precision: Precision) ->
     if world_size() == 1:
         return
     mesh = init_device_mesh(device.type, (world_size(),))
-    whole = policy = MixedPrecisionPolicy()
+    full_precision = policy = MixedPrecisionPolicy()
     if device.type == "cuda" and precision_name(device, precision) == "bf16":
         # Inputs of layers are not cast: bf16 cannot represent rotary positions, and residuals stay float32. For the
-        # same reason embeddings, which begin the residual stream, are gathered in float32 (`whole`).
+        # same reason embeddings, which begin the residual stream, are gathered in float32.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in [layer for part in model.children() if isinstance(part, nn.ModuleList) for layer in part]:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=whole)
+    fully_shard(model, mesh=mesh, mp_policy=full_precision)
 
 
 def all_reduce_max(numbers: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
-"""Who computes the pieces of a stage: this process and others like it, or the workers of a Ray cluster.
+"""Where the pieces of a stage are computed: in this process and others like it, or on the workers of a Ray cluster.
 
     with open_engine(settings, progress) as engine:
         model = engine.load(load_model, "weights", settings.device)
 
-        def work(indices, task):                             # writes the pieces that it is given
+        def work(indices, task):                             # computes and writes these pieces
             for index in indices:
                 parts.save(index, features=model(...))
                 task.advance(1)
 
-        engine.run(parts.pieces, work, task)                 # all pieces exist now
-        picture = engine.call(lambda: draw(model))           # computed where the models are
+        engine.run(parts.pieces, work, task)                 # all pieces exist afterwards
+        picture = engine.call(lambda: draw(model))           # runs where the models are
 
 ``--engine processes``: this process takes the pieces that no other process has claimed (``torchrun``, plain starts).
 ``--engine ray``: this process is the driver and hands missing pieces to workers (:mod:`pipeline.runtime.ray_engine`).
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class Count(Protocol):
-    """What counts finished images; a :class:`pipeline.runtime.progress.Task` is one."""
+    """Counts finished images; a :class:`pipeline.runtime.progress.Task` is one."""
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Count ``n`` more."""
@@ -60,20 +60,20 @@ Work = Callable[[Generator[int, None, None], Count], None]
 
 
 class Engine(Protocol):
-    """Computes pieces. The functions that it gets may be sent to another machine: they capture data and models only."""
+    """Computes pieces. Functions passed to it may run on another machine: they may capture only data and models."""
 
     def load(self, make: Callable[..., T], *arguments: object) -> T:
-        """Return ``make(*arguments)``; in functions sent to a worker, what the worker gets by the same call, once."""
+        """Return ``make(*arguments)``; a worker makes the same call once, instead of receiving the result."""
 
     def run(self, pieces: Pieces, work: Work, task: Count) -> None:
-        """Compute the missing pieces, except those that another process has claimed and ``pieces`` leaves to it."""
+        """Compute the missing pieces, except those that ``pieces`` leaves to other processes."""
 
     def call(self, compute: Callable[[], T]) -> T:
-        """Return what a function computes with models."""
+        """Return the result of a function that uses models."""
 
 
 class Processes:
-    """This process computes what no other one has claimed."""
+    """Computes, in this process, the pieces that no other process has claimed."""
 
     def load(self, make: Callable[..., T], *arguments: object) -> T:
         """See :class:`Engine`."""
@@ -93,28 +93,28 @@ class EngineOptions(Protocol):
 
     @property
     def engine(self) -> Literal["processes", "ray"]:
-        """Which one."""
+        """Name of the engine."""
 
     @property
     def ray_address(self) -> str | None:
-        """Of the cluster; None is `RAY_ADDRESS`, or the one of this machine, which is started if it is missing."""
+        """Address of the cluster; None is `RAY_ADDRESS`, or a cluster on this machine, started if missing."""
 
     @property
     def ray_workers(self) -> int | None:
-        """How many; None is as many as the cluster has room for."""
+        """Number of workers; None is as many as the cluster has room for."""
 
     @property
     def gpus_per_worker(self) -> float | None:
-        """May be a fraction; None is 1 if the cluster has GPUs, else 0."""
+        """GPUs per worker, possibly a fraction; None is 1 if the cluster has GPUs, else 0."""
 
     @property
     def device(self) -> str:
-        """Of each worker."""
+        """Device of each worker."""
 
 
 @contextmanager
 def open_engine(options: EngineOptions, progress: Progress) -> Iterator[Engine]:
-    """Give the engine that the options choose.
+    """Yield the engine that the options choose.
 
     Raises:
         StageError: Ray is not installed, or no cluster answers.

@@ -1,4 +1,4 @@
-"""The error a stage raises for what a user can correct.
+"""The error a stage raises for faults that the user can correct.
 
     raise StageError("photos/: no images found. Expected photos/CLASS/picture.jpg")
 
@@ -18,7 +18,7 @@ KEPT = "Finished work is kept; run the same command again to resume"
 
 
 class StageError(ValueError):
-    """A user's input cannot be used: the message says what, where, and what to do."""
+    """A user's input cannot be used; the message says what, where, and what to do."""
 
 
 class PeerEnded(StageError):
@@ -46,7 +46,7 @@ def claim_error_report(error: BaseException) -> bool:
 
 
 def one_message(error: Exception) -> str:
-    """Return what the user is told of an error that ended a command."""
+    """Return the message for the user about an error that ended a command."""
     if isinstance(error, (StageError, ArtifactError, ModelError)):
         return str(error)
     if isinstance(error, OSError):

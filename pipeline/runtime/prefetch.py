@@ -1,6 +1,6 @@
-"""Runs an iterator in a thread, so that its items are ready when the consumer asks for them.
+"""Run an iterator in a thread, so that its items are ready when the consumer needs them.
 
-with closing(prefetch(pages(), limit=8)) as stream:      # at most 8 pages wait at any time
+with closing(prefetch(pages(), limit=8)) as stream:      # at most 8 pages are queued
     for page in stream: ...
 """
 
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-GRACE = 5.0  # seconds that a stopped iterator gets to finish its item; its daemon thread is abandoned then
+GRACE = 5.0  # seconds for a stopped iterator to finish its item, after which its daemon thread is abandoned
 
 
 def prefetch(items: Generator[Item, None, None], limit: int) -> Generator[Item, None, None]:
@@ -47,7 +47,7 @@ def prefetch(items: Generator[Item, None, None], limit: int) -> Generator[Item, 
     finally:
         stopped.set()
         for _ in range(int(GRACE / 0.05)):
-            while True:  # the thread may be waiting for a free place
+            while True:  # the thread may be waiting for a free slot
                 try:
                     waiting.get_nowait()
                 except Empty:

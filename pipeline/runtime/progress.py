@@ -1,4 +1,4 @@
-"""The progress of a stage: bars on a terminal; elsewhere a line per tenth of the work and every 30 seconds.
+"""Progress of a stage: bars on a terminal; elsewhere a line per tenth of the work and every 30 seconds.
 
 progress = Progress()
 with progress.task("tokenize", total=2048, unit="images") as task:
@@ -20,8 +20,8 @@ from rich.progress import Progress as Bars
 
 from pipeline.runtime.terminal import Terminal
 
-LINE_EVERY = 30.0  # seconds between lines without a terminal, at most
-LINES = 10  # per task of known size, at least
+LINE_EVERY = 30.0  # longest time in seconds between lines without a terminal
+LINES = 10  # fewest lines for a task of known size
 CTRL_C, WARNED = 130, 75  # exit statuses after a signal; 75 is EX_TEMPFAIL: run again to resume
 STATUSES = {signal.SIGINT: CTRL_C, signal.SIGTERM: WARNED, signal.SIGUSR1: WARNED}
 
@@ -47,8 +47,8 @@ def stops_with(message: str) -> Iterator[None]:
 def stop_between_steps() -> Iterator[Callable[[], int]]:
     """Defer the signals that end a run, so that a loop can finish its step.
 
-    Gives a function that returns the exit status of the deferred signal, 0 if there was none. The signals are Ctrl-C
-    and Slurm's warnings, SIGTERM and SIGUSR1. A second Ctrl-C stops at once. Outside the main thread, where signals
+    Yields a function that returns the exit status of the deferred signal, 0 if there was none. The signals are Ctrl-C
+    and Slurm's warnings, SIGTERM and SIGUSR1. A second Ctrl-C stops immediately. Outside the main thread, where signals
     cannot be caught, nothing is deferred.
     """
     status = 0
@@ -77,7 +77,7 @@ class Task:
         self._bars, self._console = bars, console
         self._title, self._total, self._unit = title, total, unit
         self._done, self._note = 0, ""
-        self._tenths = 0  # for which a line is printed
+        self._tenths = 0  # already reported
         self._began = self._last_line = time.monotonic()
         self._start = 0
         self._id = bars.add_task(title, total=total, unit=unit, note="", rate="") if bars else None

@@ -12,7 +12,7 @@ PACKAGES = ("dpar", "torch", "numpy", "pyarrow", "webdataset", "pillow", "scikit
 
 
 def made_by() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide results, and the git revision of a checkout."""
+    """Return the versions of Python and of packages that affect results, and the git revision of a checkout."""
     versions = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
         try:

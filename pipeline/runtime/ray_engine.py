@@ -1,17 +1,17 @@
-"""Pieces of a stage on the workers of a Ray cluster (``--engine ray``, extra ``ray``).
+"""Compute the pieces of a stage on the workers of a Ray cluster (``--engine ray``, extra ``ray``).
 
     driver: hands out indices, shows progress, writes manifests
       └─ worker: an actor per GPU (or per share of one, or per CPU); loads each model once, writes pieces
 
-1. A function and what it captures are pickled once per step and put into Ray's object store. Models do not travel: what
-   the driver got from :meth:`RayEngine.load` is pickled as the call, and each worker makes the same call.
-2. Each piece is one task. A worker claims it as any process would, so that plain starts may join, and writes it.
-3. Ray restarts a lost worker as soon as a node has room. Its piece goes to any free worker, because that node may never
-   come. As nodes join, so do workers.
-4. An error in a piece ends the run with its own message; only the loss of a worker leads to another attempt.
+1. A function and what it captures are pickled once per step and put into Ray's object store. Models are not sent: the
+   result of :meth:`RayEngine.load` is pickled as the call, and each worker makes the same call.
+2. Each piece is one task. A worker claims it like any other process, so that other processes may join, and writes it.
+3. Ray restarts a lost worker as soon as a node has room. Its piece goes to any free worker, because such a node may
+   never join. Workers are added as nodes join.
+4. An error in a piece ends the run with that error's message; only the loss of a worker leads to another attempt.
 
-The driver computes nothing and needs no GPU. Whether bfloat16 is fast, which decides ``--precision auto``, is asked of
-the first worker and holds for all.
+The driver computes nothing and needs no GPU. The first worker determines whether bfloat16 is fast, which decides
+``--precision auto`` for all workers.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from pipeline.runtime.provenance import made_by
 
 T = TypeVar("T")
 
-ATTEMPTS = 10  # a piece that loses so many workers more than there are is taken to be what kills them
-LOOK_EVERY = 2.0  # seconds between looks at the cluster
-PATIENCE = 60.0  # seconds until a file that another machine has written must be visible here
-STARTING = 0  # the step of a worker that is not there yet
+ATTEMPTS = 10  # a piece is given up after losing this many workers, plus the number of workers
+LOOK_EVERY = 2.0  # seconds between queries of the cluster
+PATIENCE = 60.0  # seconds until a file written by another machine must be visible here
+STARTING = 0  # the step of a worker that is still starting
 
 
 class Worker:
-    """The actor: runs pieces, and holds the models that they need."""
+    """The actor: runs pieces, and keeps the models that they need."""
 
     def __init__(self, folder: str, gpus: float) -> None:
         import ray
@@ -74,13 +74,13 @@ class Worker:
 
 
 class Models:
-    """What a worker holds: of each function the result of its last call."""
+    """A worker's cache: for each function, the result of its last call."""
 
     def __init__(self) -> None:
-        self._results: dict[str, tuple[bytes, Any]] = {}  # by function: the pickled call, and what it returned
+        self._results: dict[str, tuple[bytes, Any]] = {}  # by function: the pickled call and its result
 
     def loads(self, data: bytes) -> Any:
-        """Unpickle what :meth:`Calls.dumps` has pickled; calls in it are made unless their results are here."""
+        """Unpickle the output of :meth:`Calls.dumps`; make the calls in it unless their results are cached."""
         models = self
 
         class Unpickler(pickle.Unpickler):
@@ -96,14 +96,14 @@ class Models:
         make, arguments = self.loads(call)
         last, _ = self._results.pop(make.__qualname__, (call, None))
         for name in [name for name, (other, _) in self._results.items() if last in other]:
-            del self._results[name]  # what was made of the last result goes with it
+            del self._results[name]  # results that depend on the last result
         result = make(*arguments)
         self._results[make.__qualname__] = call, result
         return result
 
 
 class Calls:
-    """Which call returned what: the driver's side of :class:`Models`."""
+    """The call behind each result: the driver's side of :class:`Models`."""
 
     def __init__(self) -> None:
         self._calls: dict[int, bytes] = {}  # by id of the result
@@ -118,10 +118,10 @@ class Calls:
         return result
 
     def dumps(self, value: Any) -> bytes:
-        """Pickle a value, functions and what they capture included.
+        """Pickle a value, including functions and what they capture.
 
         Raises:
-            TypeError: it holds a model that no call has returned, or a progress bar.
+            TypeError: it contains a model that was not returned by :meth:`make`, or a progress bar.
         """
         from ray import cloudpickle
 
@@ -131,7 +131,7 @@ class Calls:
             def persistent_id(self, value: Any) -> bytes | None:
                 call = calls._call(value)
                 if call is None and isinstance(value, torch.nn.Module | Task | Progress):
-                    raise TypeError(f"a {type(value).__name__} cannot be sent to workers; engine.load makes it there")
+                    raise TypeError(f"a {type(value).__name__} cannot be sent to workers; create it with engine.load")
                 return call
 
         stream = io.BytesIO()
@@ -156,7 +156,7 @@ class RayEngine:
         self._step = STARTING
         self._workers: list[Any] = []
         self._idle: list[Any] = []
-        self._lost: list[Any] = []  # to be asked whether Ray has restarted them
+        self._lost: list[Any] = []  # workers that Ray may restart
         self._running: dict[Any, tuple[Any, int, Any]] = {}  # by reference: worker, step, numbered item
         self._looked = self._active = time.monotonic() - LOOK_EVERY
 
@@ -164,7 +164,7 @@ class RayEngine:
         """Return whether the workers are fast with bfloat16.
 
         Raises:
-            StageError: they have no such device, or another version of dpar.
+            StageError: they do not have the device, or have another version of dpar.
         """
         device = self._options.device
         [(version, self._fast_bf16)] = self._results(lambda worker, _: worker.describe.remote(device), [None])
@@ -192,7 +192,7 @@ class RayEngine:
             if time.monotonic() > until:
                 raise StageError(
                     f"{len(indices)} pieces that the workers have written are not in {pieces.output}. Driver and "
-                    "workers need one file system; name an absolute path on it"
+                    "workers need a shared file system; name an absolute path on it"
                 )
             time.sleep(0.1)
 
@@ -203,12 +203,12 @@ class RayEngine:
         return value
 
     def close(self) -> None:
-        """Stop all workers; what they have finished stays."""
+        """Stop all workers; finished pieces are kept."""
         for worker in self._workers:
             self._ray.kill(worker)
 
     def _map(self, function: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
-        """Yield the function's results for all items, in the order in which they come."""
+        """Yield the function's results for all items, in order of completion."""
         if not items:
             return
         data = self._ray.put(self._calls.dumps(function))
@@ -216,7 +216,7 @@ class RayEngine:
         yield from self._results(lambda worker, item: worker.run.remote(step, self._fast_bf16, data, item), items)
 
     def _results(self, start: Callable[[Any, Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        """Start each item on a free worker, and again on another one if that is lost; yield results."""
+        """Start each item on a free worker, and again on another if that worker is lost; yield results."""
         self._step += 1
         waiting, losses = deque(enumerate(items)), Counter[int]()
         left = len(waiting)
@@ -225,13 +225,13 @@ class RayEngine:
             while waiting and self._idle:
                 worker, (number, item) = self._idle.pop(), waiting.popleft()
                 self._running[start(worker, item)] = worker, self._step, (number, item)
-            if not self._running:  # all that were asked for have failed to start
+            if not self._running:  # all requested workers have failed to start
                 time.sleep(LOOK_EVERY)
                 continue
             done, _ = self._ray.wait(list(self._running), timeout=LOOK_EVERY)
             for reference in done:
                 worker, step, numbered = self._running.pop(reference)
-                is_current = step == self._step  # not of a step that an error has ended
+                is_current = step == self._step  # not from a step that ended with an error
                 try:
                     result = self._ray.get(reference)
                 except self._ray.exceptions.RayTaskError as error:
@@ -243,7 +243,9 @@ class RayEngine:
                     if is_current:
                         losses[numbered[0]] += 1
                         if losses[numbered[0]] == ATTEMPTS + len(self._workers):  # each may have died while idle
-                            raise StageError(f"one piece of work keeps losing its workers; the last: {error}") from None
+                            raise StageError(
+                                f"a piece of work repeatedly lost its worker; last error: {error}"
+                            ) from None
                         waiting.appendleft(numbered)
                 else:
                     self._idle.append(worker)
@@ -252,7 +254,7 @@ class RayEngine:
                         yield result
 
     def _lose(self, worker: Any, step: int, error: Exception) -> None:
-        """Leave a worker to be restarted by Ray; one that is dead for good is replaced."""
+        """Let Ray restart a lost worker; remove one that Ray will not restart, so that it is replaced."""
         if step == STARTING and isinstance(error, self._ray.exceptions.ActorDiedError):
             self._ray.kill(worker)
             self._workers.remove(worker)
@@ -263,7 +265,7 @@ class RayEngine:
         self._running[worker.__ray_ready__.remote()] = worker, STARTING, None
 
     def _look_at_cluster(self) -> None:
-        """Ask for as many workers as the nodes have room for; say so if none runs."""
+        """Request as many workers as the nodes have room for; report if none is running."""
         now = time.monotonic()
         if now - self._looked < LOOK_EVERY:
             return
@@ -282,7 +284,7 @@ class RayEngine:
             self._active = now
             needs = f"{self._gpus:g} GPUs" if self._gpus else "a CPU"
             self._progress.say(
-                f"waiting for Ray to start workers: none of {len(self._workers)} runs; each needs {needs}"
+                f"waiting for Ray to start workers: none of {len(self._workers)} is running; each needs {needs}"
             )
 
 
@@ -300,7 +302,7 @@ class _Images:
 
 
 def room(resources: dict[str, float], gpus: float) -> int:
-    """Return how many workers of so many GPUs (0: of a CPU) a node has room for."""
+    """Return how many workers with ``gpus`` GPUs each (0: with one CPU) a node has room for."""
     return int(resources.get("GPU", 0) / gpus + 1e-6) if gpus else int(resources.get("CPU", 0))
 
 
@@ -322,7 +324,7 @@ def ray_engine(options: EngineOptions, progress: Progress) -> Iterator[RayEngine
         if not ray.is_initialized():
             try:
                 ray.init(options.ray_address, log_to_driver=False, logging_level=logging.ERROR)
-            except Exception as error:  # Ray raises Exception itself where a node does not start in time
+            except Exception as error:  # Ray raises a plain Exception if a node does not start in time
                 where = f"--ray-address {options.ray_address}" if options.ray_address else "this machine"
                 raise StageError(f"Ray cannot be used at {where}: {str(error).splitlines()[0]}") from error
             stack.callback(ray.shutdown)

@@ -1,4 +1,4 @@
-"""The terminal that everything is printed on: control characters in users' data are shown, not interpreted.
+"""The terminal for all output: control characters in users' data are shown, not interpreted.
 
 console = Terminal()
 console.print("class \\x1b[31mred", markup=False)          # class \\u001b[31mred
@@ -30,7 +30,7 @@ class Terminal(Console):
 
 
 def grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> Table:
-    """A table for the terminal; with ``numbers`` all columns but the first are aligned on the right."""
+    """Return a table for the terminal; with ``numbers`` all columns but the first are right-aligned."""
     table = Table(
         title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=0 if numbers else (0, 1, 0, 0)
     )

@@ -1,4 +1,4 @@
-"""``dpar-torchrun``: torchrun with the exit status of ``dpar`` and without a traceback of its own.
+"""``dpar-torchrun``: torchrun with the exit status of ``dpar`` and without an extra traceback.
 
     dpar-torchrun --nproc-per-node 8 -m dpar train patches run
 
@@ -27,7 +27,7 @@ def main() -> None:
         sys.exit(STATUSES[stopped.sigval])
     except ChildFailedError as failed:
         status = failed.get_first_failure()[1].exitcode
-        sys.exit(status if status > 0 else 128 - status)  # like a shell, for a process that a signal killed
+        sys.exit(status if status > 0 else 128 - status)  # like a shell, if a signal killed the process
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Work in numbered pieces that any number of processes share; a kill at any moment loses no finished piece.
+"""Share work in numbered pieces among any number of processes; a kill at any moment loses no finished piece.
 
     parts = Parts(out / "features", n=40)
     for index in parts.missing():                            # concurrent processes get different pieces
         parts.save(index, features=extract(...))
-    everything = [parts.load(i) for i in range(40)]          # all pieces exist now, in every process
+    everything = [parts.load(i) for i in range(40)]          # all pieces exist, in every process
 
 Pieces are claimed with :class:`shards.locks.Claims`, by processes of one ``torchrun`` or started by hand. On a file
 system without locks pieces may be computed twice, with the same result: a piece is a function of its number.
@@ -37,10 +37,10 @@ def claim_parts(
     """Yield the pieces that this process has to compute; when the iterator ends, all ``n`` are done.
 
     Args:
-        output: the file or folder of the pieces; their locks are in ``.locks`` beside it.
+        output: the file or folder of the pieces; their locks are in ``.locks`` next to it.
         n: number of pieces.
-        is_done: returns whether a piece is done, by any process; true at the end of the loop's body at the latest.
-        only: yield no piece but this one.
+        is_done: returns whether a piece is done, by any process; must be true at the end of the loop's body.
+        only: yield at most this piece.
     """
     claims = Claims(output.parent / LOCKS / output.name)
     first = rank() * n // world_size()
@@ -74,7 +74,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of an artifact as pieces. Those that another process has claimed are left to it."""
+    """The shards of an artifact as pieces. Shards claimed by another process are left to it."""
 
     build: ArtifactBuild
 
@@ -109,10 +109,10 @@ def write_once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]
 
 
 def claim_folder(out: Path, record: str, identity: dict[str, Any], holds: str) -> None:
-    """Reserve ``out`` for the work that ``identity`` decides, and record it in the file ``record``.
+    """Reserve ``out`` for work with this ``identity``, which is written to the file ``record``.
 
     Raises:
-        StageError: it holds something else, or the work of another identity, which the message calls ``holds``.
+        StageError: it holds something else, or work of another identity, which the message describes as ``holds``.
     """
     if out.exists() and not out.is_dir():
         raise StageError(f"{out} is a file; name a directory")
@@ -135,7 +135,7 @@ class Parts:
 
     @property
     def pieces(self) -> Pieces:
-        """What is to be computed, for :mod:`pipeline.runtime.engine`."""
+        """The pieces, for :mod:`pipeline.runtime.engine`."""
         return Pieces(self.folder, self.n, lambda index: index in self or self._done())
 
     def missing(self) -> Generator[int, None, None]:

@@ -1,1 +1,1 @@
-"""Numbers about models and images: likelihood, features and distances, reconstruction, results and plots."""
+"""Scores of models and images: likelihood, features and distances, reconstruction, results and plots."""

@@ -4,11 +4,11 @@
     bootstrap.mean(nats)                                     # Interval of a mean over images, (n,)
     bootstrap.frechet(features, reference.statistics, 12.3)  # of a Fréchet distance whose estimate is 12.3
 
-Each resample draws as many of the images as there are, with replacement. The reference stays as it is: it is the
-yardstick. An interval is the estimate plus and minus the resamples' standard deviation times the normal quantile. It
-is not made of the resamples' quantiles, because a resample repeats images: its covariance has a lower rank, and its
-Fréchet distance is larger than that of as many different images. For the same reason the interval says nothing of
-the distance's own bias with the number of images. Compare distances of equally many.
+Each resample draws all n images with replacement. The reference is not resampled. An interval is the estimate plus and
+minus the resamples' standard deviation times the normal quantile. Quantiles of the resamples are not used, because a
+resample repeats images: its covariance has a lower rank, and its Fréchet distance is larger than that of as many
+different images. For the same reason an interval does not cover the distance's bias, which depends on the number of
+images. Compare distances of equal numbers of images.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pipeline.scoring.kernel_distance import resampled_kernel_distances
 LEVEL = 0.95
 FEWEST = 10  # images that an interval needs
 RESAMPLES = 1000  # of means
-DISTANCE_RESAMPLES = 100  # of distances, each of which takes a decomposition
-MANY, MANY_RESAMPLES = 10_000, 20  # above so many images a distance is resampled less often: minutes instead of hours
+DISTANCE_RESAMPLES = 100  # of distances, each of which needs a decomposition
+MANY, MANY_RESAMPLES = 10_000, 20  # with more images than MANY, distances get fewer resamples: minutes, not hours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,10 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Bootstrap:
-    """How intervals are made."""
+    """How intervals are computed."""
 
     seed: int
-    resamples: int | None = None  # None chooses by quantity and number of images; 0 makes no intervals
+    resamples: int | None = None  # None chooses by quantity and number of images; 0: no intervals
 
     def mean(self, values: NDArray[np.floating]) -> Interval | None:
         """Return the interval of the mean of values (n,), one per image; None for few images."""
@@ -60,8 +60,8 @@ class Bootstrap:
 
         Args:
             samples: features (n, d).
-            reference: what they are compared with. Features (n, d) are of the same images, such as originals of
-                reconstructions, and are resampled together with them.
+            reference: what they are compared with. Features (n, d) are paired with the samples, such as originals with
+                reconstructions, and are resampled together.
             estimate: the distance.
         """
         paired = None if isinstance(reference, Statistics) else reference.astype(np.float64)
@@ -69,7 +69,7 @@ class Bootstrap:
         features, values = samples.astype(np.float64), []
         for counts in self._counts(len(features), DISTANCE_RESAMPLES):
             other = _gaussian(paired, counts) if fixed is None and paired is not None else fixed
-            assert other is not None  # one of the two there is
+            assert other is not None  # exactly one of the two is set
             values.append(_distance(_gaussian(features, counts), other))
         return self._interval(estimate, values, lowest=0.0)
 
@@ -105,7 +105,7 @@ Gaussian = tuple[NDArray[np.floating], NDArray[np.floating]]  # mu (d,), and row
 
 
 def _gaussian(features: NDArray[np.float64], counts: NDArray[np.int64]) -> Gaussian:
-    """The Gaussian of a resample of features (n, d), with k at most d."""
+    """Return the Gaussian of a resample of features (n, d), with k at most d."""
     kept = counts > 0
     mu = counts[kept] @ features[kept] / len(features)
     rows = np.sqrt(counts[kept] / (len(features) - 1))[:, None] * (features[kept] - mu)
@@ -113,14 +113,14 @@ def _gaussian(features: NDArray[np.float64], counts: NDArray[np.int64]) -> Gauss
 
 
 def _factor(sigma: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Rows (d, d) whose product with themselves is a covariance (d, d)."""
+    """Return rows (d, d) whose product with themselves is the covariance (d, d)."""
     values, vectors = np.linalg.eigh(sigma.astype(np.float64))
     rows: NDArray[np.float64] = np.sqrt(values.clip(min=0))[:, None] * vectors.T
     return rows
 
 
 def _distance(a: Gaussian, b: Gaussian) -> float:
-    """The Fréchet distance; the trace of the root is the sum of the singular values of one set of rows on the other."""
+    """Return the Fréchet distance; the trace of the root is the sum of the singular values of ``a[1] @ b[1].T``."""
     product = a[1] @ b[1].T  # (k, m)
     square = product @ product.T if len(product) <= product.shape[1] else product.T @ product
     roots = np.sqrt(np.linalg.eigvalsh(square).clip(min=0)).sum()

@@ -1,4 +1,4 @@
-"""What an evaluation compares: checkpoints of a run, and the patch rules that each is read with.
+"""What an evaluation compares: checkpoints of a run, each with several patch rules.
 
 rows = [Row(candidate=c, threshold=7.0, max_length=None) for c in candidates(Path("run"), settings.checkpoint)]
 """
@@ -19,9 +19,9 @@ from pipeline.runtime.errors import StageError
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Weights to score: the run's newest, or another checkpoint of it."""
+    """Weights to score: the run's newest, or another checkpoint."""
 
-    name: str  # in cells' names; empty for the newest
+    name: str  # part of cells' names; empty for the newest
     path: str | None  # None for the newest
     step: int | None
 
@@ -31,27 +31,27 @@ class Row:
     """A row of the held-out table."""
 
     candidate: Candidate
-    threshold: float | None  # nats; None is the training data's
-    max_length: int | None  # 0 is no limit; None is the training data's
+    threshold: float | None  # nats; None: that of the training data
+    max_length: int | None  # 0: no limit; None: that of the training data
 
     @property
     def name(self) -> str:
-        """Of its file, and the beginning of its cells' names; empty for the run's newest weights and own rule."""
+        """Name of its file and prefix of its cells' names; empty for the run's newest weights and own rule."""
         parts = [self.candidate.name] if self.candidate.name else []
         parts += [] if self.threshold is None else [f"threshold-{number_in_name(self.threshold)}"]
         parts += [] if self.max_length is None else [f"max-length-{self.max_length}"]
         return "-".join(parts)
 
     def cell_name(self, cfg_scale: float) -> str:
-        """The name of this row's cell at a guidance scale."""
+        """Return the name of this row's cell at a guidance scale."""
         return "-".join(filter(None, [self.name, f"cfg-{number_in_name(cfg_scale)}"]))
 
 
 def candidates(run: Path, checkpoints: tuple[str, ...]) -> list[Candidate]:
-    """The weights to score, each once: the run's newest if no checkpoints are named.
+    """Return the weights to score, without duplicates: the run's newest if no checkpoints are named.
 
     Raises:
-        StageError: two checkpoints have one name.
+        StageError: two checkpoints have the same name.
     """
     folder = run_of(run)
     if not checkpoints:
@@ -67,12 +67,12 @@ def candidates(run: Path, checkpoints: tuple[str, ...]) -> list[Candidate]:
     names = [candidate.name for candidate in by_path.values()]
     for name in names:
         if names.count(name) > 1:
-            raise StageError(f"--checkpoint: several are called {name}, which names the cells of the table")
+            raise StageError(f"--checkpoint: several are called {name}; cells of the table need different names")
     return list(by_path.values())
 
 
 def training_flops(run: Path, candidate: Candidate, model: DPAR | LlamaGen) -> float | None:
-    """What training up to the candidate's step has cost (paper section 4.3); None if the run does not say."""
+    """Return the FLOPs of training up to the candidate's step (paper section 4.3); None if unknown."""
     folder = run_of(run)
     if folder is None or candidate.step is None:
         return None
@@ -91,5 +91,5 @@ def training_flops(run: Path, candidate: Candidate, model: DPAR | LlamaGen) -> f
 
 
 def number_in_name(value: float) -> str:
-    """A number in a name: short, and different for every number."""
+    """Format a number for a name: short, and unique for every number."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)

@@ -1,10 +1,10 @@
-"""One network by whose features samples are compared with the reference; an evaluation may have several.
+"""Comparison of samples with the reference on the features of a network; an evaluation may use several networks.
 
     comparisons = open_comparisons(settings, generator.tokenizer_origin, out, engine)    # checked, nothing computed yet
     reference = comparisons[0].reference(progress)
     features = comparisons[0].features_of(folder, generator, artifact, done, progress)
 
-The first is that of ``--features``: reconstructions, the floor and plots are by it. ``--dinov2-weights`` adds another.
+The first is that of ``--features``, also used for reconstructions, floor and plots. ``--dinov2-weights`` adds another.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from shards.reader import Artifact
 
 @dataclass
 class Comparison:
-    """A network, and the reference as it sees it."""
+    """A network, and the reference's features."""
 
     extract: Extractor
     source: ReferenceSource
     name: str  # of the reference, as given
-    path: Path  # what is measured of it
+    path: Path  # file of its features
     engine: Engine  # computes features
     _reference: Reference | None = None
 
     def reference(self, progress: Progress) -> Reference | None:
-        """The reference's features, measured once; None if its originals are unavailable."""
+        """Return the reference's features, measured once; None if its originals are unavailable."""
         if self._reference is None:
             self._reference = measure_reference(
                 self.source, self.extract, self.path, self.provenance(), progress, self.engine
@@ -50,17 +50,17 @@ class Comparison:
         return self._reference
 
     def provenance(self) -> dict[str, Any]:
-        """What stands in a file of the reference's statistics."""
+        """Return the provenance stored with the reference's statistics."""
         return {"features": self.extract.name, "weights": self.extract.weights, "reference": self.name}
 
     def folder(self, cell: Path) -> Path:
-        """Where the features of a cell's samples are until they are scored."""
+        """Return the folder of a cell's features, which exists until they are scored."""
         return cell / f"features-{self.extract.name}"
 
     def features_of(
         self, cell: Path, generator: Generator, artifact: Artifact, done: Callable[[], bool], progress: Progress
     ) -> Parts:
-        """Features of a cell's samples, a part per shard, computed by the processes that share the cell.
+        """Compute features of a cell's samples, one part per shard, shared by processes.
 
         Args:
             cell: its folder.
@@ -83,23 +83,23 @@ class Comparison:
         return parts
 
     def measures(self, reference: Reference, samples: int, labels: str, precision: str) -> list[Measure]:
-        """How each score by this network is measured.
+        """Return how each score by this network is measured.
 
         Args:
-            reference: as measured.
-            samples: images compared with it.
+            reference: its features.
+            samples: number of images compared with it.
             labels: how their classes are chosen.
-            precision: in which they are decoded.
+            precision: of decoding them.
         """
         name, compared = self.extract.name, reference.features
         stored = self.source.measured is not None
-        whole = (f"statistics stored in {self.name}" if stored else self.name, reference.statistics.images)
-        scores: dict[str, tuple[str | None, int | None]] = {DISTANCE[name]: whole}
+        all_images = (f"statistics stored in {self.name}" if stored else self.name, reference.statistics.images)
+        scores: dict[str, tuple[str | None, int | None]] = {DISTANCE[name]: all_images}
         if reference.spatial is not None:
-            scores[SPATIAL_DISTANCE] = whole
+            scores[SPATIAL_DISTANCE] = all_images
         if compared is not None:
-            part = (f"images of {self.name}", len(compared))
-            scores |= {KERNEL_DISTANCE[name]: part, f"{PREFIX[name]}precision": part, f"{PREFIX[name]}recall": part}
+            some = (f"images of {self.name}", len(compared))
+            scores |= {KERNEL_DISTANCE[name]: some, f"{PREFIX[name]}precision": some, f"{PREFIX[name]}recall": some}
         if name == "inception":
             scores["inception_score"] = (None, None)
         return [
@@ -108,23 +108,23 @@ class Comparison:
                 network=self.extract.network,
                 weights=self.extract.weights,
                 resize=self.extract.resize,
-                reference=of,
+                reference=source,
                 reference_images=images,
                 samples=samples,
                 labels=labels,
                 decode_precision=precision,
             )
-            for score, (of, images) in scores.items()
+            for score, (source, images) in scores.items()
         ]
 
 
 def open_comparisons(settings: EvalSettings, tokenizer: dict[str, str], out: Path, engine: Engine) -> list[Comparison]:
-    """The networks that an evaluation compares by, that of ``--features`` first.
+    """Return one comparison per network of an evaluation, that of ``--features`` first.
 
     Args:
-        settings: which networks, and the reference.
+        settings: the networks and the reference.
         tokenizer: path and fingerprint of the samples' tokenizer.
-        out: where their references are kept.
+        out: folder for the reference's features.
         engine: computes features.
 
     Raises:
@@ -147,7 +147,7 @@ def open_comparisons(settings: EvalSettings, tokenizer: dict[str, str], out: Pat
 
 
 def _first(settings: EvalSettings, tokenizer: dict[str, str]) -> Extractor:
-    """The network of ``--features``."""
+    """Return the network of ``--features``."""
     s, device = settings, choose_device(settings.device)
     if s.network == "inception":
         return InceptionFeatures(s.inception_weights, device, s.scoring_batch)

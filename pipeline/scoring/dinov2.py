@@ -4,9 +4,9 @@
     features = extract(pixels)["pool"]                       # (n, 1024) of (n, H, W, 3) uint8: the class token
 
 As in Stein et al.'s `dgm-eval`: ViT-L/14, images resized to 224 px (bicubic, antialiased) and normalised by ImageNet's
-mean and deviation. The files of ViT-S, -B and -g are taken too, and the score says which one it is of. torch-fidelity's
-DINOv2 comes from `torch.hub` alone and refuses a local file, so the network is timm's, which has the same modules. Its
-position embeddings are interpolated here as DINOv2's own code does it, which timm does differently.
+mean and standard deviation. Files of ViT-S, -B and -g are accepted too; scores record the size. torch-fidelity loads
+DINOv2 only from `torch.hub`, not from a local file, so the network is timm's, which has the same modules. Its position
+embeddings are interpolated here as in DINOv2's own code, which differs from timm's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shards.files import file_sha256
 SIDE, PATCH = 224, 14  # px
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0 to 1
 SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}  # by width
-OFFSET = 0.1  # patches; DINOv2's code adds it to the new grid before it interpolates
+OFFSET = 0.1  # patches; DINOv2's code adds it to the new grid before interpolating
 
 
 class DinoFeatures:
@@ -65,12 +65,12 @@ class DinoFeatures:
         return {"pool": np.concatenate(tokens)}
 
     def side(self, side: int) -> int:
-        """See :class:`pipeline.scoring.features.Extractor`: images come as they are, and are resized here."""
+        """See :class:`pipeline.scoring.features.Extractor`; this network resizes images itself."""
         return side
 
 
 def load_dino(weights: Path) -> tuple[Any, str]:
-    """DINOv2 in evaluation mode on the CPU, for images of 224 px, and its size: small, base, large or giant.
+    """Return DINOv2 in evaluation mode on the CPU, for images of 224 px, and its size: small, base, large or giant.
 
     Raises:
         StageError: timm is not installed, or the file holds something else.
@@ -88,7 +88,7 @@ def load_dino(weights: Path) -> tuple[Any, str]:
         model: Any = create_model(f"vit_{size}_patch14_dinov2", img_size=SIDE, num_classes=0)
         tensors = {**tensors, "pos_embed": interpolated(tensors["pos_embed"], SIDE // PATCH)}
         model.load_state_dict(checkpoint_filter_fn(tensors, model))
-    except Exception as error:  # whatever the file holds
+    except Exception as error:  # any contents of the file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise StageError(
             f"--dinov2-weights {weights} cannot be used: {reason}. Name a file as Meta publishes it, "
@@ -98,7 +98,7 @@ def load_dino(weights: Path) -> tuple[Any, str]:
 
 
 def interpolated(positions: torch.Tensor, side: int) -> torch.Tensor:
-    """Position embeddings (1, 1 + n², d) for a grid of ``side`` × ``side`` patches, as DINOv2's own code makes them."""
+    """Interpolate position embeddings (1, 1 + n², d) to ``side`` × ``side`` patches, as DINOv2's own code does."""
     first, grid = positions[:, :1].float(), positions[:, 1:].float()
     n = math.isqrt(grid.shape[1])
     if n == side:

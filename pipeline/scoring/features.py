@@ -1,13 +1,13 @@
-"""Features of images, and what two sets of them score: FID and its kin on Inception, or on the tokenizer's encoder.
+"""Image features and the scores computed from them: FID and related scores, on Inception or the tokenizer's encoder.
 
-    extract = InceptionFeatures(weights, device)             # torch-fidelity; the only ones whose distance is FID
+    extract = InceptionFeatures(weights, device)             # torch-fidelity; only their distance is FID
     extract = TokenizerFeatures(tokenizer, fingerprint)
     features = extract(pixels)                               # {"pool": (n, d), …} of (n, H, W, 3) uint8
     distance = frechet_distance(Statistics.of(samples["pool"]), Statistics.of(reference["pool"]))
 
 The scores are those of ADM's suite as torch-fidelity computes them: FID, precision and recall on Inception's 2048 pool
 features, the Inception Score on its logits without biases. torch-fidelity differs from ADM's suite in three small
-ways: its Inception is a port of the TensorFlow graph; it shuffles images (seeded) before it splits them for the
+ways: its Inception is a port of the TensorFlow graph; it shuffles images (seeded) before splitting them for the
 Inception Score; its distances for precision and recall are float32, where ADM's are partly float16.
 
 sFID (Nash et al., 2021) is the Fréchet distance on spatial features, which torch-fidelity does not return. ADM's suite
@@ -33,14 +33,14 @@ from pipeline.settings.fields import Network
 from shards.files import file_sha256
 
 NEIGHBOURS = 3  # of precision and recall
-NEIGHBOURHOOD_ROWS = 10_000  # compared at once
+NEIGHBOURHOOD_ROWS = 10_000  # rows compared at once
 SPLITS = 10  # of the Inception Score
-SCORED_SIDE = 256  # px; larger images are brought down to it for Inception, as the paper does
+SCORED_SIDE = 256  # px; larger images are downscaled to it for Inception, as in the paper
 
 SPATIAL_CHANNELS = 7  # of Inception's `Mixed_6d.branch1x1`, for sFID
 SPATIAL_FEATURES = SPATIAL_CHANNELS * 17 * 17
 
-# "pool" (n, d); Inception's have "logits" (n, 1008) and "spatial" (n, 2023) too
+# "pool" (n, d); for Inception also "logits" (n, 1008) and "spatial" (n, 2023)
 Features = dict[str, NDArray[np.float32]]
 
 
@@ -48,16 +48,16 @@ class Extractor(Protocol):
     """Images to features."""
 
     name: Network
-    network: str  # what it is, for people
-    resize: str  # what is done to images before the network sees them, for people
+    network: str  # description of the network
+    resize: str  # description of how images are resized for the network
     dimension: int  # of "pool"
-    weights: str  # fingerprint, or name, of what computes them
+    weights: str  # fingerprint or name of the network's weights
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Features:
-        """Features of (n, H, W, 3) images."""
+        """Return the features of (n, H, W, 3) uint8 images."""
 
     def side(self, side: int) -> int:
-        """The size in pixels at which square images of this size are looked at."""
+        """Return the size in pixels at which square images of ``side`` pixels are passed to the extractor."""
 
 
 class InceptionFeatures:
@@ -69,15 +69,15 @@ class InceptionFeatures:
     dimension = 2048
 
     def __init__(self, weights: Path | None, device: torch.device, batch: int = 32) -> None:
-        """Loads torch-fidelity's Inception.
+        """Load torch-fidelity's Inception.
 
         Args:
-            weights: a file with its weights; None lets torch-fidelity fetch them.
+            weights: a file with its weights; None lets torch-fidelity download them.
             device: to compute on.
             batch: images at once.
 
         Raises:
-            StageError: torch-fidelity is not installed, or the weights are unavailable or are something else.
+            StageError: torch-fidelity is not installed, or the weights are unavailable or not Inception's.
         """
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -89,12 +89,12 @@ class InceptionFeatures:
             with tempfile.TemporaryDirectory() as folder:
                 path = None
                 if weights is not None:
-                    # torch-fidelity unpickles its file without restraint, so it gets a copy of the tensors alone.
+                    # torch-fidelity unpickles any objects in its file, so it gets a copy with tensors only
                     path = str(Path(folder) / "inception.pth")
                     torch.save(torch.load(weights, map_location="cpu", weights_only=True), path)
                 layers = ["2048", "logits_unbiased"]
                 model = FeatureExtractorInceptionV3("inception", layers, feature_extractor_weights_path=path)
-        except Exception as error:  # whatever the file or the network holds; torch-fidelity has no error of its own
+        except Exception as error:  # torch-fidelity has no exception class of its own
             where = (
                 f"in {weights}" if weights is not None else "on the network; give them with --inception-weights FILE"
             )
@@ -102,9 +102,9 @@ class InceptionFeatures:
         self.weights = "torch-fidelity's" if weights is None else file_sha256(weights)
         self._model, self._device, self._batch = model.to(device), device, batch
         self._spatial: torch.Tensor | None = None  # of the last forward pass
-        self._model.Mixed_6d.branch1x1.register_forward_hook(self._see_spatial)
+        self._model.Mixed_6d.branch1x1.register_forward_hook(self._record_spatial)
 
-    def _see_spatial(self, module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+    def _record_spatial(self, module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS]  # (b, 7, 17, 17)
 
     @torch.no_grad()
@@ -118,7 +118,8 @@ class InceptionFeatures:
             logits.append(outputs[1].cpu().numpy())
             assert self._spatial is not None  # the hook has run
             spatial.append(self._spatial.movedim(1, -1).flatten(1).cpu().numpy())  # channels last, as in stored mu_s
-        return {name: np.concatenate(of) for name, of in (("pool", pool), ("logits", logits), ("spatial", spatial))}
+        parts = (("pool", pool), ("logits", logits), ("spatial", spatial))
+        return {name: np.concatenate(batches) for name, batches in parts}
 
     def side(self, side: int) -> int:
         """See :class:`Extractor`."""
@@ -128,7 +129,7 @@ class InceptionFeatures:
 class TokenizerFeatures:
     """Mean and standard deviation over positions of the tokenizer's encoder outputs.
 
-    Distances on them compare only among themselves, and are not FID.
+    Distances on them are not FID and compare only with each other.
     """
 
     name: Network = "tokenizer"
@@ -136,7 +137,7 @@ class TokenizerFeatures:
     resize = "none"
 
     def __init__(self, tokenizer: VQTokenizer, fingerprint: str, batch: int = 32) -> None:
-        """Takes a tokenizer on its device, and the fingerprint of its weights."""
+        """Take a tokenizer on its device, and the fingerprint of its weights."""
         self.weights, self._tokenizer, self._batch = fingerprint, tokenizer, batch
         self.dimension = 2 * tokenizer.config.latent_channels
 
@@ -158,20 +159,20 @@ class TokenizerFeatures:
 
 @dataclass(frozen=True)
 class Statistics:
-    """The Gaussian that is fitted to a set of features."""
+    """The Gaussian fitted to a set of features."""
 
     mu: NDArray[np.floating]  # (d,)
     sigma: NDArray[np.floating]  # (d, d)
-    images: int | None  # None if their file does not say
+    images: int | None  # None if unknown
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> Statistics:
-        """Of features (n, d), n at least 2."""
+        """Fit features (n, d), n at least 2."""
         return cls(features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)), len(features))
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Fréchet distance between two Gaussians: Heusel et al., 2017.
+    """Return the Fréchet distance between two Gaussians (Heusel et al., 2017).
 
     |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½); the trace of the root is the sum of the roots of the eigenvalues.
 
@@ -190,7 +191,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def inception_score(logits: NDArray[np.float32]) -> tuple[float, float] | None:
-    """Mean and standard deviation of the Inception Score over 10 splits of (n, 1008) logits; None for fewer images."""
+    """Return mean and deviation of the Inception Score over 10 splits of (n, 1008) logits; None for fewer images."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     if len(logits) < SPLITS:
@@ -200,7 +201,7 @@ def inception_score(logits: NDArray[np.float32]) -> tuple[float, float] | None:
 
 
 def precision_recall(samples: NDArray[np.float32], reference: NDArray[np.float32]) -> tuple[float, float] | None:
-    """Precision and recall (Kynkäänniemi et al., 2019) of features (n, d) and (m, d), with 3 neighbours.
+    """Return precision and recall (Kynkäänniemi et al., 2019) of features (n, d) and (m, d), with 3 neighbours.
 
     None if there are too few images, or torch-fidelity (extra ``eval``) is not installed.
     """
@@ -216,7 +217,7 @@ def precision_recall(samples: NDArray[np.float32], reference: NDArray[np.float32
 
 
 def resize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """(n, H, W, 3) to (n, size, size, 3), bicubic with antialiasing: how a reference larger than that is looked at."""
+    """Resize (n, H, W, 3) to (n, size, size, 3), bicubic with antialiasing: for references of another size."""
     if pixels.shape[1:3] == (size, size):
         return pixels
     images = torch.from_numpy(pixels).movedim(-1, 1).float()

@@ -1,4 +1,4 @@
-"""The scores of samples, and of a second set of real images: the floor that samples can be expected to reach.
+"""The scores of samples, and of a second set of real images: the best that samples can be expected to reach.
 
 scores = scores_of(features, reference, bootstrap)
 floor = measure_floor(Path("scores/floor"), source, samples, reference, extract, bootstrap, progress, engine)
@@ -32,7 +32,7 @@ from shards.storage import Location
 
 
 def scores_of(samples: Features, reference: Reference, bootstrap: Bootstrap) -> Scores:
-    """All scores of samples' features that can be had; distances need at least 2 images."""
+    """Return all scores that the features of samples allow; distances need at least 2 images."""
     pool, score = samples["pool"], inception_score(samples["logits"]) if "logits" in samples else None
     distance = frechet_distance(Statistics.of(pool), reference.statistics)
     pair = kernel = kernel_interval = spatial = spatial_interval = None
@@ -71,7 +71,7 @@ class RealImages:
 
     @classmethod
     def open(cls, path: Location, extract: Extractor, fetch: bool) -> RealImages:
-        """Look at what is at ``path``, without computing anything; ``fetch`` lets originals be fetched.
+        """Open the images at ``path``, without computing anything; ``fetch`` allows fetching originals.
 
         Raises:
             StageError, ArtifactError: it is not an artifact or a folder of at least 2 images.
@@ -92,15 +92,15 @@ def measure_floor(
     progress: Progress,
     engine: Engine,
 ) -> Floor:
-    """The scores of real images against the reference, measured once and shared by processes.
+    """Return the scores of real images against the reference, measured once and shared by processes.
 
     Args:
-        folder: where the record is kept, under the source's fingerprint and the number of images.
+        folder: of the record, whose name has the source's fingerprint and the number of images.
         source: the second set.
         samples: images to compare, evenly spread over the source; 0 is all.
-        reference: what they are held against.
-        extract: their features.
-        bootstrap: of their intervals.
+        reference: what they are compared with.
+        extract: computes their features.
+        bootstrap: computes intervals.
         progress: where to report.
         engine: computes the features.
 
@@ -123,7 +123,7 @@ def measure_floor(
         engine.run(parts.pieces, work, task)
 
     def finish() -> Floor:
-        assert extract.name != "dinov2"  # which is never the first network
+        assert extract.name != "dinov2"  # never the first network
         scores = scores_of({name: parts.joined(name) for name in parts.load(0)}, reference, bootstrap)
         return Floor(
             source=str(source.path),

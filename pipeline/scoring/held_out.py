@@ -1,4 +1,4 @@
-"""The held-out artifact of an evaluation: the rule that cuts it into patches, and a model's likelihood on it."""
+"""The held-out artifact of an evaluation: the patch rule to use on it, and a model's likelihood of it."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ def check_held_out(artifact: Artifact, generator: Generator, run: Path) -> None:
     trained_on, made_by = generator.tokenizer_origin["fingerprint"], artifact.manifest.tokenizer["fingerprint"]
     if trained_on != made_by:
         raise StageError(
-            f"{name} was made by tokenizer {made_by[:12]}, the run's training data by {trained_on[:12]}; "
-            "bits per token would mean nothing"
+            f"{name} was made with tokenizer {made_by[:12]}, the run's training data with {trained_on[:12]}; "
+            "bits per token would be meaningless"
         )
 
 
 def held_out_rule(artifact: Artifact, generator: Generator, explicit: bool, progress: Progress) -> PatchRule | None:
-    """The rule by which the held-out images are cut into patches; None keeps the stored boundaries.
+    """Return the rule for patchifying the held-out images; None keeps the stored boundaries.
 
     Args:
         artifact: the held-out images.
         generator: with the rule of the row.
-        explicit: whether options ask for this rule, so that another one will not do.
-        progress: told where the boundaries come from, if that is not as stored by the run's rule.
+        explicit: whether options request this rule, so that the stored boundaries are not acceptable.
+        progress: reports where the boundaries come from, unless they are stored and by the run's rule.
 
     Raises:
-        StageError: options ask for a rule, and the artifact has no entropies of the run's entropy model.
+        StageError: options request a rule, but the artifact has no entropies of the run's entropy model.
     """
     wanted = generator.rule
     if wanted is None:
         return None
     manifest, folder = artifact.manifest, artifact.folder
     stored = wanted == PatchRule.from_dict(manifest.settings)
-    if wanted.strategy == "static":  # which needs no entropies
+    if wanted.strategy == "static":  # needs no entropies
         return None if stored else wanted
     model, artifacts_model = generator.entropy_origin, manifest.entropy_model
     assert model is not None  # or the rule would be static
@@ -65,18 +65,18 @@ def held_out_rule(artifact: Artifact, generator: Generator, explicit: bool, prog
         return None
     if artifacts_model is not None and artifacts_model["fingerprint"] == model["fingerprint"]:
         if not (stored or explicit):
-            progress.say(f"{folder} is cut by the run's patch rule, which is not the one that it is stored by")
+            progress.say(f"{folder} is patchified with the run's patch rule, which differs from the stored one")
         return None if stored else wanted
     reason = "it holds no entropies"
     if artifacts_model is not None:
         reason = f"its entropies are of {artifacts_model['path']} ({artifacts_model['fingerprint'][:12]})"
     reason += f", and the run's entropy model is {model['path']} ({model['fingerprint'][:12]})"
     if not explicit:
-        progress.say(f"bits per token are by the boundaries stored in {folder}, not by the run's: {reason}")
+        progress.say(f"bits per token use the boundaries stored in {folder}, not the run's: {reason}")
         return None
     raise StageError(
-        f"{folder} cannot be cut by --threshold, --max-length or --row-reset: {reason}. `dpar patchify` its codes "
-        "with that model, or leave these options out"
+        f"{folder} cannot be patchified with --threshold, --max-length or --row-reset: {reason}. Run `dpar patchify` "
+        "on its codes with that model, or omit these options"
     )
 
 
@@ -91,21 +91,21 @@ def measure_held_out(
     progress: Progress,
     engine: Engine,
 ) -> HeldOutRow:
-    """Exact bits per token of a row on the held-out artifact, and what the model costs on it.
+    """Return a row's exact bits per token on the held-out artifact, and the model's cost there.
 
     Args:
-        path: the row's JSON file, made if missing by the processes that share its work.
-        row: which weights, by which rule.
-        weights: their fingerprint.
+        path: the row's JSON file; if missing, the processes that share the work write it.
+        row: the weights and the rule.
+        weights: fingerprint of the weights.
         artifact: the held-out images.
-        rule: cuts them into patches; None keeps the stored boundaries.
-        load: the row's model, called only if something is left to compute.
+        rule: for patchifying them; None keeps the stored boundaries.
+        load: returns the row's model; called only if something is left to compute.
         settings: batch and precision.
         progress: where to report.
         engine: computes the likelihoods.
 
     Raises:
-        StageError: the weights give no finite likelihood.
+        StageError: the likelihood is not finite.
     """
     parts = Parts(path.with_suffix(""), -(-len(artifact) // CHUNK), path.is_file)
     if not all(map(parts.pieces.is_done, range(parts.n))):

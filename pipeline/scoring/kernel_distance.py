@@ -8,15 +8,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCKS = 10  # that the jackknife leaves out in turn
-ROWS = 2048  # whose kernel is held at once
+BLOCKS = 10  # of the jackknife
+ROWS = 2048  # rows whose kernel is in memory at once
 
 
 def kernel_distance(a: NDArray[np.floating], b: NDArray[np.floating]) -> tuple[float, float | None]:
-    """The unbiased squared maximum mean discrepancy under the kernel (x·y / d + 1)³, and its standard error.
+    """Return the unbiased squared maximum mean discrepancy with the kernel (x·y / d + 1)³, and its standard error.
 
-    All pairs are used, where others average over random subsets: the estimate has the same expectation and less
-    variance. The standard error is a jackknife's, which leaves out a tenth of both sets in turn.
+    All pairs are used, where other implementations average over random subsets: the estimate has the same expectation
+    and less variance. The standard error is a jackknife's, which leaves out a tenth of both sets in turn.
 
     Args:
         a: features (n, d), n at least 2.
@@ -47,7 +47,7 @@ def kernel_distance(a: NDArray[np.floating], b: NDArray[np.floating]) -> tuple[f
 def resampled_kernel_distances(
     a: NDArray[np.floating], b: NDArray[np.floating], counts: NDArray[np.integer]
 ) -> NDArray[np.float64]:
-    """Kernel distances of resamples of ``a`` from ``b``, (resamples,); an image is not paired with its own copies.
+    """Return kernel distances of resamples of ``a`` from ``b``, (resamples,). Copies of an image are not paired.
 
     Args:
         a: features (n, d).
@@ -72,13 +72,13 @@ def _kernel(products: NDArray[np.float64], d: int) -> NDArray[np.float64]:
 
 
 def _self_sums(x: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Sums (BLOCKS,) of the kernel of each row with itself, by the row's block: its index modulo BLOCKS."""
+    """Sum the kernel of each row with itself by block, the row's index modulo BLOCKS: (BLOCKS,)."""
     values = _kernel(np.square(x.astype(np.float64)).sum(axis=1), x.shape[1])
     return np.bincount(np.arange(len(x)) % BLOCKS, values, minlength=BLOCKS).astype(np.float64)
 
 
 def _block_sums(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Sums (BLOCKS, BLOCKS) of the kernel over all pairs of rows, by both rows' blocks."""
+    """Sum the kernel over all pairs of rows by both rows' blocks: (BLOCKS, BLOCKS)."""
     sums = np.zeros((BLOCKS, BLOCKS))
     of_b = np.eye(BLOCKS)[np.arange(len(b)) % BLOCKS]  # (m, BLOCKS)
     columns = b.astype(np.float64).T

@@ -34,7 +34,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 
 def prepared(model: M, precision: Precision) -> M:
-    """The model as forward passes in this precision run fastest: a copy on oneDNN, or the model itself."""
+    """Return the model in its fastest form for forward passes in this precision: a copy on oneDNN, or itself."""
     device = next(model.parameters()).device
     with autocast(device, precision):
         return prepare_forward(model)
@@ -42,10 +42,10 @@ def prepared(model: M, precision: Precision) -> M:
 
 @torch.no_grad()
 def entropies(model: LlamaGen, codes: NDArray[np.integer], *, batch: int, precision: Precision) -> NDArray[np.float16]:
-    """Next-token entropies of sequences (n, N), as artifacts store them: (n, N) float16 nats, +inf at token 0.
+    """Return next-token entropies of sequences (n, N), as artifacts store them: (n, N) float16 nats, +inf at token 0.
 
-    An image's entropies depend on that image alone. A class-conditional model is read at its guidance class. The model
-    runs as it is: :func:`prepared` makes a faster one of it.
+    An image's entropies depend only on that image. A class-conditional model gets its guidance class. For speed, pass
+    a :func:`prepared` model.
     """
     device = model.output.weight.device
     entropy = np.empty(codes.shape, np.float16)
@@ -69,7 +69,7 @@ class Likelihood:
     def of(
         cls, nats: NDArray[np.float64], labels: NDArray[np.int64], patches: int, class_names: Sequence[str]
     ) -> Likelihood:
-        """From what :func:`nats_per_token` gave for all images."""
+        """Summarise the output of :func:`nats_per_token` for all images."""
         bits = nats / math.log(2)
         by_class = [bits[labels == label] for label in range(len(class_names))]
         return cls(
@@ -81,13 +81,13 @@ class Likelihood:
 
 
 def forward(model: DPAR | LlamaGen, codes: Tensor, labels: Tensor, layout: PatchLayout | None) -> Tensor:
-    """Teacher-forced logits of either model, (B, N, V) with a start token; only DPAR has a layout."""
+    """Return teacher-forced logits of either model, (B, N, V) with a start token; only DPAR has a layout."""
     logits: Tensor = model(codes, labels) if layout is None else model(codes, labels, layout)
     return logits
 
 
 def layout_for(model: DPAR | LlamaGen, batch: Batch, device: torch.device) -> PatchLayout | None:
-    """The batch's boundaries as the model takes them; None for LlamaGen."""
+    """Return the batch's patch layout; None for LlamaGen."""
     if isinstance(model, LlamaGen):
         return None
     assert batch.starts is not None  # check_compatible refuses artifacts without boundaries
@@ -97,9 +97,9 @@ def layout_for(model: DPAR | LlamaGen, batch: Batch, device: torch.device) -> Pa
 def bits_per_token(
     model: DPAR | LlamaGen, artifact: Artifact, *, batch: int, precision: Precision, unconditional: bool = False
 ) -> Likelihood:
-    """Exact mean negative log2-likelihood of a predicted token, over view 0 of every image, boundaries as stored.
+    """Return the exact mean negative log2-likelihood per predicted token, over view 0 of every image.
 
-    Boundaries are a function of earlier tokens, so they cost no bits of their own.
+    Stored boundaries are used. They are a function of earlier tokens, so they cost no bits.
     """
     rows = np.arange(len(artifact))
     measured = nats_per_token(model, artifact, rows, batch, precision, unconditional)
@@ -109,11 +109,11 @@ def bits_per_token(
 def shared_bits_per_token(
     model: DPAR | LlamaGen, artifact: Artifact, *, batch: int, precision: Precision, unconditional: bool = False
 ) -> float:
-    """The same number, computed by all processes of a run together; each of them must call it."""
+    """Return the same number, computed jointly by all processes of a run; each of them must call it."""
     images = len(artifact)
     rows = np.arange(rank(), -(-images // world_size()) * world_size(), world_size())
     counted = rows < images
-    # Under FSDP all processes run equally many batches, so those with one image fewer repeat one.
+    # Under FSDP all processes must run the same number of batches, so those with one image fewer repeat one.
     nats, _, _ = nats_per_token(model, artifact, np.where(counted, rows, 0), batch, precision, unconditional)
     return float(all_reduce_sum(torch.tensor(nats[counted].sum()))) / images / math.log(2)
 
@@ -128,12 +128,12 @@ def nats_per_token(
     unconditional: bool = False,
     rule: PatchRule | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
-    """Mean nats per token and label of view 0 of each of ``rows``, and the patches of all of them.
+    """Return mean nats per token (n,) and label (n,) of view 0 of ``rows`` (n,), and their total number of patches.
 
-    With ``rule`` the boundaries are placed anew, by the stored entropies; None takes them as stored.
+    With ``rule`` boundaries are recomputed from stored entropies; None uses the stored boundaries.
 
     Raises:
-        StageError: there is a rule that reads entropies, and an image without them.
+        StageError: the rule needs entropies, and an image has none.
     """
     device = model.output.weight.device
     was_training = model.training
@@ -177,13 +177,13 @@ def check_compatible(model: DPAR | LlamaGen, manifest: Manifest, name: str, unco
         if models != artifacts:
             raise StageError(f"{name} does not fit the model: its {what} is {artifacts}, the model's {models}")
     if isinstance(model, DPAR) and manifest.kind != "patches":
-        raise StageError(f"{name} holds codes without boundaries; DPAR needs patches, which `dpar patchify` makes")
+        raise StageError(f"{name} holds codes without boundaries; DPAR needs patches, as `dpar patchify` writes them")
 
 
 def check_same_classes(first: Sequence[str], second: Sequence[str], first_name: str, second_name: str) -> None:
-    """Raise StageError if two artifacts number classes differently, naming the first that differs."""
+    """Raise StageError if two artifacts number classes differently, naming the first difference."""
     for label, (a, b) in enumerate(zip(first, second, strict=True)):
         if a != b:
             raise StageError(
-                f"class {label} is {a!r} in {first_name} and {b!r} in {second_name}; both must have the same"
+                f"class {label} is {a!r} in {first_name} and {b!r} in {second_name}; both must have the same classes"
             )

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.scoring.records import DISTANCE, Cell
 from shards.files import atomic_path
 
-# file, what is on the x axis, its label, what tells lines apart
+# file, x axis, its label, fields that distinguish lines
 PLOTS = (
     ("quality-vs-guidance.png", "cfg_scale", "guidance scale", ("checkpoint", "threshold", "max_length")),
     ("quality-vs-patch-length.png", "mean_length", "mean patch length, tokens", ("checkpoint", "cfg_scale")),
@@ -19,7 +19,7 @@ LABELS = {"cfg_scale": "guidance", "threshold": "threshold", "max_length": "max 
 
 
 def how_sampled(cells: Sequence[Cell]) -> str:
-    """How the samples of these cells were drawn and looked at, in a line."""
+    """Return a line about how the samples of these cells were drawn and scored."""
     settings = {
         "samples": "{} per row",
         "labels": "{} labels",
@@ -47,7 +47,7 @@ def plot_cells(cells: Sequence[Cell], out: Path) -> None:
         groups = _grouped(scored, x, apart)
         telling = [i for i, key in enumerate(apart) if len({group[i] for group in groups}) > 1]
         for i, (group, line) in enumerate(groups.items()):
-            color = colormaps["viridis"](i / (len(groups) + 1))  # its end is too pale on white
+            color = colormaps["viridis"](i / (len(groups) + 1))  # without its end, which is too pale on white
             points = sorted((float(getattr(cell, x)), cell.scores.distance) for cell in line if cell.scores)
             title = ", ".join(f"{LABELS[apart[k]]} {_short(group[k])}".strip() for k in telling)
             axes.plot(*zip(*points, strict=True), marker="o", color=color, label=title)
@@ -62,7 +62,7 @@ def plot_cells(cells: Sequence[Cell], out: Path) -> None:
 
 
 def _grouped(cells: Sequence[Cell], x: str, apart: tuple[str, ...]) -> dict[tuple[Any, ...], list[Cell]]:
-    """The cells that have the quantity ``x``, by what tells their lines apart."""
+    """Return the cells that have the quantity ``x``, by the fields that distinguish lines."""
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         if getattr(cell, x) is not None:
@@ -71,7 +71,7 @@ def _grouped(cells: Sequence[Cell], x: str, apart: tuple[str, ...]) -> dict[tupl
 
 
 def _varies(cells: Sequence[Cell], plot: tuple[str, str, str, tuple[str, ...]]) -> bool:
-    """Whether a line of this plot would have two points that differ in what the plot is about."""
+    """Return whether a line of this plot would have points with different x values."""
     _, x, _, apart = plot
     if x == "mean_length" and len({(cell.threshold, cell.max_length) for cell in cells}) < 2:
         return False  # patch lengths vary a little with guidance, too

@@ -1,4 +1,4 @@
-"""``dpar eval --protocol paper``: how the paper scores samples, and how an evaluation differs from that.
+"""``dpar eval --protocol paper``: differences between an evaluation and the paper's.
 
 for line in deviations(settings, generator, comparisons[0].source):
     progress.say(f"not as in the paper: {line}")
@@ -15,7 +15,7 @@ SIDES = (256, 384)  # px, of the paper's images
 
 
 def deviations(settings: EvalSettings, generator: Generator, source: ReferenceSource) -> list[str]:
-    """How an evaluation differs from the paper's, a line for each difference.
+    """Return a line for each difference between an evaluation and the paper's.
 
     Args:
         settings: of the evaluation.

@@ -1,7 +1,7 @@
-"""How much of its images a tokenizer keeps: PSNR, SSIM and features of originals and of what their codes decode to.
+"""Reconstruction quality of a tokenizer: PSNR, SSIM, and features of originals and reconstructions.
 
 parts = reconstruct(generator, artifact, extract, out / "originals", engine, task, chunk=500, done=path.is_file)
-parts.joined("psnr").mean(), frechet_distance(…)          # whatever several processes measured
+parts.joined("psnr").mean(), frechet_distance(…)          # over the parts of all processes
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def reconstruct(
         fetch: fetch originals over the network.
 
     Returns:
-        Parts with ``psnr`` (n,) dB, ``ssim`` (n,), ``decoded`` (n, d), and what a reference needs of the originals:
-        ``pool`` (n, d), and ``spatial`` of Inception.
+        Parts with ``psnr`` (n,) dB, ``ssim`` (n,), ``decoded`` (n, d), and features of the originals: ``pool`` (n, d)
+        and, for Inception, ``spatial``.
 
     Raises:
         StageError: the originals are unavailable.
@@ -80,7 +80,7 @@ def reconstruct(
 
 
 def ssim(images: NDArray[np.uint8], reference: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Structural similarity of pixels (n, H, W, 3), one per image: (n,). Windows of 7 px, as LlamaGen measures it."""
+    """Return the structural similarity per image of pixels (n, H, W, 3): (n,). Windows of 7 px, as in LlamaGen."""
     from skimage.metrics import structural_similarity
 
     pairs = zip(images, reference, strict=True)

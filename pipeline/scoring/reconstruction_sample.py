@@ -1,10 +1,10 @@
-"""How well a tokenizer reconstructs the images that it encodes: PSNR of a sample, measured while codes are made.
+"""How well a tokenizer reconstructs the images that it encodes: PSNR of a sample, measured during ``dpar tokenize``.
 
     due = sampled_positions(index, n_shards=12, shard_size=4096, n_items=48_000)   # in shard ``index``
     statistics = merge_reconstruction(shards)                                      # of the manifest
     lines = reconstruction_lines(manifest)                                         # for the user
 
-Which images are measured follows from the listing alone, so that any number of processes measure the same ones.
+The sample depends only on the listing, so any number of processes measure the same images.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 from shards.manifest import Manifest, ShardInfo
 
-SAMPLE = 64  # images measured, at most
+SAMPLE = 64  # most images to measure
 POOR_PSNR = 20.0  # dB; below it shapes are lost, not only texture
 SHARD_KEY = "reconstruction_psnr"  # in a shard's statistics
 
 
 def sampled_positions(index: int, *, n_shards: int, shard_size: int, n_items: int | None) -> list[int]:
-    """Positions within shard ``index`` of the images to measure, spread evenly over the listing.
+    """Return positions within shard ``index`` of the images to measure, spread evenly over the listing.
 
-    Of a stream, where ``n_items`` is None, they are the first images of shards spread evenly over all.
+    For a stream (``n_items`` is None) they are the first images of evenly spread shards.
     """
     if n_items is None:
         return list(range(sum(i * n_shards // SAMPLE == index for i in range(SAMPLE))))
@@ -33,7 +33,7 @@ def sampled_positions(index: int, *, n_shards: int, shard_size: int, n_items: in
 
 
 def merge_reconstruction(shards: Sequence[ShardInfo]) -> dict[str, Any]:
-    """The manifest's ``statistics``: ``reconstruction`` with ``images``, ``psnr`` (mean) and ``lowest_psnr``, in dB.
+    """Return the manifest's ``statistics``: ``reconstruction`` with ``images``, ``psnr`` (mean), ``lowest_psnr`` (dB).
 
     Empty if no image was measured.
     """
@@ -45,7 +45,7 @@ def merge_reconstruction(shards: Sequence[ShardInfo]) -> dict[str, Any]:
 
 
 def reconstruction_lines(manifest: Manifest) -> list[str]:
-    """A codes artifact's reconstruction: the figures, and a warning with a remedy if they are poor."""
+    """Return lines about a codes artifact's reconstruction quality, with a warning and a remedy if it is poor."""
     measured = manifest.statistics.get("reconstruction")
     if measured is None:
         return []

@@ -1,11 +1,11 @@
-"""What ``dpar eval`` writes and reads again: rows of the held-out table, the reconstruction, cells, and all of it.
+"""Records of ``dpar eval``, written and read as JSON: held-out rows, reconstruction, cells, and the results.
 
     row = HeldOutRow.from_json(read_json(path), str(path))
     Results.read(Path("scores/results.json")).cells[0].scores
 
-Files are flat JSON, but for intervals and for the scores of further networks. Keys that name a quantity by its
-features, such as ``FID``, are those of :data:`DISTANCE`, :data:`RECONSTRUCTION` and :data:`PREFIX`; the confidence
-interval of a quantity is under its key and "_interval".
+Files are flat JSON, except for intervals and the scores of further networks. Keys that depend on the features, such as
+``FID``, are those of :data:`DISTANCE`, :data:`RECONSTRUCTION` and :data:`PREFIX`; the confidence interval of a quantity
+has its key plus "_interval".
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ PREFIX = {"inception": "", "tokenizer": "tokenizer_", "efficientnet": "efficient
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutRow:
-    """A model's likelihood of the held-out images, ``likelihood/NAME.json``; without images only what it is of."""
+    """A model's likelihood of the held-out images, ``likelihood/NAME.json``."""
 
-    weights: str  # their fingerprint
+    weights: str  # fingerprint
     name: str = ""
     checkpoint: str | None = None
     step: int | None = None
-    threshold: float | None = None  # of the rule that cut the images into patches; None for LlamaGen, and these too
+    threshold: float | None = None  # of the rule of the held-out patches; it and the next three are None for LlamaGen
     max_length: int | None = None
     row_reset: bool | None = None
     static_length: float | None = None
-    bits_per_token: float | None = None  # None without held-out images, and all below but the tokens
+    bits_per_token: float | None = None  # None without held-out images, like the following except tokens_per_image
     bits_per_token_interval: Interval | None = None
     bits_by_class: dict[str, float] = field(default_factory=dict)
     held_out_images: int | None = None
@@ -66,14 +66,14 @@ class HeldOutRow:
     parameters: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values by key."""
+        """Return JSON values by key."""
         if self.bits_per_token is None:
             return {"weights": self.weights, "tokens_per_image": self.tokens_per_image}
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> HeldOutRow:
-        """The inverse of :meth:`to_json`; ``where`` names the file in messages.
+        """Parse the output of :meth:`to_json`; ``where`` names the file in messages.
 
         Raises:
             ArtifactError: a value is missing or of another type.
@@ -83,7 +83,7 @@ class HeldOutRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """How much the tokenizer keeps of the held-out images, ``reconstruction.json``."""
+    """How well the tokenizer reconstructs the held-out images, ``reconstruction.json``."""
 
     features: Features
     originals: int  # images compared; 0 if they cannot be read
@@ -93,14 +93,14 @@ class Reconstruction:
     distance_interval: Interval | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values by key."""
+        """Return JSON values by key."""
         values = dataclasses.asdict(self)
         named = {key: values[name] for name, key in self._keys(self.features).items()}
         return {key: value for key, value in named.items() if value is not None}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], features: Features, where: str) -> Reconstruction:
-        """The inverse of :meth:`to_json`.
+        """Parse the output of :meth:`to_json`.
 
         Raises:
             ArtifactError: a value is missing or of another type.
@@ -123,20 +123,20 @@ class Scores:
     """How far a cell's samples are from the reference."""
 
     distance: float
-    distance_interval: Interval | None = None  # None for few images, and without a bootstrap; the others too
+    distance_interval: Interval | None = None  # None for few images or without a bootstrap, like all intervals
     spatial_distance: float | None = None  # None without Inception's spatial features on both sides
     spatial_distance_interval: Interval | None = None
     kernel_distance: float | None = None  # None without the reference's features
     kernel_distance_interval: Interval | None = None
     kernel_distance_error: float | None = None  # its standard error; None for few images
-    reference_images: int | None  # None if the statistics do not say
+    reference_images: int | None  # None if unknown
     inception_score: float | None = None  # None without Inception's logits
     inception_score_std: float | None = None
     precision: float | None = None  # None without the reference's features
     recall: float | None = None
 
     def to_json(self, features: Network) -> dict[str, Any]:
-        """JSON values by the names that the quantities have on these features."""
+        """Return JSON values by the quantities' names for these features."""
         values, name = dataclasses.asdict(self), DISTANCE[features]
         named = {"distance": name, name: self.distance, "reference_images": self.reference_images}
         keys = self._keys(features)
@@ -144,7 +144,7 @@ class Scores:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], features: Network, where: str) -> Scores:
-        """The inverse of :meth:`to_json`; other keys of ``values`` are ignored.
+        """Parse the output of :meth:`to_json`; other keys of ``values`` are ignored.
 
         Raises:
             ArtifactError: a value is missing or of another type.
@@ -192,14 +192,14 @@ class Cell:
     also: dict[str, Scores] = field(default_factory=dict)  # by further networks
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values by key, the scores among them; those by further networks below "also"."""
+        """Return JSON values by key, including the scores; those by further networks are in "also"."""
         values = dataclasses.asdict(self)
         del values["scores"]
         values["also"] = {name: scores.to_json(network(name)) for name, scores in self.also.items()}
         return values if self.scores is None else values | self.scores.to_json(self.features)
 
     def row(self) -> dict[str, Any]:
-        """The same in one level, for a table: the scores by further networks have names of their own."""
+        """Return the same values without nesting, for a table; names of scores contain the network."""
         values = self.to_json()
         further = values.pop("also")
         shared = ("distance", "reference_images")
@@ -207,7 +207,7 @@ class Cell:
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> Cell:
-        """The inverse of :meth:`to_json`.
+        """Parse the output of :meth:`to_json`.
 
         Raises:
             ArtifactError: a value is missing or of another type.
@@ -232,14 +232,14 @@ class Floor:
     scores: Scores
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values by key, the scores among them."""
+        """Return JSON values by key, including the scores."""
         values = dataclasses.asdict(self)
         del values["scores"]
         return values | self.scores.to_json(self.features)
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> Floor:
-        """The inverse of :meth:`to_json`.
+        """Parse the output of :meth:`to_json`.
 
         Raises:
             ArtifactError: a value is missing or of another type.
@@ -251,36 +251,36 @@ class Floor:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """How a score of the samples was measured: what must be equal before two scores are compared."""
+    """How a score of the samples was measured. Scores are comparable only if all of this is equal."""
 
-    score: str  # its name
-    network: str  # whose features
-    weights: str  # of the network: a fingerprint, or whose they are
-    resize: str  # what is done to images before the network sees them
-    reference: str | None  # None for a score that has none
-    reference_images: int | None  # None if the reference does not say
+    score: str  # name
+    network: str  # of the features
+    weights: str  # fingerprint or name of the network's weights
+    resize: str  # how images are resized for the network
+    reference: str | None  # None for a score without a reference
+    reference_images: int | None  # None if unknown
     samples: int
     labels: str  # how the samples' classes were chosen
-    decode_precision: str  # in which the samples were decoded
+    decode_precision: str  # of decoding the samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All that an evaluation says, ``results.json``."""
+    """All results of an evaluation, ``results.json``."""
 
-    newest: HeldOutRow  # of the first checkpoint and rule asked for
+    newest: HeldOutRow  # of the first requested checkpoint and rule
     reconstruction: Reconstruction | None  # None without held-out images
     identity: dict[str, Any]
     made_by: dict[str, Any]
     held_out: Sequence[HeldOutRow]
     cells: Sequence[Cell]
-    floor: Floor | None = None  # None unless asked for
+    floor: Floor | None = None  # None unless requested
     measures: Sequence[Measure] = ()
-    protocol: str | None = None  # that was asked for
+    protocol: str | None = None  # the requested one
     deviations: Sequence[str] = ()  # from it
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values by key; those of the first row and of the reconstruction stand at the top."""
+        """Return JSON values by key; those of the first row and of the reconstruction are at the top level."""
         rows = [row.to_json() for row in self.held_out]
         for row in rows:
             del row["bits_by_class"]
@@ -299,7 +299,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """The inverse of :meth:`to_json`, from a file.
+        """Read the output of :meth:`to_json` from a file.
 
         Raises:
             ArtifactError: it cannot be read, or a value is missing or of another type.
@@ -343,7 +343,7 @@ class _Also:
 
 
 def network(name: str) -> Network:
-    """The network of this name; raises ArtifactError for others."""
+    """Return the network called ``name``; raise ArtifactError if there is none."""
     for known in get_args(Network):
         if name == known:
             return known
@@ -351,5 +351,5 @@ def network(name: str) -> Network:
 
 
 def _renamed(values: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
-    """The values of ``keys``' keys under ``keys``' names, as far as there are any."""
+    """Return ``values`` by field name; ``keys`` maps field names to keys. Missing keys are skipped."""
     return {name: values[key] for name, key in keys.items() if key in values}

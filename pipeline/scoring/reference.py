@@ -3,9 +3,9 @@
     source = open_reference(Path("VIRTUAL_imagenet256_labeled.npz"), extract)    # checked, nothing computed yet
     reference = source.measured or Reference.of(features, images)
 
-An ``.npz`` holds images (``arr_0``), statistics (``mu``, ``sigma``, and for sFID ``mu_s``, ``sigma_s``), both, as ADM's
-do, or what `Reference.save` wrote. Statistics that are there are used as they are; KID, precision and recall need
-images or their features, of at most 10,000 images spread evenly, as ADM's suite takes 10,000.
+An ``.npz`` holds images (``arr_0``), statistics (``mu``, ``sigma``, and for sFID ``mu_s``, ``sigma_s``), both, as
+ADM's do, or the output of `Reference.save`. Stored statistics are used unchanged. KID, precision and recall need images
+or their features, of at most 10,000 evenly spread images, the number that ADM's suite uses.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from shards.storage import Location, Url, is_file
 
 CHUNK = 500  # images in memory at the same time
 NEEDED = ("pool", "spatial")  # features of a reference
-NEIGHBOURS_OF = 10_000  # images of the reference that precision and recall look at
-CENTRE_OF_TEN = 4  # the centre crop among the views of a ten-crop
-SYMMETRY = 1e-3  # how far from symmetric a covariance may be, as a part of its numbers; float16 has this precision
+NEIGHBOURS_OF = 10_000  # most images of the reference for precision and recall
+CENTRE_OF_TEN = 4  # index of the centre crop among the views of a ten-crop
+SYMMETRY = 1e-3  # relative tolerance for the symmetry of a covariance; float16 has this precision
 LARGEST_COVARIANCE = 1e100  # whose products are still finite
 LARGEST_PROVENANCE = 2**20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Features of the reference, as far as scores need them."""
+    """Features of the reference that scores need."""
 
     statistics: Statistics
-    features: NDArray[np.float32] | None  # (m, d), m at most NEIGHBOURS_OF; None where there are only statistics
+    features: NDArray[np.float32] | None  # (m, d), m at most NEIGHBOURS_OF; None if there are only statistics
     spatial: Statistics | None = None  # of Inception's spatial features, for sFID
 
     @classmethod
     def of(cls, features: Features, stored: Reference | None = None) -> Reference:
-        """Of the features of all images; with the statistics where they are known already."""
+        """Return the reference of the features of all images, with the statistics of ``stored`` if given."""
         pool = features["pool"]
         if stored is None:
             spatial = Statistics.of(features["spatial"]) if "spatial" in features else None
@@ -67,7 +67,7 @@ class Reference:
         return dataclasses.replace(stored, features=pool[spread(len(pool))])
 
     def save(self, path: Path, provenance: dict[str, Any]) -> None:
-        """Writes an ``.npz`` that :func:`open_reference` takes, whole or not at all."""
+        """Write an ``.npz`` that :func:`open_reference` accepts, atomically."""
         arrays: dict[str, Any] = {"mu": self.statistics.mu, "sigma": self.statistics.sigma}
         arrays |= {} if self.spatial is None else {"mu_s": self.spatial.mu, "sigma_s": self.spatial.sigma}
         arrays |= {} if self.features is None else {"features": self.features}
@@ -78,14 +78,14 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path, extract: Extractor | None = None) -> Reference:
-        """Statistics from an ``.npz``, and features where it has them.
+        """Read statistics from an ``.npz``, and features if it has them.
 
         Args:
             path: the file.
-            extract: what the samples' features come from; where it is given, the file's must be of the same kind.
+            extract: the extractor of the samples' features; if given, the file's must be of the same kind.
 
         Raises:
-            StageError: they are other features', or damaged.
+            StageError: they are of other features, or damaged.
         """
         with open_npz(path) as archive:
             record, shapes = _provenance(archive), _shapes(archive)
@@ -107,7 +107,7 @@ class Reference:
 
 
 def network_of(path: Path) -> str:
-    """Which network's features the statistics in an ``.npz`` are of; Inception's where the file does not say."""
+    """Return the network of the statistics in an ``.npz``; Inception if the file does not record it."""
     with open_npz(path) as archive:
         return str(_provenance(archive).get("features", "inception"))
 
@@ -122,7 +122,7 @@ def _shapes(archive: zipfile.ZipFile) -> dict[str, tuple[int, ...]]:
 
 
 def _width(shapes: dict[str, tuple[int, ...]], mu: str, sigma: str, path: Path) -> int:
-    """Entries of a mean; raises StageError unless the covariance fits it."""
+    """Return the number of entries of a mean; raise StageError unless the covariance has the same size."""
     width = shapes[mu][0] if shapes[mu] else 0
     if shapes[mu] != (width,) or shapes.get(sigma) != (width, width):
         raise StageError(f"{path}: {mu} is {shapes[mu]} and {sigma} {shapes.get(sigma)}; (d,) and (d, d) are needed")
@@ -136,7 +136,7 @@ def _read_statistics(archive: zipfile.ZipFile, mu: str, sigma: str, width: int, 
 
 
 def _check_network(record: dict[str, Any], width: int, extract: Extractor, path: Path) -> None:
-    """Raise StageError unless statistics of ``width`` numbers are of the features that ``extract`` gives."""
+    """Raise StageError unless statistics of ``width`` numbers are of the features of ``extract``."""
     stored = (record.get("features", "inception"), width)
     if stored != (extract.name, extract.dimension):
         raise StageError(
@@ -146,12 +146,12 @@ def _check_network(record: dict[str, Any], width: int, extract: Extractor, path:
     if (weights := record.get("weights", extract.weights)) != extract.weights:
         raise StageError(
             f"{path} was measured with other weights of the {extract.name} features "
-            f"({weights[:12]}, here {extract.weights[:12]}); distances would mean nothing"
+            f"({weights[:12]}, here {extract.weights[:12]}); distances would be meaningless"
         )
 
 
 def _provenance(archive: zipfile.ZipFile) -> dict[str, Any]:
-    """What `Reference.save` wrote of the statistics' origin; empty for other files."""
+    """Return the provenance that `Reference.save` wrote; empty for other files."""
     if "provenance.npy" not in archive.namelist():
         return {}
     with open_array(archive, "provenance") as (file, (shape, _, kind)):
@@ -170,7 +170,7 @@ def _provenance(archive: zipfile.ZipFile) -> dict[str, Any]:
 
 
 def _check_covariance(sigma: NDArray[np.float64], path: Path) -> None:
-    """Raise StageError unless ``sigma`` (d, d) can be a covariance: symmetric, with no negative variance."""
+    """Raise StageError unless ``sigma`` (d, d) can be a covariance: symmetric, without negative variances."""
     largest = float(np.abs(sigma).max(initial=0.0))
     if largest > LARGEST_COVARIANCE or not np.allclose(sigma, sigma.T, rtol=SYMMETRY, atol=SYMMETRY * largest):
         raise StageError(f"{path}: sigma is not a covariance: it is not symmetric, or its numbers are too large")
@@ -182,15 +182,15 @@ class Images(Protocol):
     """Numbered images of one size."""
 
     def __len__(self) -> int:
-        """How many."""
+        """Return the number of images."""
 
     def read(self, first: int, end: int) -> NDArray[np.uint8]:
-        """Images ``first`` to ``end - 1``: (end - first, H, W, 3)."""
+        """Return images ``first`` to ``end - 1``: (end - first, H, W, 3) uint8."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSource:
-    """A reference that has been looked at: images, or measured statistics, or both."""
+    """An opened reference: images, or measured statistics, or both."""
 
     images: Images | None
     measured: Reference | None
@@ -199,12 +199,12 @@ class ReferenceSource:
 
 
 def is_artifact(path: Location) -> bool:
-    """Return whether a reference is an artifact; at a URL it can be nothing else."""
+    """Return whether a reference is an artifact; only artifacts can be at a URL."""
     return isinstance(path, Url) or is_file(path / MANIFEST)
 
 
 def open_reference(path: Location, extract: Extractor, fetch: bool = False) -> ReferenceSource:
-    """Open what is at ``path``, without computing anything; ``fetch`` lets an artifact's originals be fetched.
+    """Open the reference at ``path``, without computing anything; ``fetch`` allows fetching an artifact's originals.
 
     Raises:
         StageError, ArtifactError: samples cannot be compared with it, or its images differ in size, are
@@ -230,7 +230,7 @@ def open_reference(path: Location, extract: Extractor, fetch: bool = False) -> R
             listed = ", ".join(repr(name)[1:-1] for name in sorted(names)[:8]) or "nothing"
             raise StageError(f"{path} has {listed}; a reference needs arr_0, or mu and sigma")
         return ReferenceSource(images=images, measured=measured, artifact=None, fingerprint=file_sha256(path))
-    what = "does not exist" if not path.exists() else "is none of them"
+    what = "does not exist" if not path.exists() else "is none of these"
     raise StageError(f"a reference is an artifact, a folder of images, or an .npz file; {path} {what}")
 
 
@@ -242,13 +242,13 @@ def measure_reference(
     progress: Progress,
     engine: Engine,
 ) -> Reference | None:
-    """The reference's features, computed once by the processes that share ``path``.
+    """Return the reference's features, computed once by the processes that share ``path``.
 
     Args:
-        source: what :func:`open_reference` returned.
-        extract: features.
+        source: from :func:`open_reference`.
+        extract: computes features.
         path: ``.npz`` file for the result.
-        provenance: to stand in that file.
+        provenance: stored in that file.
         progress: where to report.
         engine: computes the features.
 
@@ -300,7 +300,7 @@ class Originals:
         return self.read_rows(np.arange(first, end))
 
     def read_rows(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Images (n, H, W, 3) of rows (n,): centre crops, if the artifact has them."""
+        """Return images (n, H, W, 3) uint8 of rows (n,): centre crops, if the artifact has them."""
         manifest = self.artifact.manifest
         central = CENTRE_OF_TEN if tokenize_settings(manifest).views == "ten-crop" else 0
         return load_originals(manifest, self.artifact.keys(rows), np.full_like(rows, central), fetch=self._fetch)
@@ -310,7 +310,7 @@ class FolderImages:
     """All images below a folder, in order of their names."""
 
     def __init__(self, folder: Path) -> None:
-        """Lists them and looks at their headers.
+        """List the images and read their headers.
 
         Raises:
             StageError: there are none, they differ in size, or one is not in colour or not readable.
@@ -332,8 +332,8 @@ class FolderImages:
             if size != first:
                 raise StageError(
                     f"{path} is {size[0]}×{size[1]} pixels, {self.paths[0]} {first[0]}×{first[1]}; the images of a "
-                    "reference must have one size. `dpar tokenize` crops a folder as training does, and its output is "
-                    "a reference"
+                    "reference must have the same size. `dpar tokenize` crops a folder as for training, and its output "
+                    "can be a reference"
                 )
             digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
         self.fingerprint = digest.hexdigest()
@@ -346,7 +346,7 @@ class FolderImages:
         return self.read_rows(np.arange(first, end))
 
     def read_rows(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Images (n, H, W, 3) of rows (n,)."""
+        """Return images (n, H, W, 3) uint8 of rows (n,)."""
         pixels = []
         for path in (self.paths[row] for row in rows):
             try:
@@ -357,5 +357,5 @@ class FolderImages:
 
 
 def spread(rows: int, most: int = NEIGHBOURS_OF) -> NDArray[np.int64]:
-    """At most ``most`` of so many rows, evenly over them."""
+    """Return the indices of at most ``most`` evenly spread rows out of ``rows``, (n,) int64."""
     return np.arange(rows) if rows <= most else np.linspace(0, rows - 1, most).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What ``dpar eval`` writes for people and programs: the cells as JSON, CSV, a Markdown table and plots.
+"""Output files of ``dpar eval``: the results as JSON, CSV, Markdown tables and plots.
 
 results = write_results(Path("scores"), row, reconstruction, identity)     # cells: OUT/cells/*/cell.json
 print(markdown(results))
@@ -22,9 +22,9 @@ from pipeline.scoring.records import RECONSTRUCTION, Cell, Floor, HeldOutRow, Me
 from shards.files import atomic_path, write_json
 from shards.records import read_json
 
-INTERVAL = "_interval"  # at the end of an interval's key
+INTERVAL = "_interval"  # suffix of an interval's key
 
-# Columns of a cell's numbers, in order: key, heading, format. Those that no cell has are left out.
+# Columns of a cell's numbers, in order: key, heading, format. Columns that no cell has are omitted.
 COLUMNS = (
     ("images", "images", "{}"),
     ("checkpoint", "checkpoint", "{}"),
@@ -61,7 +61,7 @@ COLUMNS = (
     ("labels", "labels", "{}"),
     ("reference_images", "references", "{}"),
 )
-# Likewise of a row of the held-out table.
+# Columns of the held-out table.
 HELD_OUT = (
     ("checkpoint", "checkpoint", "{}"),
     ("threshold", "threshold", "{:.4g}"),
@@ -72,7 +72,7 @@ HELD_OUT = (
     ("gmacs_per_image", "GMACs", "{:.4g}"),
     ("bits_per_token", "bits/token", "{:.4f}"),
 )
-# Of how each score is measured.
+# Columns of the table of measures.
 MEASURES = (
     ("score", "score", "{}"),
     ("network", "features of", "{}"),
@@ -95,11 +95,9 @@ def write_results(
     measures: Sequence[Measure] = (),
     protocol: tuple[str | None, Sequence[str]] = (None, ()),
 ) -> Results:
-    """Write ``results.json``, ``.csv``, ``.md`` and plots of all rows and cells in ``out``; return what they say.
+    """Write ``results.json``, ``.csv``, ``.md`` and plots of all rows and cells in ``out``; return the results.
 
-    ``protocol`` is the one that was asked for, and the deviations from it.
-
-    Without cells the table is that of the held-out rows.
+    ``protocol`` is the requested one, with the deviations from it. Without cells the table has the held-out rows.
 
     Raises:
         ArtifactError: the file of a row or a cell cannot be read.
@@ -146,7 +144,7 @@ def _csv(cells: list[dict[str, Any]]) -> str:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with the ends of each interval in columns of their own."""
+    """Return a row with the ends of each interval in separate columns."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
         if name.endswith(INTERVAL):
@@ -157,7 +155,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that a spreadsheet takes for nothing but text or a number, on one line."""
+    """Return a value that spreadsheets read as plain text or a number, on one line."""
     if not isinstance(value, str):
         return value
     line = value.translate(ESCAPES).replace("\n", "\\u000a")
@@ -165,7 +163,7 @@ def _plain(value: Any) -> Any:
 
 
 def markdown(results: Results) -> str:
-    """The results as Markdown: tables of the model and its tokenizer, of several held-out rows, and of the cells."""
+    """Return the results as Markdown: tables of model and tokenizer, of several held-out rows, and of the cells."""
     rows: list[tuple[str, str]] = []
     newest, reconstruction = results.newest, results.reconstruction
     if newest.bits_per_token is not None:
@@ -193,7 +191,7 @@ def markdown(results: Results) -> str:
         parts.append("| | |\n| --- | --- |\n" + "".join(f"| {name} | {value} |\n" for name, value in rows))
     if len(results.held_out) > 1:
         held_out = [row.to_json() for row in results.held_out]
-        parts.append(_table("Held-out images, cut by each row's rule.", HELD_OUT, held_out))
+        parts.append(_table("Held-out images, patchified with each row's rule.", HELD_OUT, held_out))
     rows_of_images = [cell.row() for cell in results.cells]
     title = f"Samples: {how_sampled(results.cells)}." if results.cells else "No samples."
     if results.floor is not None:
@@ -204,7 +202,7 @@ def markdown(results: Results) -> str:
         parts.append(_table(title, COLUMNS, rows_of_images))
     if results.measures:
         measures = [dataclasses.asdict(measure) for measure in results.measures]
-        title = "How each score was measured. Scores compare only where all of this is equal."
+        title = "How each score was measured. Scores are comparable only if all of this is equal."
         parts.append(_table(title, MEASURES, measures))
     parts += _about_intervals(results)
     if results.protocol is not None:
@@ -215,7 +213,7 @@ def markdown(results: Results) -> str:
 
 
 def _about_intervals(results: Results) -> list[str]:
-    """A line that says how the intervals in the tables were made, if there are any."""
+    """Return a line on how the intervals in the tables were computed, if there are any."""
     rows: list[HeldOutRow | Cell] = [results.newest, *results.held_out, *results.cells]
     of_bits = [row.bits_per_token_interval for row in rows]
     of_distances = [cell.scores.distance_interval for cell in results.cells if cell.scores is not None]

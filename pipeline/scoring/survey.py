@@ -1,7 +1,7 @@
-"""One pass over an artifact: how often each code and each entropy occurs, and how many patches its images have.
+"""One pass over an artifact: counts of each code and each entropy, and of the patches of its images.
 
 survey = Survey.of(artifact, thresholds=(7.0, 8.5), rule=rule, progress=progress)
-inspection = numbers(artifact, survey, settings)         # what ``dpar inspect`` says
+inspection = numbers(artifact, survey, settings)         # the result of ``dpar inspect``
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from shards.rows import Rows
 from shards.storage import size
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-EXTREMES = 5  # images and classes named at each end
-BLOCK = 2**20  # tokens counted at once, so that memory stays small
+EXTREMES = 5  # images and classes listed at each end
+BLOCK = 2**20  # tokens counted at once, to bound memory
 
 # All values that a stored entropy can have, by its 16 bits.
 _HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float64)
 
 
 def starts_at(rule: PatchRule, entropy: NDArray[np.float16], threshold: float, grid_width: int) -> NDArray[np.bool_]:
-    """Boundaries (..., N) of stored entropies (..., N) at another ``threshold``; of a static rule, by that alone."""
+    """Return boundaries (..., N) bool of stored entropies (..., N) with another ``threshold``."""
     return dataclasses.replace(rule, strategy="entropy", static_length=None, threshold=threshold).starts(
         entropy, grid_width
     )
@@ -54,13 +54,13 @@ def starts_at(rule: PatchRule, entropy: NDArray[np.float16], threshold: float, g
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What one pass over an artifact counts. The last three are zero for codes."""
+    """Counts of one pass over an artifact. The last three are zero for codes."""
 
     labels: NDArray[np.int32]  # (rows,)
     codes: NDArray[np.int64]  # (V,) how often each code occurs
     patches: NDArray[np.int32]  # (rows,) over all views
     entropy: NDArray[np.int64]  # (65536,) how often each float16 occurs, by its bits, without token 0
-    thresholds: NDArray[np.int64]  # (thresholds,) patches of the whole artifact at each
+    thresholds: NDArray[np.int64]  # (thresholds,) patches of the entire artifact at each
 
     @classmethod
     def of(cls, artifact: Artifact, thresholds: Sequence[float], rule: PatchRule, progress: Progress) -> Survey:
@@ -101,18 +101,18 @@ class Survey:
 
     @property
     def finite_entropies(self) -> int:
-        """How many tokens have a measured entropy."""
+        """Number of tokens with a measured entropy."""
         return int(self.entropy[np.isfinite(_HALVES)].sum())
 
     @property
     def entropy_scale(self) -> tuple[float, float]:
-        """One colour scale for all entropy maps of the artifact."""
+        """Colour scale for all entropy maps of the artifact."""
         percentiles = entropy_quantiles(self.entropy, np.arange(1, 100) / 100) if self.finite_entropies else []
         return entropy_scale(np.array(percentiles))
 
 
 def entropy_quantiles(counts: NDArray[np.int64], quantiles: Sequence[float] | NDArray[np.float64]) -> list[float]:
-    """Exact quantiles, nats, of entropies counted by their float16 bits, (65536,); what is not finite is left out."""
+    """Return exact quantiles in nats of finite entropies, from counts by their float16 bits, (65536,)."""
     bits = np.flatnonzero(np.isfinite(_HALVES) & (counts > 0))
     bits = bits[np.argsort(_HALVES[bits], kind="stable")]
     ends = np.cumsum(counts[bits])
@@ -121,7 +121,7 @@ def entropy_quantiles(counts: NDArray[np.int64], quantiles: Sequence[float] | ND
 
 
 def numbers(artifact: Artifact, survey: Survey, settings: InspectSettings) -> Inspection:
-    """What ``dpar inspect`` says of an artifact, without pictures."""
+    """Return the result of ``dpar inspect`` for an artifact, without pictures."""
     manifest = artifact.manifest
     used = int(np.count_nonzero(survey.codes))
     share = survey.codes[survey.codes > 0] / max(int(survey.codes.sum()), 1)
@@ -195,7 +195,7 @@ def _stored_patches(manifest: Manifest) -> StoredPatches:
 
 
 def _compressible(artifact: Artifact, survey: Survey) -> Compressible:
-    """Classes and images with the fewest and with the most patches per image, the extreme ones first."""
+    """Return the classes and images with the fewest and the most patches per image, the most extreme first."""
     manifest = artifact.manifest
     classes = [
         CompressibleClass(

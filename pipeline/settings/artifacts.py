@@ -32,11 +32,9 @@ from pipeline.settings.fields import (
 class TokenizeSettings(EngineSettings):
     """Images to codes."""
 
-    tokenizer: Annotated[
-        str, "Directory, LlamaGen .pt file or Hub name of the VQ tokenizer; builtin:photos ships.", MODEL
-    ]
+    tokenizer: Annotated[str, "Directory, LlamaGen .pt file or Hub name of the VQ tokenizer; or builtin:photos.", MODEL]
     image_size: Annotated[int, "Pixels along a side.", DATA] = 256
-    views: Annotated[Views, "Crops of each image: the centre, it and its mirror image, or ADM's ten.", DATA] = "center"
+    views: Annotated[Views, "Crops per image: the centre; it and its mirror image; or ADM's ten.", DATA] = "center"
     crop_range: Annotated[
         tuple[float, ...], "Short side before the crop, as a multiple of the image size; repeat. (default: 1.0)", DATA
     ] = (1.0,)
@@ -44,7 +42,7 @@ class TokenizeSettings(EngineSettings):
     shard_size: Annotated[int, "Images per shard.", OUTPUT] = 4096
     split: Split = None
     classes: Classes = ()
-    limit: Annotated[int | None, "At most so many images, spread over the classes. (default: all)", DATA] = None
+    limit: Annotated[int | None, "Use at most this many images, spread over the classes. (default: all)", DATA] = None
     holdout: Annotated[
         float | None,
         "Write this share of the images, such as 0.05, to OUT-holdout instead. (default: none)",
@@ -53,11 +51,11 @@ class TokenizeSettings(EngineSettings):
     ] = None
     group_regex: Annotated[
         str | None,
-        "Hold out whole groups of images: what this matches in a key, or its first group, names the group.",
+        "Keep images of a group together when holding out; a group is what this matches in the key.",
         DATA,
         RUN_TIME,
     ] = None
-    seed: Annotated[int, "Of the choice of held-out images.", DATA, RUN_TIME] = 0
+    seed: Annotated[int, "Seed of the choice of held-out images.", DATA, RUN_TIME] = 0
     image_column: Annotated[
         str | None, "Column of the images in Parquet, Arrow and Hub datasets. (default: the only one that fits)", DATA
     ] = None
@@ -72,7 +70,7 @@ class TokenizeSettings(EngineSettings):
         HARDWARE,
         RUN_TIME,
     ] = None
-    overwrite: Annotated[bool, "Replace an output that other settings made.", OUTPUT, RUN_TIME] = False
+    overwrite: Annotated[bool, "Replace an output made with other settings.", OUTPUT, RUN_TIME] = False
     device: Device = "auto"
     precision: Compute = "fp32"
 
@@ -83,7 +81,7 @@ class TokenizeSettings(EngineSettings):
         if self.holdout is not None:
             require(0 < self.holdout < 1, f"--holdout is {self.holdout}; it must be above 0 and below 1, such as 0.05")
         if self.group_regex is not None:
-            require(self.holdout is not None, "--group-regex belongs to --holdout")
+            require(self.holdout is not None, "--group-regex needs --holdout")
             try:
                 re.compile(self.group_regex)
             except re.error as error:
@@ -99,11 +97,11 @@ class PatchifySettings(EngineSettings):
     ] = None
     threshold: Annotated[
         float | None,
-        "τ, nats: a token with entropy above it starts a patch. Entropies reach from 0 to ln V (9.70 for 16384 codes, "
-        "6.93 for 1024); the published 7.8 is 0.80·ln V of its tokenizer. Small codebooks need --target-length.",
+        "τ, nats: a token with entropy above it starts a patch. Entropies range from 0 to ln V (9.70 for 16384 codes, "
+        "6.93 for 1024); the published 7.8 is 0.80·ln V of its tokenizer. For small codebooks use --target-length.",
         PATCHES,
     ] = None
-    target_length: Annotated[float | None, "Mean patch length wanted, such as 1.81; finds the threshold.", PATCHES] = (
+    target_length: Annotated[float | None, "Find the threshold for this mean patch length, such as 1.81.", PATCHES] = (
         None
     )
     max_length: Annotated[int, "P: most tokens in a patch; 0 is no limit.", PATCHES] = 4
@@ -113,15 +111,15 @@ class PatchifySettings(EngineSettings):
     )
     static_length: Annotated[float | None, "Patch length of the static strategy; may be fractional.", PATCHES] = None
     container: Annotated[Container | None, "Format of the shards. (default: as the input's)", OUTPUT] = None
-    sample: Annotated[int, "Images on which --target-length looks for its threshold.", PATCHES] = 4096
+    sample: Annotated[int, "Images on which --target-length searches for its threshold.", PATCHES] = 4096
     batch: Annotated[int, "Sequences in one pass of the entropy model.", HARDWARE] = 32
     compare: Annotated[
         tuple[str, str] | None,
-        "Two entropy models: report how alike they cut a sample of the images; write no patches.",
+        "Two entropy models: report how similarly they patchify a sample of the images; write no patches.",
         MODEL,
     ] = None
     verify: Annotated[bool, "Check the SHA-256 of every input shard before starting.", DATA] = True
-    overwrite: Annotated[bool, "Replace an output that other settings made.", OUTPUT] = False
+    overwrite: Annotated[bool, "Replace an output made with other settings.", OUTPUT] = False
     device: Device = "auto"
     precision: Compute = "auto"
 
@@ -130,16 +128,16 @@ class PatchifySettings(EngineSettings):
         at_least(self, 1, "target_length", "static_length", "sample", "batch")
         at_least(self, 0, "max_length", "threshold")
         if self.compare is not None:
-            require(self.entropy_model is None, "--compare names both entropy models; leave --entropy-model out")
-            require(self.strategy == "entropy", "--compare is of entropies; leave --strategy static out")
+            require(self.entropy_model is None, "--compare names both entropy models; omit --entropy-model")
+            require(self.strategy == "entropy", "--compare needs entropies; omit --strategy static")
         if self.strategy == "static":
             require(self.static_length is not None, "--strategy static needs --static-length")
             require(
                 self.threshold is None and self.target_length is None,
-                "--strategy static takes no --threshold or --target-length; its length is --static-length",
+                "--strategy static does not use --threshold or --target-length; give its length with --static-length",
             )
         else:
-            require(self.static_length is None, "--static-length belongs to --strategy static")
+            require(self.static_length is None, "--static-length needs --strategy static")
             require(
                 (self.threshold is None) != (self.target_length is None),
                 "give one of --threshold (nats) and --target-length (tokens per patch)",
@@ -147,7 +145,7 @@ class PatchifySettings(EngineSettings):
 
     @property
     def rule(self) -> PatchRule:
-        """The patch rule; without a threshold if it is not known yet."""
+        """The patch rule; its threshold is None if not known yet."""
         if self.static_length is not None:
             return PatchRule.static(self.static_length)
         return PatchRule(threshold=self.threshold, max_length=self.max_length or None, row_reset=self.row_reset)
@@ -155,13 +153,15 @@ class PatchifySettings(EngineSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings:
-    """Looking into an artifact."""
+    """Summary of an artifact."""
 
-    images: Annotated[int, "Images drawn, spread over the classes; 0 draws none and needs no tokenizer.", DATA] = 8
+    images: Annotated[int, "Images to draw, spread over the classes; 0 draws none and needs no tokenizer.", DATA] = 8
     classes: Annotated[tuple[str, ...], "Draw images of this class; repeat for several. (default: all)", DATA] = ()
     keys: Annotated[tuple[str, ...], "Draw the image of this key; repeat for several.", DATA] = ()
-    threshold: Annotated[tuple[float, ...], "τ, nats: patches at this threshold too; repeat for several.", PATCHES] = ()
-    tokenizer: Annotated[str | None, "Weights to decode with. (default: those that made the codes)", MODEL] = None
+    threshold: Annotated[
+        tuple[float, ...], "τ, nats: also report patches at this threshold; repeat for several.", PATCHES
+    ] = ()
+    tokenizer: Annotated[str | None, "Weights to decode with. (default: those recorded in the artifact)", MODEL] = None
     fetch_originals: FetchOriginals = False
     verify: Annotated[bool, "Check the SHA-256 of every shard.", DATA] = False
     batch: Annotated[int, "Images decoded at once.", HARDWARE] = 32

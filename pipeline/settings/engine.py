@@ -15,13 +15,13 @@ class EngineSettings:
 
     engine: Annotated[
         Literal["processes", "ray"],
-        "processes: this one, and others that run the same command; ray: workers of a Ray cluster (extra ray).",
+        "processes: this one and others that run the same command; ray: workers of a Ray cluster (extra ray).",
         HARDWARE,
         RUN_TIME,
     ] = "processes"
     ray_address: Annotated[
         str | None,
-        "Of the cluster; auto is the one of this machine. (default: RAY_ADDRESS, or auto, or start one here)",
+        "Address of the cluster; auto is that of this machine. (default: RAY_ADDRESS, else auto, else start one here)",
         HARDWARE,
         RUN_TIME,
     ] = None
@@ -29,11 +29,11 @@ class EngineSettings:
         int | None, "Workers to ask Ray for. (default: as many as its nodes have room for)", HARDWARE, RUN_TIME
     ] = None
     gpus_per_worker: Annotated[
-        float | None, "A whole number, or a fraction of one GPU. (default: 1, or 0 without GPUs)", HARDWARE, RUN_TIME
+        float | None, "A whole number, or a fraction below 1. (default: 1, or 0 without GPUs)", HARDWARE, RUN_TIME
     ] = None
 
     def check_engine(self) -> None:
-        """Raise StageError if a value makes no sense."""
+        """Raise StageError if a value is invalid."""
         at_least(self, 1, "ray_workers")
         at_least(self, 0, "gpus_per_worker")
         gpus = self.gpus_per_worker or 0.0
@@ -43,4 +43,4 @@ class EngineSettings:
         )
         if self.engine != "ray":
             for name in ("ray_address", "ray_workers", "gpus_per_worker"):
-                require(getattr(self, name) is None, f"--{name.replace('_', '-')} belongs to --engine ray")
+                require(getattr(self, name) is None, f"--{name.replace('_', '-')} needs --engine ray")

@@ -1,4 +1,4 @@
-"""Settings of the commands about a model alone: probe, flops and convert."""
+"""Settings of the commands that only concern a model: probe, flops and convert."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from shards.storage import Location
 class ProbeSettings:
     """A linear classifier on a frozen model's features."""
 
-    train: Annotated[Location, "Artifact to fit the classifier on: patches for DPAR; codes will do for LlamaGen.", DATA]
-    test: Annotated[Location, "Artifact to count its hits on.", DATA]
+    train: Annotated[
+        Location, "Artifact to fit the classifier on: patches for DPAR; codes or patches for LlamaGen.", DATA
+    ]
+    test: Annotated[Location, "Artifact to measure its accuracy on.", DATA]
     layer: Annotated[int | None, "Layer whose outputs are the features, from 1. (default: the last)", MODEL] = None
-    weight_decay: Annotated[float, "Of the classifier's matrix: added to the loss as half of it times |W|².", OPTIM] = (
-        1e-4
-    )
-    iterations: Annotated[int, "Of L-BFGS, at most.", OPTIM] = 200
+    weight_decay: Annotated[
+        float, "Weight decay of the classifier: adds weight_decay / 2 · |W|² to the loss.", OPTIM
+    ] = 1e-4
+    iterations: Annotated[int, "Most iterations of L-BFGS.", OPTIM] = 200
     batch: Annotated[int, "Images in one pass of the model.", HARDWARE] = 32
     device: Device = "auto"
     precision: Compute = "auto"
@@ -51,13 +53,13 @@ class FlopsSettings:
     ] = None
     entropy_model: Annotated[str, "Preset of the entropy model that DPAR samples with.", MODEL] = "llamagen-b"
     downsampling: Annotated[int, "Pixels along a side of a token.", MODEL] = 16
-    codebook_size: Annotated[int, "Codes, V.", MODEL] = 16384
-    classes: Annotated[int, "Classes.", MODEL] = 1000
+    codebook_size: Annotated[int, "Number of codes, V.", MODEL] = 16384
+    classes: Annotated[int, "Number of classes.", MODEL] = 1000
 
     def __post_init__(self) -> None:
         require(
             self.entropy_model.startswith("llamagen-"),
-            f"--entropy-model is {self.entropy_model!r}; the entropy model is of LlamaGen's family: llamagen-…",
+            f"--entropy-model is {self.entropy_model!r}; the entropy model must be a LlamaGen: llamagen-…",
         )
         at_least(self, 1, "patch_length", "downsampling", "codebook_size")
         at_least(self, 0, "classes")
@@ -72,10 +74,10 @@ class FlopsSettings:
 class ConvertSettings:
     """Converting weights."""
 
-    heads: Annotated[int | None, "Attention heads, if SRC does not say.", MODEL] = None
-    grid: Annotated[tuple[int, int] | None, "Rows and columns of tokens, if SRC does not say.", MODEL] = None
+    heads: Annotated[int | None, "Attention heads, if not recorded in SRC.", MODEL] = None
+    grid: Annotated[tuple[int, int] | None, "Rows and columns of tokens, if not recorded in SRC.", MODEL] = None
     rope: Annotated[
-        PatchRope | None, "Rotary positions of DPAR's patches, if SRC does not say. (default: dynamic)", MODEL
+        PatchRope | None, "Rotary positions of DPAR's patches, if not recorded in SRC. (default: dynamic)", MODEL
     ] = None
 
     push_to: Annotated[str | None, "Upload DST to this repository of the Hugging Face Hub, owner/name.", OUTPUT] = None

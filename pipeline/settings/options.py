@@ -1,7 +1,7 @@
-"""Options of the command line, made from settings: one option per field, ``--config``, and help in sections.
+"""Command-line options derived from settings: one option per field, ``--config``, and help in sections.
 
 parameters = option_parameters(TrainSettings)          # by name, for the signature of a Typer command
-settings = build_settings(TrainSettings, values)       # of what Typer has parsed
+settings = build_settings(TrainSettings, values)       # from the values that Typer parsed
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shards.storage import Url, location
 
 
 class Command(TyperCommand):
-    """A command whose help lists its options in sections, the required ones first, and ends in examples."""
+    """A command whose help lists its options in sections, the required ones first, and ends with examples."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and options, section by section."""
@@ -66,7 +66,7 @@ def write_examples(examples: str | None, formatter: Any) -> None:
 
 
 def option_parameters(settings_class: type[Any]) -> dict[str, inspect.Parameter]:
-    """An option for each field of a settings class, and ``--config``."""
+    """Return an option for each field of a settings class, and ``--config``."""
     hints = typing.get_type_hints(settings_class, include_extras=True)
     parameters = {}
     for field in dataclasses.fields(settings_class):
@@ -75,7 +75,7 @@ def option_parameters(settings_class: type[Any]) -> dict[str, inspect.Parameter]
         parser = parser_of(kind)
         if parser is not None:
             kind = str if field.default is dataclasses.MISSING else str | None
-        if repeatable:  # its help states the default
+        if repeatable:  # the help text states the default
             kind = list[typing.get_args(kind)[0]] | None  # type: ignore[misc]
         required = field.default is dataclasses.MISSING
         default = inspect.Parameter.empty if required else None if repeatable else field.default
@@ -87,7 +87,7 @@ def option_parameters(settings_class: type[Any]) -> dict[str, inspect.Parameter]
         )
         parameters[field.name] = _parameter(field.name, default, Annotated[kind, option])
     config = typer.Option(
-        help="TOML file with any of these options; flags win.",
+        help="TOML file with any of these options; flags take precedence.",
         is_eager=True,
         callback=read_config,
         parser=local_path,
@@ -98,7 +98,7 @@ def option_parameters(settings_class: type[Any]) -> dict[str, inspect.Parameter]
 
 
 def parser_of(kind: Any) -> Callable[[str], Any] | None:
-    """Return what parses an option of this type, if it is a path or the location of an artifact."""
+    """Return the parser of an option of this type, if it is a path or the location of an artifact."""
     kinds = set(typing.get_args(kind)) or {kind}
     return location if Url in kinds else local_path if Path in kinds else None
 
@@ -124,7 +124,7 @@ def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take a TOML file's values as this command's defaults.
+    """Use a TOML file's values as this command's defaults.
 
     Raises:
         typer.BadParameter: the file cannot be read, or has a name that is not an option of the command.
@@ -158,10 +158,10 @@ def _suggestion(key: str, known: list[str]) -> str:
 
 
 def build_settings(settings_class: type[Any], values: dict[str, Any]) -> Any:
-    """The settings of parsed options; options that were not given keep the settings' own defaults.
+    """Return the settings for parsed options; omitted options keep their defaults.
 
     Raises:
-        StageError: the settings refuse a value.
+        StageError: a value is invalid.
     """
     given = {}
     for field in dataclasses.fields(settings_class):

@@ -32,7 +32,7 @@ from pipeline.settings.fields import (
 from shards.storage import Location
 
 SCORING_BATCH = 32
-# What `dpar eval --protocol paper` fixes: section 4 of the paper, and the evaluation of LlamaGen that it takes over.
+# Fixed by `dpar eval --protocol paper`: section 4 of the paper, and LlamaGen's evaluation, which it follows.
 PAPER = {
     "features": "inception",
     "samples": 50_000,
@@ -47,35 +47,39 @@ PAPER = {
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """What sampling needs wherever it happens."""
+    """Settings shared by all commands that sample."""
 
     cfg_schedule: Annotated[
         GuidanceSchedule,
-        "Of the guidance over the tokens; linear and power-cosine rise from none to --cfg-scale.",
+        "Guidance schedule over the tokens; linear and power-cosine rise from none to --cfg-scale.",
         SAMPLING,
     ] = "constant"
-    cfg_power: Annotated[float, "Of power-cosine; higher guides later.", SAMPLING] = 1.0
-    temperature: Annotated[float, "Of the logits; 0 takes the likeliest token.", SAMPLING] = 1.0
-    top_k: Annotated[int, "Only the k likeliest tokens; 0 is all.", SAMPLING] = 0
-    top_p: Annotated[float, "Only the likeliest tokens that together have this probability.", SAMPLING] = 1.0
+    cfg_power: Annotated[float, "Power of power-cosine; higher values guide later.", SAMPLING] = 1.0
+    temperature: Annotated[float, "Temperature of the logits; 0 takes the likeliest token.", SAMPLING] = 1.0
+    top_k: Annotated[int, "Sample from the k likeliest tokens; 0 is all.", SAMPLING] = 0
+    top_p: Annotated[float, "Sample from the likeliest tokens that together have this probability.", SAMPLING] = 1.0
     row_reset: Annotated[bool | None, "Each row starts a patch. (default: as in the training data)", PATCHES] = None
     seed: Annotated[Seed, SAMPLING] = 0
     batch: Annotated[
         int | None,
-        "Images sampled at once; at most a shard. (default: as many as fit into the GPU's memory, to 256; 32 on CPU)",
+        "Images sampled at once, at most a shard. (default: as many as fit in GPU memory, at most 256; 32 on CPU)",
         HARDWARE,
         RUN_TIME,
     ] = None
-    shard_size: Annotated[int, "Images a shard of the sampled codes: what a kill can lose.", OUTPUT, RUN_TIME] = 128
-    tokenizer: Annotated[str | None, "Its weights. (default: those that made the codes)", MODEL, RUN_TIME] = None
-    entropy_model: Annotated[str | None, "Its weights. (default: those that made the patches)", MODEL, RUN_TIME] = None
+    shard_size: Annotated[int, "Images per shard of sampled codes: the most that a kill loses.", OUTPUT, RUN_TIME] = 128
+    tokenizer: Annotated[
+        str | None, "Weights of the tokenizer. (default: those recorded by the run)", MODEL, RUN_TIME
+    ] = None
+    entropy_model: Annotated[
+        str | None, "Weights of the entropy model. (default: those recorded by the run)", MODEL, RUN_TIME
+    ] = None
     device: Device = "auto"
     precision: Compute = "auto"
-    decode_precision: Annotated[Precision, "Of decoding codes to pictures.", HARDWARE] = "fp32"
+    decode_precision: Annotated[Precision, "Precision of decoding codes to pictures.", HARDWARE] = "fp32"
 
     @property
     def scoring_batch(self) -> int:
-        """Images in one pass of what measures them."""
+        """Images per forward pass of the networks that score them."""
         return self.batch or SCORING_BATCH
 
     def __post_init__(self) -> None:
@@ -85,7 +89,7 @@ class SamplingSettings:
 
 
 def check_cfg_scale(scale: float) -> None:
-    """Raises StageError unless guidance of this scale means something."""
+    """Raise StageError unless the guidance scale is valid."""
     require(math.isfinite(scale) and scale >= 0, f"--cfg-scale is {scale}; it must be above 0")
     require(scale > 0, "--cfg-scale is 0, which ignores the class; 1 is no guidance")
 
@@ -95,30 +99,28 @@ class SampleSettings(SamplingSettings, EngineSettings):
     """Sampling pictures."""
 
     cfg_scale: Annotated[float, "Classifier-free guidance s: logits = u + s·(c - u); 1 is none.", SAMPLING] = 2.0
-    threshold: Annotated[float | None, "τ, nats. (default: the training data's)", PATCHES] = None
-    max_length: Annotated[int | None, "P; 0 is no limit. (default: the training data's)", PATCHES] = None
+    threshold: Annotated[float | None, "τ, nats. (default: as in the training data)", PATCHES] = None
+    max_length: Annotated[int | None, "P; 0 is no limit. (default: as in the training data)", PATCHES] = None
     classes: Annotated[
         tuple[str, ...], "Only this class, by name or number; repeat for several. (default: all)", SAMPLING
     ] = ()
     per_class: Annotated[int | None, "Images of each class. (default: 4)", SAMPLING] = None
     count: Annotated[
-        int | None, "Images in all, in place of --per-class; --labels says of which classes.", SAMPLING
+        int | None, "Total number of images, instead of --per-class; --labels chooses their classes.", SAMPLING
     ] = None
-    labels: Annotated[Labels, "Classes of a number of images: all alike, or drawn at random (seeded).", SAMPLING] = (
-        "balanced"
-    )
+    labels: Annotated[Labels, "Classes for --count: equal numbers, or drawn at random (seeded).", SAMPLING] = "balanced"
     image: Annotated[
         Path | None, "Keep a part of this image and sample the rest, with --mask or --keep-rows.", SAMPLING
     ] = None
-    mask: Annotated[Path | None, "Image of the same size: white is sampled anew.", SAMPLING] = None
-    keep_rows: Annotated[int | None, "Rows of tokens kept, from the top.", SAMPLING] = None
+    mask: Annotated[Path | None, "Image of the same size; white parts are sampled.", SAMPLING] = None
+    keep_rows: Annotated[int | None, "Rows of tokens to keep, from the top.", SAMPLING] = None
     show_patches: Annotated[bool, "Draw the patches on the images of the sheet.", OUTPUT] = False
     show_nearest: Annotated[
         Location | None, "Training artifact: put the nearest training image below each sample, in nearest.png.", OUTPUT
     ] = None
     png: Annotated[bool, "Write each picture as a PNG file.", OUTPUT] = True
-    npz: Annotated[bool, "Write samples.npz as ADM's evaluation suite reads it.", OUTPUT] = False
-    overwrite: Annotated[bool, "Replace an output that other settings made.", OUTPUT] = False
+    npz: Annotated[bool, "Write samples.npz in the format of ADM's evaluation suite.", OUTPUT] = False
+    overwrite: Annotated[bool, "Replace an output made with other settings.", OUTPUT] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,10 +132,10 @@ class SampleSettings(SamplingSettings, EngineSettings):
         require(self.labels == "balanced" or self.count is not None, "--labels random needs --count")
         kept = (self.mask is not None) + (self.keep_rows is not None)
         if self.image is None:
-            require(kept == 0, "--mask and --keep-rows belong to --image")
+            require(kept == 0, "--mask and --keep-rows need --image")
         else:
             require(kept == 1, "--image needs one of --mask and --keep-rows")
-            require(len(self.classes) == 1, "--image needs one --classes: the class of what is sampled")
+            require(len(self.classes) == 1, "--image needs one --classes: the class of the sampled part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,7 @@ class EvalSettings(SamplingSettings, EngineSettings):
     ]
     held_out: Annotated[
         Location | None,
-        "Held-out artifact for bits per token: patches for DPAR; codes will do for LlamaGen. "
+        "Held-out artifact for bits per token: patches for DPAR; codes or patches for LlamaGen. "
         "(default: the reference, if it is an artifact)",
         DATA,
         RUN_TIME,
@@ -160,20 +162,20 @@ class EvalSettings(SamplingSettings, EngineSettings):
         RUN_TIME,
     ] = ()
     cfg_scale: Annotated[
-        tuple[float, ...], "Guidance to sample at; repeat for a table. (default: 1.0 and 2.0)", SAMPLING, RUN_TIME
+        tuple[float, ...], "Guidance scale; repeat for a table. (default: 1.0 and 2.0)", SAMPLING, RUN_TIME
     ] = (
         1.0,
         2.0,
     )
     threshold: Annotated[
-        tuple[float, ...], "τ, nats; repeat for a table. (default: the training data's)", PATCHES, RUN_TIME
+        tuple[float, ...], "τ, nats; repeat for a table. (default: as in the training data)", PATCHES, RUN_TIME
     ] = ()
     max_length: Annotated[
-        tuple[int, ...], "P, 0 is no limit; repeat for a table. (default: the training data's)", PATCHES, RUN_TIME
+        tuple[int, ...], "P, 0 is no limit; repeat for a table. (default: as in the training data)", PATCHES, RUN_TIME
     ] = ()
     labels: Annotated[
         ScoredLabels,
-        "Classes of the samples: drawn at random (seeded), as in the paper; all alike; or in the proportions of the "
+        "Classes of the samples: drawn at random (seeded), as in the paper; balanced; or in the proportions of the "
         "reference's images.",
         SAMPLING,
     ] = "random"
@@ -184,13 +186,14 @@ class EvalSettings(SamplingSettings, EngineSettings):
     ] = None
     features: Annotated[
         Features | None,
-        "Of the distance between samples and reference: inception is FID; efficientnet is EfficientNet-Lite0's, whose "
-        "weights are in a package (both of extra eval). (default: tokenizer; inception with --protocol paper)",
+        "Features for the distance between samples and reference: inception gives FID; efficientnet is "
+        "EfficientNet-Lite0, whose weights are in a package (both need extra eval). "
+        "(default: tokenizer; inception with --protocol paper)",
         OUTPUT,
     ] = None
     protocol: Annotated[
         Protocol | None,
-        "paper: number of samples, features, labels and decoding as the paper has them; every deviation is printed.",
+        "paper: number of samples, features, labels and decoding as in the paper; every deviation is printed.",
         OUTPUT,
         RUN_TIME,
     ] = None
@@ -202,41 +205,41 @@ class EvalSettings(SamplingSettings, EngineSettings):
     ] = None
     bootstrap: Annotated[
         int | None,
-        "Resamples for confidence intervals; 0 makes none. (default: 1000 for bits per token; 100 for distances, 20 of "
+        "Resamples for confidence intervals; 0 is none. (default: 1000 for bits per token; 100 for distances, 20 with "
         "more than 10000 images)",
         OUTPUT,
     ] = None
     training: Annotated[
         Location | None,
-        "Training artifact, of the sheet of nearest training images. (default: the one that the run records)",
+        "Training artifact for the sheet of nearest training images. (default: the one recorded by the run)",
         DATA,
         RUN_TIME,
     ] = None
     inception_weights: Annotated[
-        Path | None, "File of Inception's weights. (default: torch-fidelity fetches them)", OUTPUT, RUN_TIME
+        Path | None, "File of Inception's weights. (default: torch-fidelity downloads them)", OUTPUT, RUN_TIME
     ] = None
     floor: Annotated[
         Location | None,
-        "A second set of real images, an artifact or a folder, such as training images: its distance to the reference "
-        "is what samples can be expected to reach. As many images as --samples, evenly spread.",
+        "A second set of real images, an artifact or a folder, such as training images. Its distance to the reference "
+        "is the best that samples can be expected to reach. As many images as --samples, evenly spread.",
         DATA,
         RUN_TIME,
     ] = None
     save_reference: Annotated[
-        Path | None, "Write the reference's statistics to this .npz, to be a --reference.", OUTPUT, RUN_TIME
+        Path | None, "Write the reference's statistics to this .npz, for use as --reference.", OUTPUT, RUN_TIME
     ] = None
     sheet_per_class: Annotated[int, "Samples of each class on the sheets.", OUTPUT, RUN_TIME] = 4
     fetch_originals: FetchOriginals = False
 
     @property
     def images(self) -> int:
-        """``samples``, which is never None once the settings exist."""
+        """``samples``, which is not None after validation."""
         assert self.samples is not None
         return self.samples
 
     @property
     def network(self) -> Features:
-        """``features``, which are never None once the settings exist."""
+        """``features``, which is not None after validation."""
         assert self.features is not None
         return self.features
 
@@ -255,7 +258,7 @@ class EvalSettings(SamplingSettings, EngineSettings):
             require(length >= 0, f"--max-length is {length}; it must be at least 0 (0 is no limit)")
         at_least(self, 0, "samples", "bootstrap")
         at_least(self, 1, "sheet_per_class")
-        require(self.bootstrap != 1, "--bootstrap is 1; a spread needs at least 2 resamples (0 makes no intervals)")
+        require(self.bootstrap != 1, "--bootstrap is 1; intervals need at least 2 resamples (0: no intervals)")
         require(self.samples != 1, "--samples is 1; a distance needs at least 2 images (0 samples none)")
         if self.save_reference is not None:
             require(
@@ -270,9 +273,9 @@ class ExportSettings(SamplingSettings):
 
     cfg_scale: Annotated[float, "Guidance of the sample pictures.", SAMPLING] = 2.0
     samples: Annotated[int, "Sample pictures on the model card; 0 draws none.", OUTPUT] = 8
-    ema: Annotated[bool, "Take the moving average of the weights, where the run has one.", MODEL] = True
-    weights_dtype: Annotated[Literal["fp32", "bf16"], "Of the weights written.", OUTPUT] = "fp32"
-    title: Annotated[str | None, "Of the model card. (default: the run's name)", OUTPUT] = None
+    ema: Annotated[bool, "Use the moving average of the weights, if the run has one.", MODEL] = True
+    weights_dtype: Annotated[Literal["fp32", "bf16"], "Format of the written weights.", OUTPUT] = "fp32"
+    title: Annotated[str | None, "Title of the model card. (default: the run's name)", OUTPUT] = None
     note: Annotated[str, "A paragraph for the model card.", OUTPUT] = ""
     push_to: Annotated[str | None, "Upload to this repository of the Hugging Face Hub, owner/name.", OUTPUT] = None
 

@@ -32,22 +32,22 @@ class TrainTokenizerSettings:
     """Training a VQ tokenizer."""
 
     model: Annotated[str, "Preset: vq-16 and vq-8 are LlamaGen's; vq-8-tiny is small.", MODEL] = "vq-8-tiny"
-    codebook_size: Annotated[int | None, "Codes, V. (default: the preset's)", MODEL] = None
+    codebook_size: Annotated[int | None, "Number of codes, V. (default: the preset's)", MODEL] = None
     image_size: Annotated[int, "Pixels along a side of the training crops.", DATA] = 128
     split: Split = None
     classes: Classes = ()
     steps: Annotated[int, "Optimizer steps.", OPTIM] = 2000
     batch: Annotated[int, "Images per step.", OPTIM] = 16
-    lr: Annotated[float, "Learning rate; it falls to a tenth along a cosine.", OPTIM] = 1e-3
+    lr: Annotated[float, "Peak learning rate; a cosine schedule lowers it to a tenth.", OPTIM] = 1e-3
     warmup: Annotated[int, "Steps over which the learning rate rises from 0.", OPTIM] = 50
-    commitment_weight: Annotated[float, "Of the commitment loss.", OPTIM] = 0.25
-    entropy_weight: Annotated[float, "Of the codebook's entropy loss; 0 is off.", OPTIM] = 0.0
-    perceptual_weight: Annotated[float, "Of LPIPS (extra vqgan); 0 is off.", OPTIM] = 0.0
-    adversarial_weight: Annotated[float, "Of the PatchGAN discriminator; 0 is off.", OPTIM] = 0.0
+    commitment_weight: Annotated[float, "Weight of the commitment loss.", OPTIM] = 0.25
+    entropy_weight: Annotated[float, "Weight of the codebook's entropy loss; 0 is off.", OPTIM] = 0.0
+    perceptual_weight: Annotated[float, "Weight of LPIPS (extra vqgan); 0 is off.", OPTIM] = 0.0
+    adversarial_weight: Annotated[float, "Weight of the PatchGAN discriminator; 0 is off.", OPTIM] = 0.0
     adversarial_start: Annotated[int, "First step of the discriminator.", OPTIM] = 1000
     restart_every: Annotated[int, "Steps between restarts of unused codes, in the first half; 0 is never.", OPTIM] = 50
     checkpoint_every: Annotated[int, "Steps between checkpoints.", OUTPUT, RUN_TIME] = 250
-    weights_dtype: Annotated[Literal["fp32", "bf16"], "Of the weights written at the end.", OUTPUT] = "fp32"
+    weights_dtype: Annotated[Literal["fp32", "bf16"], "Format of the weights written at the end.", OUTPUT] = "fp32"
     workers: Annotated[int, "Threads that decode images.", HARDWARE, RUN_TIME] = 2
     seed: Annotated[Seed, OPTIM] = 0
     device: Device = "auto"
@@ -67,21 +67,21 @@ class OptimSettings:
     epochs: Annotated[float, "Passes over the data, without --steps.", OPTIM] = 300.0
     batch: Annotated[int, "Images per step, over all processes.", OPTIM] = 256
     micro_batch: Annotated[
-        int | None, "Images computed at once in a process. (default: all of its share)", HARDWARE, RUN_TIME
+        int | None, "Images per forward pass of a process. (default: all of its share)", HARDWARE, RUN_TIME
     ] = None
     lr: Annotated[float, "Learning rate.", OPTIM] = 1e-4
     scale_lr: Annotated[bool, "Multiply the learning rate by batch / 256.", OPTIM] = False
-    schedule: Annotated[Schedule, "Of the learning rate; cosine falls to a tenth.", OPTIM] = "constant"
+    schedule: Annotated[Schedule, "Learning-rate schedule; cosine falls to a tenth.", OPTIM] = "constant"
     warmup: Annotated[int, "Steps over which the learning rate rises from 0.", OPTIM] = 0
-    weight_decay: Annotated[float, "On matrices only.", OPTIM] = 0.05
-    beta1: Annotated[float, "AdamW.", OPTIM] = 0.9
-    beta2: Annotated[float, "AdamW.", OPTIM] = 0.95
+    weight_decay: Annotated[float, "Weight decay, on matrices only.", OPTIM] = 0.05
+    beta1: Annotated[float, "β1 of AdamW.", OPTIM] = 0.9
+    beta2: Annotated[float, "β2 of AdamW.", OPTIM] = 0.95
     clip: Annotated[float, "Largest gradient norm; 0 is no limit.", OPTIM] = 1.0
-    dropout: Annotated[float, "In LlamaGen everywhere, in DPAR in the patch transformer and on its input.", OPTIM] = 0.1
-    ema: Annotated[float, "Decay of the weights' moving average, such as 0.9999; 0 keeps none.", OPTIM] = 0.0
+    dropout: Annotated[float, "Dropout: in all of LlamaGen; in DPAR's patch transformer and on its input.", OPTIM] = 0.1
+    ema: Annotated[float, "Decay of the weights' moving average, such as 0.9999; 0 is none.", OPTIM] = 0.0
     set: Annotated[
         tuple[str, ...],
-        "field=value of the model's config, in place of the preset's, such as width=128; repeat.",
+        "Override a field of the preset's config, such as width=128; repeat for several.",
         MODEL,
     ] = ()
     init: Annotated[str | None, "Weights to start from: a directory, run, Hub name or LlamaGen's .pt file.", MODEL] = (
@@ -97,32 +97,35 @@ class OptimSettings:
         RUN_TIME,
     ] = None
     cache_size: Annotated[
-        float, "GB of shards in --cache, at most; the least recently used are removed.", DATA, RUN_TIME
+        float, "Most GB of shards in --cache; the least recently used are removed.", DATA, RUN_TIME
     ] = 100.0
-    eval_every: Annotated[int, "Steps between validations and sheets; one more comes at the end.", OUTPUT, RUN_TIME] = (
-        2000
-    )
+    eval_every: Annotated[
+        int, "Steps between validations and sheets; the last step has them too.", OUTPUT, RUN_TIME
+    ] = 2000
     sheet: Annotated[int, "Samples on each sheet; 0 draws none.", OUTPUT, RUN_TIME] = 8
     log_every: Annotated[int, "Steps between lines of metrics.", OUTPUT, RUN_TIME] = 50
     checkpoint_every: Annotated[int, "Steps between checkpoints.", OUTPUT, RUN_TIME] = 2000
-    keep: Annotated[int, "Newest checkpoints kept.", OUTPUT, RUN_TIME] = 2
-    override: Annotated[bool, "Resume a run with other settings, and record which.", OUTPUT, RUN_TIME] = False
+    keep: Annotated[int, "Number of newest checkpoints to keep.", OUTPUT, RUN_TIME] = 2
+    override: Annotated[bool, "Resume a run with other settings, and record the changes.", OUTPUT, RUN_TIME] = False
     verify: Annotated[bool, "Check the SHA-256 of every input shard before starting.", DATA, RUN_TIME] = True
     attention: Annotated[
         Attention,
-        "How packed patches attend; auto is the first of varlen, xformers and sdpa that runs here.",
+        "Attention backend for packed patches; auto is the first of varlen, xformers and sdpa that runs here.",
         HARDWARE,
         RUN_TIME,
     ] = "auto"
     compile: Annotated[bool | None, "Compile the model's layers. (default: on CUDA)", HARDWARE, RUN_TIME] = None
     checkpoint_layers: Annotated[
-        bool, "Keep no activations inside layers: less memory, a third more compute.", HARDWARE, RUN_TIME
+        bool, "Recompute activations in the backward pass: less memory, a third more compute.", HARDWARE, RUN_TIME
     ] = False
     fsdp: Annotated[
-        bool, "Share weights and optimizer over the processes (FSDP2), for models of XXL size.", HARDWARE, RUN_TIME
+        bool,
+        "Shard weights and optimizer state over the processes (FSDP2), for models of XXL size.",
+        HARDWARE,
+        RUN_TIME,
     ] = False
-    tensorboard: Annotated[bool, "Metrics to RUN/tensorboard, too (extra tensorboard).", OUTPUT, RUN_TIME] = False
-    wandb: Annotated[bool, "Metrics to Weights & Biases, too (extra wandb).", OUTPUT, RUN_TIME] = False
+    tensorboard: Annotated[bool, "Also write metrics to RUN/tensorboard (extra tensorboard).", OUTPUT, RUN_TIME] = False
+    wandb: Annotated[bool, "Also send metrics to Weights & Biases (extra wandb).", OUTPUT, RUN_TIME] = False
     seed: Annotated[Seed, OPTIM] = 0
     device: Device = "auto"
     precision: Compute = "auto"
@@ -140,10 +143,10 @@ class OptimSettings:
 class EntropySettings(OptimSettings):
     """Training the entropy model."""
 
-    model: Annotated[str, "Preset of LlamaGen's family, trained without classes.", MODEL] = "llamagen-b"
+    model: Annotated[str, "LlamaGen preset, trained without classes.", MODEL] = "llamagen-b"
     from_llamagen: Annotated[
         str | None,
-        "LlamaGen's c2i_*.pt (or a directory of it), read without classes in place of training.",
+        "LlamaGen's c2i_*.pt or a directory of its weights, used without classes instead of training.",
         MODEL,
         RUN_TIME,
     ] = None
@@ -157,7 +160,7 @@ class EntropySettings(OptimSettings):
                 if field.name not in ("from_llamagen", "device", "precision")
                 and getattr(self, field.name) != field.default
             ]
-            require(not given, f"--from-llamagen trains nothing; leave out {', '.join(given)}")
+            require(not given, f"--from-llamagen trains nothing; omit {', '.join(given)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +168,7 @@ class TrainSettings(OptimSettings):
     """Training DPAR or the LlamaGen baseline."""
 
     model: Annotated[str, "Preset: dpar-… or llamagen-… with tiny, mini, b, l, xl, xxl.", MODEL] = "dpar-b"
-    guidance_dropout: Annotated[float, "How often the class is left out, for classifier-free guidance.", OPTIM] = 0.1
+    guidance_dropout: Annotated[float, "Probability of dropping the class, for classifier-free guidance.", OPTIM] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()

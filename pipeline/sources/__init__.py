@@ -1,4 +1,4 @@
-"""Sources of images: one function opens every kind, and all kinds have the same interface.
+"""Sources of images: one function opens all kinds, which share one interface.
 
 source = open_source("photos/", split="train", classes=["cat", "dog"], limit=1000)
 image, label = source.load(0), source.label(0)
@@ -46,7 +46,7 @@ _ACCEPTED = """accepted:
   Parquet or Arrow files                'data/*.parquet', data/
   a dataset saved with save_to_disk     saved/
   a dataset of the Hugging Face Hub     owner/name, hf://datasets/name
-  photographs, emoji that ship here     builtin:photos, builtin:emoji"""
+  built-in photographs and emoji        builtin:photos, builtin:emoji"""
 _BUILTIN = ("builtin:photos", "builtin:emoji")
 
 
@@ -60,7 +60,7 @@ def open_source(
     label_column: str | None = None,
     local_only: bool = False,
 ) -> Source:
-    """Open the source that ``data`` names and list its images; decodes none.
+    """Open the source that ``data`` names and list its images, without decoding any.
 
     Args:
         data: a path, a glob, braces, a URL, a name on the Hub, ``builtin:photos`` or ``builtin:emoji``.
@@ -73,8 +73,7 @@ def open_source(
         local_only: refuse sources on a network.
 
     Raises:
-        StageError: the source does not exist or is of an unsupported kind, or has no images, split or class of this
-            name.
+        StageError: the source does not exist, is of an unsupported kind, has no images, or lacks the split or class.
     """
     located = _locate(data, split)
     if local_only and located.kind in ("stream", "hub") and not located.location.startswith("file://"):
@@ -151,7 +150,7 @@ def _locate(data: str, split: str | None) -> _Located:
     """
     if data.startswith("builtin:"):
         if data not in _BUILTIN:
-            raise StageError(f"{data}: no such built-in data; there is: {', '.join(_BUILTIN)}")
+            raise StageError(f"{data}: no such built-in data; choose from {', '.join(_BUILTIN)}")
         return _Located("photos" if data == "builtin:photos" else "emoji", data, split)
     if re.fullmatch(re.escape(HUB) + _HUB_NAME, data):
         return _Located("hub", data, split)
@@ -193,7 +192,7 @@ def _locate_in_folder(path: str, split: str | None) -> _Located:
     rest = None if inside != path else split
     names = _names(inside)
     if "manifest.json" in names and any(re.match(r"\d{5,}\.(arrow|tar)", name) for name in names):
-        raise StageError(f"{path}: holds codes that dpar made, not images; give the images it was made from")
+        raise StageError(f"{path}: holds codes written by dpar, not images; give the images they were made from")
     # With subfolders, or without tars and tables, these are class folders.
     if names and not any(os.path.isdir(os.path.join(inside, name)) for name in names):
         for endings in ((".tar",), _TABLES):

@@ -117,7 +117,7 @@ def base_emoji(name: str) -> str:
     name = re.sub(r"^[0-9a-f]{2}(?![0-9a-f])", r"00\g<0>", name)  # some keycaps occur with and without zeros
     if name in _BASES:
         return _BASES[name]
-    # Replace men, women and children in a sequence; the result may itself be a variant.
+    # Replace men, women and children in a sequence; the result may be a variant, too.
     people = ("1f9d1", "1f9d2", "1f9d3")
     parts = [_BASES[part] if _BASES.get(part) in people else part for part in name.split("-")]
     return _BASES.get("-".join(parts), "-".join(parts))
@@ -200,7 +200,7 @@ def held_out(classes: Mapping[str, str], groups: Mapping[str, str]) -> set[str]:
         candidates.sort(key=lambda base: hashlib.sha256(base.encode()).digest())
         quota = min(round(HELD_OUT * total), total - LEAST_TRAINING)
         for base in candidates:
-            if sizes[base] <= 2 * quota:  # brings the class nearer to its share
+            if sizes[base] <= 2 * quota:  # brings the class closer to its quota
                 chosen.add(base)
                 quota -= sizes[base]
     return chosen

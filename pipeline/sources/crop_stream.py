@@ -1,4 +1,4 @@
-"""The crops of a source's images in the order of its parts, decoded and cropped in threads ahead of the consumer.
+"""The crops of a source's images in the order of its parts, prefetched by threads that decode and crop.
 
 with closing(crop_stream(iter([0, 3]), source, settings)) as stream:
     for index, image in stream: ...                      # Crops or LeftOut, then None at the end of each part
@@ -22,9 +22,9 @@ from pipeline.sources.decode import budget
 from pipeline.sources.source import Item, Source, UnusableImage
 from shards.manifest import LeftOut
 
-BYTES_AHEAD = 256 * 2**20  # of crops, at most
-IMAGES_AHEAD = 512  # likewise at most: undecoded images of a stream also occupy memory
-MAX_WORKERS = 16  # more threads wait for Python's lock
+BYTES_AHEAD = 256 * 2**20  # most bytes of prefetched crops
+IMAGES_AHEAD = 512  # most prefetched images: undecoded images of a stream also occupy memory
+MAX_WORKERS = 16  # more threads would wait for the GIL
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Crops:
 def crop_stream(
     parts: Generator[int, None, None], source: Source, settings: TokenizeSettings
 ) -> Generator[tuple[int, Crops | LeftOut | None], None, None]:
-    """Yield the images of each part with the part's number, and None at its end.
+    """Yield the images of each part with the part's index, and None at its end.
 
     Args:
-        parts: numbers of parts of ``settings.shard_size`` images; pulled one at a time, in another thread.
-        source: where the images come from.
+        parts: indices of parts of ``settings.shard_size`` images; pulled one at a time, in another thread.
+        source: of the images.
         settings: views, image size and number of threads.
     """
     bytes_per_image = n_views(settings.views, settings.crop_range) * settings.image_size**2 * 3

@@ -37,12 +37,12 @@ def n_views(kind: ViewKind, crop_ranges: Sequence[float]) -> int:
         StageError: an unknown kind, no crop range, or one below 1.
     """
     if kind not in _VIEWS_PER_RANGE:
-        raise StageError(f"no views of kind {kind!r}; there is: {', '.join(get_args(ViewKind))}")
+        raise StageError(f"no views of kind {kind!r}; choose from {', '.join(get_args(ViewKind))}")
     if len(crop_ranges) == 0:
         raise StageError("no crop range; give at least one, 1.0 for the plain crop")
     for crop_range in crop_ranges:
         if not (math.isfinite(crop_range) and crop_range >= 1):
-            raise StageError(f"crop range {crop_range} is not a number from 1 up: a crop cannot exceed its image")
+            raise StageError(f"crop range {crop_range} is not a number of at least 1: a crop cannot exceed its image")
     return _VIEWS_PER_RANGE[kind] * len(crop_ranges)
 
 
@@ -50,7 +50,7 @@ def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """Return ADM's ``center_crop_arr``: halve with BOX while large, resize with BICUBIC, crop the centre.
 
     Args:
-        image: any mode; converted to RGB like a source does.
+        image: any mode; converted to RGB as sources do.
         size: side of the crop in pixels.
 
     Returns:
@@ -70,10 +70,10 @@ def views(
     """Return the views of an image: for each crop range R, crops of its ``center_crop`` to ``int(size * R)``.
 
     Args:
-        image: any mode; converted to RGB like a source does.
+        image: any mode; converted to RGB as sources do.
         size: side of a view in pixels.
         kind: ``center``: the centre. ``flip``: the centre and its mirror image. ``ten-crop``: top left, top right,
-            bottom left, bottom right and centre, then the same places of the mirrored image.
+            bottom left, bottom right and centre, then the same crops of the mirrored image.
         crop_ranges: each at least 1.
 
     Returns:

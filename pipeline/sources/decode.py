@@ -1,10 +1,10 @@
-"""Decodes an image file to RGB pixels, or raises an error with the reason in plain words.
+"""Decode an image file to RGB pixels, or raise an error with the reason in plain words.
 
     image = read_image("photos/cat/1.jpg")                   # PIL, mode RGB, upright
     image = decode_image(io.BytesIO(member_of_a_tar))
 
-All sources decode here, so that the same file gives the same pixels wherever it is stored. No global setting of Pillow
-changes. Any number of threads may decode at once; `budget` limits their memory.
+All sources decode here, so that a file gives the same pixels wherever it is stored. Pillow's global settings are not
+changed. Any number of threads may decode at once; `budget` limits their memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b
 _TOO_LARGE = f"too large: more than {MAX_PIXELS // 1_000_000} million pixels"
 
 budget = PixelBudget(MAX_PIXELS)
-"""Pixels that all threads of this process decode at once: as many as one image of the largest size."""
+"""Limits the pixels that all threads of this process decode at once to those of one image of the largest size."""
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -132,7 +132,7 @@ def _reason(error: Exception, head: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
         if head.startswith(_SIGNATURES):
             return "truncated or damaged: its header cannot be read"
-        return "not an image of a kind that is read (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM)"
+        return "not an image of a supported format (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM)"
     if isinstance(error, Image.DecompressionBombError):
         return _TOO_LARGE
     if isinstance(error, MemoryError):

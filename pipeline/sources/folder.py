@@ -1,10 +1,10 @@
 """A folder of class folders: ``root/CLASS/**/picture.jpg``.
 
     source = Folder("photos/")                               # keys such as "cat/indoors/1.jpg"
-    source.left_out                                          # entries that are not among the images, and why
+    source.left_out                                          # entries left out, and why
 
-Names are compared and sorted in Unicode's normal form C, so that all systems give the same listing, in whichever form
-the file system stores names.
+Names are compared and sorted in Unicode's normal form C, so that the listing is the same on all systems, whichever form
+the file system stores.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class _Listing:
         check_no_splits(self.files, valid_text(self.root), f"{valid_text(self.root)}/")
 
     def by_class(self) -> tuple[list[str], NDArray[np.int32]]:
-        """Return the sorted class names and the label of each file; drop images beside the class folders."""
+        """Return the sorted class names and the label of each file; drop images outside the class folders."""
         inside = [path for path in self.files if "/" in path]
         names = sorted({class_name(path) for path in inside})
         self.empty = sorted({normal(folder) for folder in self._folders} - set(names))
@@ -119,7 +119,7 @@ class _Listing:
             raise StageError(self._nothing())
         if not inside:
             return [normal(os.path.basename(self.root)) or "images"], np.zeros(len(self.files), dtype=np.int32)
-        stray = "image beside the class folders: it has no class"
+        stray = "image outside the class folders: it has no class"
         self.left_out += [LeftOut(valid_text(path), stray) for path in self.files if "/" not in path]
         self.files = inside
         label = {name: i for i, name in enumerate(names)}
@@ -166,7 +166,7 @@ class _Listing:
             target = os.path.realpath(os.path.join(self.root, path))
             around = [*map(str, Path(target).parents), target]
             if seen.intersection(around) or os.path.commonpath([root, target]) == target:
-                self.left_out.append(LeftOut(valid_text(path), "link to a folder that is read already: not followed"))
+                self.left_out.append(LeftOut(valid_text(path), "link to a folder already listed: not followed"))
             else:
                 seen.add(target)
                 follow.append(path)

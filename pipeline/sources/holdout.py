@@ -1,4 +1,4 @@
-"""Splits a source into a training part and a held-out part.
+"""Split a source into a training part and a held-out part.
 
     training, held_out = split_holdout(source, fraction=0.05, seed=0, group_regex=r"[^/]+/(\\w+)-\\d+")
 

@@ -1,4 +1,4 @@
-"""Converts the labels of sources, numbers or text, to class names and indices into them.
+"""Convert the labels of sources, numbers or text, to class names and indices into them.
 
     names, labels = number_labels(["dog", None, "cat"])      # ("cat", "dog"), [1, -1, 0]
     names, labels = number_labels([2, 0])                    # ("0", "1", "2"), [2, 0]
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Label = int | str
 MAX_CLASSES = 1_000_000  # maximum number of classes; larger numbers are not class labels
-NO_LABEL = "no label"  # the reason for leaving out an image without a label if other images have labels
+NO_LABEL = "no label"  # reason for leaving out an image without a label if other images have one
 
 
 def parse_label(text: str) -> Label | None:

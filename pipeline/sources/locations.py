@@ -1,4 +1,4 @@
-"""Resolves a user's DATA: the files of a path, a glob or braces.
+"""Resolve a user's DATA: the files of a path, a glob or braces.
 
 expand("imagenet-{000..146}.tar")                        # 147 names
 local_files("tars/*.tar")                                # existing files, sorted
@@ -32,7 +32,7 @@ def expand(data: str) -> list[str]:
             return list(braceexpand.braceexpand(data))
     except (ValueError, RecursionError) as error:
         raise StageError(f"{data}: its braces cannot be read: {error}") from error
-    raise StageError(f"{data}: its braces stand for more than {MAX_NAMES:,} names; give fewer at a time")
+    raise StageError(f"{data}: its braces expand to more than {MAX_NAMES:,} names; give fewer at a time")
 
 
 def _count_names(pattern: str) -> int:

@@ -2,7 +2,7 @@
 
     pixels = load_originals(artifact.manifest, artifact.keys(rows), views=np.zeros(len(rows), np.int64))
 
-They are the exact pixels that the tokenizer received, unless the source has changed.
+They are exactly the pixels that the tokenizer received, unless the source has changed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class SourceRecord:
 def load_originals(
     manifest: Manifest, keys: Sequence[str], views: Sequence[int] | NDArray[np.integer[Any]], *, fetch: bool = False
 ) -> NDArray[np.uint8]:
-    """Return the crops whose codes the artifact holds.
+    """Return the crops that were encoded into an artifact's codes.
 
     Args:
         manifest: of a codes or a patches artifact.
@@ -82,7 +82,7 @@ def load_originals(
     missing = sorted(set(keys) - set(load))
     if missing:
         raise StageError(
-            f"{len(missing)} of {len(set(keys))} images are not in their source any more, the first {missing[0]!r}"
+            f"{len(missing)} of {len(set(keys))} images are no longer in their source, the first {missing[0]!r}"
         )
     size = settings.image_size
     if size > MOST_DOWNSAMPLING * max(manifest.grid) or n_views(settings.views, settings.crop_range) != manifest.views:
@@ -95,12 +95,12 @@ def load_originals(
         try:
             out[i] = crops(load[key](), size, settings.views, settings.crop_range)[int(view)]
         except UnusableImage as error:
-            raise StageError(f"image {key!r} of {settings.data} cannot be read any more: {error.reason}") from error
+            raise StageError(f"image {key!r} of {settings.data} can no longer be read: {error.reason}") from error
     return out
 
 
 def tokenize_settings(manifest: Manifest) -> TokenizeRecord:
-    """Return the settings that made the codes of an artifact of either kind."""
+    """Return the settings with which an artifact's codes were made, for codes and patches."""
     if manifest.kind == "codes":
         return _recorded(TokenizeRecord, manifest.settings, "settings")
     return _recorded(TokenizeRecord, manifest.settings.get("codes_settings"), "settings.codes_settings")
@@ -130,7 +130,7 @@ def _open(recorded: SourceRecord, settings: TokenizeRecord, fetch: bool) -> Sour
     try:
         return open_source(settings.data, split=settings.split, **options)
     except StageError as error:
-        raise StageError(f"the images that the codes were made from are not there any more: {error}") from error
+        raise StageError(f"the images that the codes were made from are no longer available: {error}") from error
 
 
 def _check_scheme(location: str) -> None:

@@ -48,7 +48,7 @@ _NAMES = tuple(_FILES)
 
 
 class Photos(IndexedSource):
-    """Square crops of the photographs in scikit-image. A crop depends on (photograph, split, number) alone."""
+    """Square crops of the photographs in scikit-image. A crop depends only on (photograph, split, number)."""
 
     def __init__(self, split: str = "train", *, classes: Sequence[str] = (), limit: int | None = None) -> None:
         if split not in CROPS:

@@ -2,7 +2,7 @@
 
 budget = PixelBudget(178_000_000)
 with budget.in_use():                                    # keeps this thread's pixels until the image is cropped
-    pixels = views(decode_image(stream), 256)            # decode_image takes pixels, and waits for them
+    pixels = views(decode_image(stream), 256)            # decode_image takes pixels, waiting if necessary
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LARGE = 16_000_000  # images with at least this many pixels return their memory to the system at once
+LARGE = 16_000_000  # images with at least this many pixels return their memory to the system immediately
 
 
 class PixelBudget:

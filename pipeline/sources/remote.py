@@ -1,4 +1,4 @@
-"""A file read over the network through fsspec, which resumes after a lost connection.
+"""A file read over the network through fsspec; reading resumes after a lost connection.
 
     file = RemoteFile(look_up("https://example.org/train-000.tar"))
     file.seek(10_000)
@@ -36,7 +36,7 @@ def look_up(url: str, waits: Sequence[float] = WAITS) -> Remote:
     """Return the size and version of the file at a URL; reads none of it.
 
     Raises:
-        StageError: it does not exist, is not permitted, has an unknown kind of URL, or gives no answer after
+        StageError: it does not exist, is not permitted, has an unsupported kind of URL, or does not respond in
             ``len(waits) + 1`` attempts.
     """
     for attempt, wait in enumerate([0.0, *waits], start=1):
@@ -114,7 +114,7 @@ class RemoteFile:
                 chunk: bytes = self._file.read(end - start)
                 if chunk:
                     return chunk
-                error: Exception = OSError("no bytes came")
+                error: Exception = OSError("no bytes received")
             except StageError:
                 raise
             except ValueError as refused:
@@ -142,7 +142,7 @@ def _look_up(url: str) -> Remote:
     except PermissionError as error:
         raise StageError(f"{url}: no permission to read it ({_one_line(error)})") from error
     if info.get("size") is None:
-        raise StageError(f"{url}: its server does not say how many bytes it has; download it first and give its path")
+        raise StageError(f"{url}: its server does not report its size; download it first and give its path")
     version = {name: str(info[name]) for name in _VERSION_FIELDS if info.get(name)}
     return Remote(url, int(info["size"]), repr(version))
 
@@ -161,7 +161,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise StageError(f"{url}: {_one_line(error)}") from error
     except ValueError as error:
-        raise StageError(f"{url}: no such kind of URL ({_one_line(error)})") from error
+        raise StageError(f"{url}: this kind of URL is not supported ({_one_line(error)})") from error
     return filesystem, path
 
 

@@ -3,8 +3,8 @@
     for sample in samples(file, "train-000.tar"):
         sample.key, sample.label                             # "0001", 7
 
-Keys and suffixes are split like webdataset does. The label is the member ``cls`` (a number or text), else a field of
-the member ``json``.
+Keys and suffixes are split as in webdataset. The label is the member ``cls`` (a number or text), else a field of the
+member ``json``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def samples(file: Bytes, tar: str, *, keep_images: bool = False) -> Iterator[Sam
         keep_images: also read the images, for a tar that is read only once.
 
     Raises:
-        StageError: see `members`; or it holds codes made by ``dpar tokenize``, not images.
+        StageError: see `members`; or it holds codes written by ``dpar tokenize``, not images.
     """
     from webdataset.tariterators import base_plus_ext
 
@@ -73,7 +73,7 @@ def samples(file: Bytes, tar: str, *, keep_images: bool = False) -> Iterator[Sam
         suffix = suffix.lower()
         if suffix == "codes.npy":
             raise StageError(
-                f"{tar}: is a shard of codes that dpar made, not of images; give the images it was made from"
+                f"{tar}: is a shard of codes written by dpar, not of images; give the images it was made from"
             )
         # A repeated suffix starts another sample of the same key.
         if sample is None or key != sample.key or suffix in sample.suffixes:
@@ -92,7 +92,7 @@ def samples(file: Bytes, tar: str, *, keep_images: bool = False) -> Iterator[Sam
 
 
 def holds_samples(file: Bytes, tar: str) -> bool:
-    """Return whether a tar is in WebDataset's format: one of its first thousand images has a label or text."""
+    """Return whether a tar is in WebDataset's format: whether one of its first 1000 images has a label or text."""
     first = (sample for sample in samples(file, tar) if isinstance(sample, Sample))
     return any(not {"cls", "json", "txt"}.isdisjoint(sample.suffixes) for sample in itertools.islice(first, 1000))
 

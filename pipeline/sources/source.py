@@ -1,4 +1,4 @@
-"""The interface of a source of images: numbered images, each with a key and a label.
+"""The interface of sources: numbered images, each with a key and a label.
 
     source = open_source("photos/", limit=100)
     for i in range(len(source)):
@@ -7,7 +7,7 @@
         except UnusableImage as error:
             skipped.append((source.key(i), error.reason))
 
-Work is shared by parts: ``source.part(3, 1000)`` yields images 3000 to 3999 as `Item`s. For a stream (tars read
+Work is divided into parts: ``source.part(3, 1000)`` yields images 3000 to 3999 as `Item`s. For a stream (tars read
 sequentially over the network) it yields the images of tar 3.
 
 A new kind of source subclasses `IndexedSource`, lists its keys and labels when opened, passes them through `choose`
@@ -63,11 +63,11 @@ class Item:
 
 
 class Source(ABC):
-    """Images in an order that depends on the data alone, read in parts.
+    """Images in an order that depends only on the data, read in parts.
 
     Attributes:
         class_names: the name of each label; may be empty before a stream is read.
-        left_out: listed entries that are not among the images.
+        left_out: listed entries that were left out.
     """
 
     class_names: tuple[str, ...]
@@ -84,7 +84,7 @@ class Source(ABC):
 
     @abstractmethod
     def part(self, index: int, part_size: int) -> Iterator[Item | LeftOut]:
-        """Yield the images of one part in order; a function of the listing alone.
+        """Yield the images of one part in order; depends only on the listing.
 
         Raises:
             StageError: the source is lost.
@@ -188,8 +188,8 @@ def require_indexed(source: Source) -> IndexedSource:
     """
     if not isinstance(source, IndexedSource):
         raise StageError(
-            f"{source.describe()['location']}: is read in order over the network, and this command needs the images "
-            "in random order; download the tars first and give their paths"
+            f"{source.describe()['location']}: is read sequentially over the network, but this command needs random "
+            "access; download the tars first and give their paths"
         )
     return source
 
@@ -200,7 +200,7 @@ def source_lost(where: str, error: OSError) -> StageError:
     The stage stops: leaving the image out would make the result depend on when the disk failed.
     """
     return StageError(
-        f"{where}: {error.strerror or error}; it was there when the images were listed. Finished shards are kept: put "
+        f"{where}: {error.strerror or error}; it existed when the images were listed. Finished shards are kept: put "
         "it back (or mount it again) and run the same command again"
     )
 
@@ -257,7 +257,7 @@ def choose(
         StageError: an unknown class, or a limit below 1.
     """
     if limit is not None and limit < 1:
-        raise StageError(f"the limit on images is {limit}; it must be at least 1 (leave it out for all images)")
+        raise StageError(f"the limit on images is {limit}; it must be at least 1 (omit it for all images)")
     names = list(class_names)
     if classes:
         selected = {known_class(name, class_names, empty) for name in classes}
@@ -303,7 +303,7 @@ def file_version(path: str) -> tuple[int, int]:
 
 
 def known_class(name: str, known: Sequence[str], empty: Collection[str] = ()) -> str:
-    """Return the class that ``name`` means: an exact match, or the id or words of ``n02099601 golden retriever``.
+    """Return the class called ``name``: an exact match, or the id or words of ``n02099601 golden retriever``.
 
     Raises:
         StageError: none matches, several match, or the class is in ``empty``.

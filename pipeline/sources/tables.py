@@ -3,8 +3,8 @@
     source = Table(read_files(["train-00000.parquet"], "train-*.parquet"), location="train-*.parquet")
     source.key(0)                                            # "train/000000000"
 
-`datasets` reads them. Its conversions and downloads are cached under ``HF_HOME``, never beside the user's data; the
-cache of Parquet files is as large as the files.
+They are read with `datasets`. Its conversions and downloads are cached under ``HF_HOME``, never next to the user's
+data; the cache of Parquet files is as large as the files.
 """
 
 from __future__ import annotations
@@ -71,9 +71,8 @@ def read_hub(name: str) -> DatasetDict:
         return datasets.load_dataset(name)
     except Exception as error:  # from the Hub, the network or datasets
         raise StageError(
-            f"{name}: no such file or folder here, and as a dataset of the Hugging Face Hub it cannot be had "
-            f"({_one_line(error)}); check the name, and the connection: without one, only what is in the cache "
-            "(HF_HOME) can be read"
+            f"{name}: no such file or folder here, and not available as a dataset on the Hugging Face Hub "
+            f"({_one_line(error)}); check the name and the connection: offline, only the cache (HF_HOME) can be read"
         ) from error
 
 
@@ -100,9 +99,9 @@ class Table(IndexedSource):
         location: its name, for the manifest.
         split: the split; None for ``train``, or for the only one.
         image_column: the image column; None to detect it.
-        label_column: the label column; None to detect it. Without one, all images are of the class ``images``.
+        label_column: the label column; None to detect it. Without one, all images have the class ``images``.
         files: the local files, for the listing; empty if there are none.
-        folders: folders below which images stored as paths may lie; other paths are refused.
+        folders: folders that may contain images stored as paths; other paths are refused.
 
     Raises:
         StageError: the split or column does not exist, or is ambiguous.
@@ -160,7 +159,7 @@ class Table(IndexedSource):
             value = self._images[int(self._rows[i])][self.image_column]
         except Exception as error:  # from pyarrow, fsspec or the system
             raise StageError(
-                f"{self.location}: row {self._rows[i]} cannot be read any more ({_one_line(error)}). Finished shards "
+                f"{self.location}: row {self._rows[i]} can no longer be read ({_one_line(error)}). Finished shards "
                 "are kept: put the data back and run the same command again"
             ) from error
         data, path = (value or {}).get("bytes"), (value or {}).get("path")
@@ -199,7 +198,7 @@ class Table(IndexedSource):
                 if os.path.exists(resolved) and not os.path.isfile(resolved):
                     raise UnusableImage("not a regular file")
                 return resolved
-        raise UnusableImage("kept as a path that leads out of the data set's folder")
+        raise UnusableImage("stored as a path outside the dataset's folder")
 
     def _key(self, row: int) -> str:
         return f"{self.split}/{row:09d}"
@@ -224,7 +223,7 @@ def _choose_split(data: DatasetDict | Dataset, split: str | None, location: str)
     if isinstance(data, datasets.Dataset):
         data = datasets.DatasetDict({str(data.split or "train"): data})
     elif not isinstance(data, datasets.DatasetDict):
-        raise StageError(f"{location}: is a {type(data).__name__}, which cannot be read in any order")
+        raise StageError(f"{location}: is a {type(data).__name__}, which does not have random access")
     names = sorted(map(str, data))
     chosen = split or (names[0] if len(names) == 1 else "train")
     if chosen not in names:

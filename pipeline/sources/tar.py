@@ -95,7 +95,7 @@ def members(file: Bytes, tar: str) -> Iterator[Member | LeftOut]:
         tar: its name, for messages.
 
     Raises:
-        StageError: not a tar, compressed, damaged, or cut short.
+        StageError: not a tar, compressed, damaged, or truncated.
     """
     headers = _Headers(file, tar)
     where = 0
@@ -110,7 +110,7 @@ def members(file: Bytes, tar: str) -> Iterator[Member | LeftOut]:
             if where > file.size:
                 raise StageError(
                     f"{tar}: ends at byte {file.size}, but {valid_text(header.name)!r} claims to end at byte "
-                    f"{header.offset_data + header.size}; the tar is cut short or damaged: get it again"
+                    f"{header.offset_data + header.size}; the tar is truncated or damaged: download or copy it again"
                 )
             if (member := _member(header)) is not None:
                 yield member
@@ -126,31 +126,31 @@ def members(file: Bytes, tar: str) -> Iterator[Member | LeftOut]:
         raise StageError(f"{tar}: {_what_is_wrong(file, where, error)}") from error
     if len(end) < _BLOCK:
         raise StageError(
-            f"{tar}: ends at byte {file.size} without the mark that ends a tar; it is cut short: get it again"
+            f"{tar}: ends at byte {file.size} without an end marker; it is truncated: download or copy it again"
         )
     if end.strip(b"\0"):
-        raise StageError(f"{tar}: damaged at byte {where}: no header there; get it again")
+        raise StageError(f"{tar}: damaged at byte {where}: expected a header; download or copy it again")
 
 
 def read_member(path: str, version: tuple[int, int], offset: int, size: int) -> bytes:
-    """The bytes of a member of a local tar, which had this size and time of change when it was listed.
+    """Return the bytes of a member of a local tar, whose size and modification time must still be ``version``.
 
     Raises:
-        StageError: the tar is gone or is another one now.
+        StageError: the tar is gone or has changed.
     """
     try:
-        # Opened each time, which costs little beside decoding: nothing to share between threads, to pickle or to close.
+        # Opened each time, which is cheap compared with decoding: nothing to share between threads, pickle or close.
         with open_regular(path) as file:
             data = Extent(file.fileno(), offset, size).read(size)
             status = os.fstat(file.fileno())
     except OSError as error:
         raise source_lost(path, error) from error
     if (status.st_size, status.st_mtime_ns) != version or len(data) != size:
-        resized = f"has {status.st_size} bytes and had {version[0]} when its images were listed"
-        now = resized if status.st_size != version[0] else "has been changed since its images were listed"
+        resized = f"has {status.st_size} bytes, but had {version[0]} when its images were listed"
+        now = resized if status.st_size != version[0] else "has changed since its images were listed"
         raise StageError(
             f"{path}: {now}. Finished shards are kept: "
-            "put the tar back as it was and run the same command again, or start anew with --overwrite"
+            "put the original tar back and run the same command again, or start over with --overwrite"
         )
     return data
 
@@ -188,8 +188,8 @@ def _what_is_wrong(file: Bytes, where: int, error: Exception) -> str:
     if where == 0:
         return "not a tar" if len(head) == _BLOCK else f"not a tar: {len(head)} bytes"
     if at_end:
-        return f"ends at byte {file.size} in the middle of a member; it is cut short: get it again"
-    return f"damaged at byte {where} ({type(error).__name__}: {error}); get it again"
+        return f"ends at byte {file.size} in the middle of a member; it is truncated: download or copy it again"
+    return f"damaged at byte {where} ({type(error).__name__}: {error}); download or copy it again"
 
 
 class _Headers:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-TWICE = "key occurs twice"  # the reason for leaving out the second image with the same key
+TWICE = "key occurs twice"  # reason for leaving out the second image with the same key
 
 
 class TarImages(IndexedSource):
@@ -56,8 +56,8 @@ class TarImages(IndexedSource):
 
     Args:
         tars: paths, each once.
-        location: the name of them all, for the manifest.
-        split: the folder that contains the class folders in the tars; WebDataset tars have none.
+        location: the name of all of them, for the manifest.
+        split: the folder that contains the class folders in the tars; not for WebDataset tars.
 
     Raises:
         StageError: a tar cannot be read completely, or there are no images.
@@ -111,13 +111,13 @@ class TarImages(IndexedSource):
         return decode_image(io.BytesIO(data))
 
     def _versions(self) -> list[tuple[int, ...]]:
-        # a shipped tar has another time in every installation
+        # a built-in tar has another modification time in every installation
         tars = [] if self.location.startswith("builtin:") else self._tar_versions
         return [*tars, *zip(self._tar.tolist(), self._offset.tolist(), self._size.tolist(), strict=True)]
 
 
 class _Listing:
-    """The place of each image: ``keys[i]`` is at ``offset[i]`` of tar ``tar[i]``, ``size[i]`` bytes long."""
+    """The location of each image: ``keys[i]`` is at ``offset[i]`` of tar ``tar[i]``, ``size[i]`` bytes long."""
 
     def __init__(self, tars: Sequence[str], location: str) -> None:
         self.tars, self.location = tars, location
@@ -141,7 +141,7 @@ class _Listing:
             self._enter(split)
         self._keep(sorted(range(len(self.keys)), key=lambda i: listing_order(self.keys[i])))
         if any("/" in key for key in self.keys):
-            stray = "image beside the class folders: it has no class"
+            stray = "image outside the class folders: it has no class"
             self.left_out += [LeftOut(valid_text(key), stray) for key in self.keys if "/" not in key]
             self._keep([i for i, key in enumerate(self.keys) if "/" in key])
             classes = sorted({class_name(key) for key in self.keys})

@@ -1,4 +1,4 @@
-"""WebDataset tars read sequentially over the network: nothing is stored, nothing is listed in advance.
+"""WebDataset tars read sequentially over the network, without storing them or listing them in advance.
 
     source = TarStream(["https://example.org/train-000.tar", …], location="https://example.org/train-{000..146}.tar")
     for item in source.part(3, part_size=1): ...             # the images of the fourth tar
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 class TarStream(Source):
-    """The images of WebDataset tars at URLs. Labels must be numbers: text cannot be numbered before all is read.
+    """The images of WebDataset tars at URLs. Labels must be numbers: text cannot be numbered before all tars are read.
 
     Args:
         urls: URLs of the tars, each once.
-        location: the name of them all, for the manifest.
+        location: the name of all of them, for the manifest.
         classes: numbers of the classes to keep, renumbered from 0 in their order; empty for all.
         limit: maximum number of images: the first of each tar, divided evenly.
         waits: seconds to wait before each retry of a failed read.
@@ -54,7 +54,7 @@ class TarStream(Source):
     ) -> None:
         self.location, self.limit = location, limit
         if limit is not None and limit < 1:
-            raise StageError(f"the limit on images is {limit}; it must be at least 1 (leave it out for all images)")
+            raise StageError(f"the limit on images is {limit}; it must be at least 1 (omit it for all images)")
         for name in classes:
             if not (name.isascii() and name.isdecimal()):
                 raise StageError(
@@ -70,7 +70,7 @@ class TarStream(Source):
 
     @property
     def n_items(self) -> None:
-        """None: unknown before all is read."""
+        """None: unknown before all tars are read."""
         return None
 
     def n_parts(self, part_size: int) -> int:
@@ -142,8 +142,8 @@ class TarStream(Source):
             return LeftOut(key, sample.problem)
         if isinstance(label, str):
             raise StageError(
-                f"{url}: the label of {sample.key!r} is text ({label!r}), which gets its number only when all tars are "
-                "read; download the tars and give their paths, or write class numbers into cls"
+                f"{url}: the label of {sample.key!r} is text ({label!r}), which can only be numbered when all tars "
+                "have been read; download the tars and give their paths, or write class numbers into cls"
             )
         if label is None or label < 0:
             return LeftOut(key, NO_LABEL)

@@ -1,1 +1,1 @@
-"""The training loop and its parts: learning rate, average of the weights, throughput, trackers, sample sheets."""
+"""The training loop and its parts: learning rate, micro-batches, throughput, trackers, sample sheets."""

@@ -18,14 +18,14 @@ OF_THE_DATA = ("codebook_size", "grid_height", "grid_width", "classes", "start_t
 
 
 def parse_config_fields(model: str, assignments: Sequence[str]) -> dict[str, Any]:
-    """Values of config fields, typed as the preset's config class declares them.
+    """Return values of config fields, with the types that the preset's config class declares.
 
     Args:
         model: the preset's name.
-        assignments: ``field=value``; of a field given twice the last one counts.
+        assignments: ``field=value``; the last one wins.
 
     Raises:
-        StageError: no such field, a field that the data or another option decide, or a value of another type.
+        StageError: no such field, a field that is set by the data or another option, or a value of the wrong type.
         ModelError: no such preset.
     """
     config_class = type(preset(model))
@@ -39,7 +39,7 @@ def parse_config_fields(model: str, assignments: Sequence[str]) -> dict[str, Any
         if name in OF_THE_DATA and name in hints:
             raise StageError(f"--set {assignment}: {name} follows from the data")
         if name == "dropout":
-            raise StageError(f"--set {assignment}: it has an option of its own, --dropout")
+            raise StageError(f"--set {assignment}: use --dropout instead")
         if name not in free:
             raise StageError(f"--set {assignment}: {model} has no field {name!r}; {nearest(name, free)}")
         values[name] = _value(hints[name], text, assignment)
@@ -47,10 +47,10 @@ def parse_config_fields(model: str, assignments: Sequence[str]) -> dict[str, Any
 
 
 def _value(hint: Any, text: str, assignment: str) -> Any:
-    """The value that ``text`` means for a field of this type.
+    """Parse ``text`` as a value of a field of this type.
 
     Raises:
-        StageError: it means none.
+        StageError: it is not such a value.
     """
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)

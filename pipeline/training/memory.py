@@ -1,4 +1,4 @@
-"""Running out of memory, as one message that says which settings to lower.
+"""One message for running out of memory, which says which settings to lower.
 
 with enough_memory(settings, out):
     fit(...)
@@ -19,7 +19,7 @@ from pipeline.settings.training import OptimSettings
 
 @contextlib.contextmanager
 def enough_memory(settings: OptimSettings, out: Path) -> Iterator[None]:
-    """Turns running out of memory inside the block into StageError that says which settings to lower."""
+    """Turn running out of memory in the block into a StageError that says which settings to lower."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -1,9 +1,9 @@
-"""Batches as a training step takes them, prepared in a thread beside the steps.
+"""Micro-batches of training steps, prepared in a thread during the previous step.
 
     with closing(prefetch(micro_batches(data, range(begin, end), micro=32, packed=True, pin=True), limit=1)) as stream:
         for parts in stream: ...                             # a step's micro-batches
 
-Where patches are is worked out here, and tensors are pinned, so that a step only starts copies to its device.
+Patch layouts are computed and tensors pinned here, so that a step only starts copies to its device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shards.training_data import TrainingData
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Images that are computed at once; tensors are on the CPU."""
+    """Images of one forward and backward pass; tensors are on the CPU."""
 
     codes: Tensor  # (B, N) int64
     labels: Tensor  # (B,) int64
@@ -29,7 +29,7 @@ class MicroBatch:
 
     @classmethod
     def of(cls, batch: Batch, packed: bool, pin: bool) -> MicroBatch:
-        """Return a batch as tensors; with ``packed`` its boundaries too, with ``pin`` codes and boundaries pinned."""
+        """Return a batch as tensors; ``packed`` adds its patch layout, ``pin`` pins codes and layout."""
         codes, layout = torch.from_numpy(batch.codes), None
         if packed:
             assert batch.starts is not None  # check_compatible refuses artifacts without boundaries

@@ -1,8 +1,8 @@
-"""A sheet of samples while a model trains: the same classes with the same random numbers each time, patches drawn.
+"""Sheets of samples during training: the same classes and random numbers each time, with patches drawn.
 
 Each picture has the name of its class below it.
 
-painter = Painter.load(manifest, images=8, seed=0, precision="auto", device=device)    # None: no tokenizer here
+painter = Painter.load(model, inputs, images=8, seed=0, precision="auto", device=device, progress=progress)
 painter.draw(model, run.sheets / "step-00002000.png")
 """
 
@@ -37,7 +37,7 @@ GUIDANCE = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Painter:
-    """What drawing samples of a model in training needs besides the model."""
+    """Everything except the model that is needed to draw samples of a model in training."""
 
     tokenizer: VQTokenizer
     entropy_model: LlamaGen | None
@@ -59,7 +59,7 @@ class Painter:
         device: torch.device,
         progress: Progress,
     ) -> Painter | None:
-        """Loads the tokenizer, and the entropy model that DPAR needs, by what a run's ``inputs`` say of them.
+        """Load the tokenizer and, for DPAR, the entropy model recorded in a run's ``inputs``.
 
         Returns:
             None (with a logged reason) if unavailable: training continues without sheets.
@@ -74,7 +74,7 @@ class Painter:
                 entropy_model = load_entropy_model(origin["path"], origin["fingerprint"])
                 check_same_tokens(model, entropy_model)
         except (StageError, ModelError, OSError, LookupError, TypeError) as error:
-            progress.say(f"no sample sheets are drawn: {error}")
+            progress.say(f"sample sheets are not drawn: {error}")
             return None
         return cls(
             tokenizer=tokenizer.to(device),
@@ -87,7 +87,7 @@ class Painter:
         )
 
     def draw(self, model: DPAR | LlamaGen, path: Path) -> None:
-        """Writes a PNG of samples of ``model``, whole or not at all; the model is left as it was."""
+        """Write a PNG of samples of ``model`` atomically; the model is unchanged."""
         labels = np.linspace(0, len(self.class_names) - 1, self.images).round().astype(np.int64)
         device = model.output.weight.device
         was_training = model.training

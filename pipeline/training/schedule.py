@@ -1,4 +1,4 @@
-"""How long a run trains, and the learning rate of a step.
+"""The number of steps of a run, and the learning rate of each step.
 
 rate = learning_rate(step, steps=2000, peak=1e-4, warmup=100, schedule="cosine")
 """
@@ -14,7 +14,7 @@ from pipeline.settings.training import OptimSettings
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: Schedule) -> float:
-    """The rate of step ``step``: a linear warm-up, then constant, or a cosine down to a tenth."""
+    """Return the learning rate of ``step``: linear warm-up, then constant, or a cosine down to a tenth."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
@@ -24,11 +24,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: Sch
 
 
 def total_steps(settings: OptimSettings, images: int) -> int:
-    """Optimizer steps of a run.
+    """Return the number of optimizer steps of a run.
 
     Raises:
-        StageError: the batch does not divide by the processes.
+        StageError: the batch is not divisible by the number of processes.
     """
     if settings.batch % world_size():
-        raise StageError(f"--batch {settings.batch} does not divide by the {world_size()} processes")
+        raise StageError(f"--batch {settings.batch} is not divisible by the {world_size()} processes")
     return settings.steps or max(1, round(settings.epochs * images / settings.batch))

@@ -1,4 +1,4 @@
-"""How fast a run trains: achieved FLOP/s, the share of a known GPU's peak (MFU), and memory.
+"""Training throughput: achieved FLOP/s, the fraction of a known GPU's peak (MFU), and memory.
 
 speed = Speed(model.config, device, "bf16", processes=8)
 speed.of(images_per_s=5000.0, patches=141.4)             # {"flops_per_s": 5.7e14, "mfu": 0.0725}
@@ -15,7 +15,7 @@ from dpar.flops import TRAINING_FLOPS_PER_MAC, linear_macs
 from dpar.llamagen import LlamaGenConfig
 from dpar.model import DPARConfig
 
-# Dense bfloat16 peaks by the makers' data sheets, FLOP/s. The first name that a GPU's own name contains counts.
+# Dense bfloat16 peaks in FLOP/s, from data sheets. The first key that a GPU's name contains is used.
 PEAK_BF16 = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -44,14 +44,14 @@ PEAK_BF16 = {
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """Dense peak of the GPU called ``name``, FLOP/s; None where it is not known, or ``precision`` is not ``bf16``."""
+    """Return the dense peak of the GPU called ``name`` in FLOP/s; None if unknown or ``precision`` is not ``bf16``."""
     if precision != "bf16":
         return None
     return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
 
 
 class Speed:
-    """Turns images a second into the FLOPs of the linear layers that they took: 6 a multiply-accumulate."""
+    """Converts images per second to FLOP/s of the linear layers: 6 per multiply-accumulate."""
 
     def __init__(
         self, config: DPARConfig | LlamaGenConfig, device: torch.device, precision: str, processes: int
@@ -64,17 +64,17 @@ class Speed:
         self.peak = None if peak is None else peak * processes
 
     def flops(self, patches: float) -> float:
-        """FLOPs of training on an image of ``patches`` patches, or so many on average."""
+        """Return the FLOPs of training on an image, for a mean of ``patches`` per image."""
         return TRAINING_FLOPS_PER_MAC * (self._least + self._slope * (patches - 1))
 
     def of(self, images_per_s: float, patches: float) -> dict[str, float]:
-        """Achieved FLOP/s of all processes, and its share of their GPUs' peak where that is known."""
+        """Return the achieved FLOP/s of all processes, and the fraction of their GPUs' peak if known."""
         achieved = images_per_s * self.flops(patches)
         return {"flops_per_s": achieved} | ({} if self.peak is None else {"mfu": achieved / self.peak})
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that tensors of this process had on its GPU; without one, that the process had resident."""
+    """Return the peak memory of this process in bytes: of tensors on its GPU, or resident without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Metrics of a run on a dashboard: TensorBoard, Weights & Biases. ``metrics.jsonl`` is always written besides.
+"""Dashboards for a run's metrics: TensorBoard, Weights & Biases. ``metrics.jsonl`` is always written too.
 
 with Trackers(run.folder, tensorboard=True, wandb=False, config={...}) as trackers:
     trackers.log(100, {"loss": 7.2})
@@ -15,17 +15,17 @@ from pipeline.runtime.errors import StageError
 
 
 def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
-    """Raises StageError where a package is asked for and not installed."""
+    """Raise StageError if a requested package is not installed."""
     for name, wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
         if wanted and importlib.util.find_spec(name) is None:
             raise StageError(f"--{name} needs the package {name}, which is not installed: pip install 'dpar[{name}]'")
 
 
 class Trackers:
-    """The dashboards that were asked for; none is fine."""
+    """The requested dashboards, possibly none."""
 
     def __init__(self, folder: Path, *, tensorboard: bool, wandb: bool, config: dict[str, Any]) -> None:
-        """TensorBoard's files go to ``folder/tensorboard``; W&B gets ``config`` and resumes the folder's run."""
+        """Open them. TensorBoard writes to ``folder/tensorboard``; W&B gets ``config`` and resumes the folder's run."""
         self._tensorboard: Any = None
         self._wandb: Any = None
         if tensorboard:
@@ -41,7 +41,7 @@ class Trackers:
             )
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Numbers of one step."""
+        """Send the metrics of one step."""
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)

@@ -5,7 +5,7 @@ from benchmarks.fid_effects import as_file, on_their_span
 from pipeline.scoring.features import Statistics, frechet_distance
 
 
-def test_a_distance_is_the_same_in_the_span_of_both_sets() -> None:
+def test_projection_onto_the_common_span_keeps_the_distance() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(9, 40)).astype(np.float32), rng.normal(1, 2, size=(12, 40)).astype(np.float32)
     x, y = on_their_span(a, b)

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py runs on the CPU at sizes that mean nothing; what it measures needs a GPU."""
+"""benchmarks/gpu.py runs on the CPU at tiny sizes; its measurements need a GPU."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_a_part_prints_its_rows(part: str, row: str) -> None:
 
 
 @pytest.mark.slow
-def test_parts_end_at_their_limits_and_all_are_in_the_report(tmp_path: Path) -> None:
+def test_parts_stop_at_their_time_limits_and_all_are_in_the_report(tmp_path: Path) -> None:
     gpu("--minutes", "0.001", "--out", str(tmp_path))
     report = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert report.count("\n## ") == 6

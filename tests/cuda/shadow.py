@@ -1,22 +1,22 @@
-"""Tensors that say ``cuda:0`` and hold CPU values, so that code for GPUs runs, is counted and checked without one.
+"""Tensors that report ``cuda:0`` and hold CPU values, to run, count and check code for GPUs without one.
 
     with shadow_cuda() as counts:
         model = model.to("cuda")
         sample(model, labels)
     counts.kernels, counts.waits            # Counters by place in the code
 
-Whole stages run with their real control flow and their real values. What is found:
+Complete stages run with their real control flow and values. This detects or counts:
 
-- an operation on tensors of two devices, which CUDA refuses: raised as :class:`MixedDevices`;
+- operations on tensors of two devices, which CUDA refuses: raised as :class:`MixedDevices`;
 - kernels: operations on a GPU that are neither views nor copies between host and device;
-- waits: whatever makes the host wait for the device. Reading a value, or a size that depends on values; copies from or
-  to memory that is not pinned; indexing with a mask, or with indices on the host; ``synchronize``. A copy that is asked
-  not to block, from or to pinned memory, is not one;
+- waits of the host for the device: reading a value, or a size that depends on values; copies from or to memory that is
+  not pinned; indexing with a mask, or with indices on the host; ``synchronize``. A non-blocking copy from or to pinned
+  memory does not wait;
 - waits inside a step that :class:`dpar.graphs.Graphs` would capture: raised as :class:`WaitInGraph`.
 
-Not found: the numbers of CUDA's kernels, NCCL, Triton, compiled code (``test_graphs.py`` counts its graphs). Under
-autocast numbers differ from the CPU's by rounding, because CUDA's keeps other operations in float32. Private hooks of
-torch are used, so this belongs in tests only.
+Not covered: the results of CUDA's kernels, NCCL, Triton, compiled code (``test_graphs.py`` counts its graphs). Under
+autocast results differ from the CPU's by rounding, because on CUDA it keeps other operations in float32. This uses
+private hooks of torch, so it belongs in tests only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tests.cuda.backward import backward
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 ROOMS = tuple(str(ROOT / name) for name in ("dpar", "pipeline", "shards", "cli.py"))
-# Operations without a kernel: they make views, or memory that is not filled.
+# Operations without a kernel: views and uninitialised memory.
 FREE = frozenset(
     re.findall(
         r"\w+",
@@ -64,22 +64,22 @@ class MixedDevices(RuntimeError):
 
 
 class WaitInGraph(RuntimeError):
-    """A step that is to be captured waits for the device."""
+    """A step to be captured waits for the device."""
 
 
 class Counts:
-    """What has run, by operation and by place: ``dpar/sampling.py:160 index``."""
+    """Operations that ran, by name and by place: ``dpar/sampling.py:160 index``."""
 
     def __init__(self) -> None:
         self.kernels: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.launches = 0  # kernels outside of graphs, and graphs
         self.in_graph = False
-        self.inside = False  # one kernel whose parts run as operations of their own
+        self.inside = False  # inside a kernel whose parts run as separate operations
         self.pinned: set[int] = set()  # addresses of memory
 
     def kernel(self, name: str) -> None:
-        """Counts a kernel."""
+        """Count a kernel."""
         if self.inside:
             return
         self.kernels[f"{place()} {name}"] += 1
@@ -87,7 +87,7 @@ class Counts:
 
     @contextlib.contextmanager
     def one_kernel(self, name: str) -> Iterator[None]:
-        """Counts all that runs in the block as one kernel."""
+        """Count everything in the block as one kernel."""
         self.kernel(name)
         before, self.inside = self.inside, True
         try:
@@ -96,7 +96,7 @@ class Counts:
             self.inside = before
 
     def wait(self, what: str) -> None:
-        """Counts a wait of the host for the device."""
+        """Count a wait of the host for the device."""
         if self.in_graph:
             raise WaitInGraph(f"{what} at {place()}")
         self.waits[f"{place()} {what}"] += 1
@@ -107,7 +107,7 @@ class Counts:
 
 
 class Shadow(torch.Tensor):
-    """A tensor on the GPU that is not there; ``value`` is what it holds, on the CPU."""
+    """A tensor on a pretended GPU; ``value`` holds its values on the CPU."""
 
     value: torch.Tensor
 
@@ -129,12 +129,12 @@ class Shadow(torch.Tensor):
         return f"Shadow({self.value})"
 
     def tolist(self) -> Any:
-        """The values, after a wait."""
+        """Return the values, after a wait."""
         _counts().wait("tolist")
         return self.value.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Refuses, as CUDA tensors do."""
+        """Raise, as CUDA tensors do."""
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
     @classmethod
@@ -145,7 +145,7 @@ class Shadow(torch.Tensor):
 
 
 class ShadowMode(TorchDispatchMode):
-    """Sends all operations through :func:`run`, those that make tensors too."""
+    """Sends all operations through :func:`run`, including those that create tensors."""
 
     def __init__(self, counts: Counts) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def _counts() -> Counts:
 
 
 def place() -> str:
-    """The line of this project that is running."""
+    """Return the line of this project that is running."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.startswith(ROOMS):
@@ -173,7 +173,7 @@ def place() -> str:
 
 
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operation on the values of shadows: checked, counted, its results shadows if a GPU would have made them."""
+    """Run, check and count an operation on the values of shadows; results are shadows if they would be on a GPU."""
     counts, name = _counts(), func._schema.name.split("::")[1]
     base = name if name.startswith("_") else name.rstrip("_")
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
@@ -210,7 +210,7 @@ def _rms_norm_backward(
     return for_x.to(x.dtype), (pull * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
 
 
-# Kernels that the CPU has not, and views whose bit ("is conjugated") a dispatch mode's operations would not look at.
+# Kernels that the CPU lacks, and views whose conjugate bit a dispatch mode would ignore.
 STAND_INS: dict[str, Callable[..., Any]] = {
     "_fused_rms_norm_backward": _rms_norm_backward,
     "_conj": torch.conj_physical,
@@ -226,7 +226,7 @@ def _results(out: Any, tensors: list[torch.Tensor], on_gpu: bool, base: str) -> 
             return x
         if id(x) in own and isinstance(own[id(x)], Shadow) == on_gpu:
             return own[id(x)]
-        if id(x) in own:  # a copy to the other device, which shares no memory
+        if id(x) in own:  # a copy to the other device, which does not share memory
             x = x.clone()
         return Shadow(x) if on_gpu else x
 
@@ -238,7 +238,7 @@ def _value(x: Any) -> Any:
 
 
 def _check_devices(counts: Counts, func: Any, base: str, args: Any, tensors: list[torch.Tensor]) -> None:
-    host = [x for x in tensors if not isinstance(x, Shadow) and x.dim() > 0]  # numbers on the host may go along
+    host = [x for x in tensors if not isinstance(x, Shadow) and x.dim() > 0]  # host scalars are allowed
     if not host:
         return
     if base not in INDEXING or not isinstance(args[0], Shadow):
@@ -275,7 +275,7 @@ def _count_copy(counts: Counts, base: str, args: Any, kwargs: dict[str, Any], on
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, real: Any = F.scaled_dot_product_attention, **kw: Any
 ) -> torch.Tensor:
-    """SDPA, which is one kernel on a GPU whose own kernels are allowed."""
+    """SDPA, which is one kernel on a GPU if fused kernels are allowed."""
     if not isinstance(q, Shadow):
         return real(q, k, v, *args, **kw)
     with _counts().one_kernel("scaled_dot_product_attention"):
@@ -300,31 +300,31 @@ class Stream:
     """The device's only stream."""
 
     def synchronize(self) -> None:
-        """Waits."""
+        """Count a wait."""
         _counts().wait("synchronize")
 
 
 class Event:
-    """A moment on the stream."""
+    """A point on the stream."""
 
     def __init__(self, **_: object) -> None: ...
 
     def record(self, stream: object = None) -> None:
-        """Marks the moment."""
+        """Do nothing: the stream runs in order."""
 
     def synchronize(self) -> None:
-        """Waits."""
+        """Count a wait."""
         _counts().wait("synchronize")
 
 
 class Replay:
-    """Stands for a captured graph: its kernels are one launch, and none of them may wait."""
+    """Replaces a captured graph: its kernels are one launch, and none of them may wait."""
 
     def __init__(self, step: Callable[[], None]) -> None:
         self.step = step
 
     def replay(self) -> None:
-        """Runs the step."""
+        """Run the step."""
         counts = _counts()
         counts.launches += 1
         counts.in_graph = True
@@ -335,7 +335,7 @@ class Replay:
 
 
 def _shadowed(run: Callable[[threading.Thread], None], counts: Counts) -> Callable[[threading.Thread], None]:
-    """What a thread runs, with the mode that is this thread's alone otherwise."""
+    """Wrap the target of a thread to enable the mode there, because modes are per thread."""
 
     def shadowed(thread: threading.Thread) -> None:
         with ShadowMode(counts):
@@ -346,7 +346,7 @@ def _shadowed(run: Callable[[threading.Thread], None], counts: Counts) -> Callab
 
 @contextlib.contextmanager
 def shadow_cuda() -> Iterator[Counts]:
-    """A machine with one GPU, an H100, whose tensors are shadows."""
+    """Pretend that the machine has one GPU, an H100, whose tensors are shadows."""
     torch._C._ensureCUDADeviceGuardSet()
     counts = Counts()
     stand_ins = {

@@ -1,7 +1,7 @@
-"""How often torch.compile compiles in training on a GPU, counted without one.
+"""The number of graphs that torch.compile compiles in training on a GPU, counted without one.
 
-Tensors are fake: they say ``cuda:0``, have shapes and no values. Dynamo traces and guards as it would on a GPU, and
-AOTAutograd traces forward and backward; only the kernels that inductor would generate are missing.
+Tensors are fake: they report ``cuda:0`` and have shapes but no values. Dynamo traces and guards as on a GPU, and
+AOTAutograd traces forward and backward; only inductor's kernels are not generated.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {"codebook_size": 32, "grid_height": 4, "grid_width": 8,
 
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An H100, and a compiler that generates no kernels for it."""
+    """Pretend to have an H100, with a compiler that generates no kernels."""
     compile_on_gpu = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda function: compile_on_gpu(function, backend="aot_eager_decomp_partition")
@@ -75,7 +75,7 @@ def train(model: DPAR | LlamaGen, layouts: list[PatchLayout]) -> None:
 
 
 @pytest.mark.slow
-def test_dpar_trains_in_one_unbroken_graph_per_kind_of_layer_whatever_the_numbers_of_patches() -> None:
+def test_dpar_trains_with_one_graph_per_kind_of_layer_for_any_number_of_patches() -> None:
     drawn = layouts()
     with FakeTensorMode():
         with torch.device("cuda"):
@@ -87,7 +87,7 @@ def test_dpar_trains_in_one_unbroken_graph_per_kind_of_layer_whatever_the_number
     assert counters["aot_autograd"]["total"] == 3
 
 
-def test_llamagen_trains_in_one_unbroken_graph() -> None:
+def test_llamagen_trains_with_one_graph() -> None:
     drawn = layouts()
     with FakeTensorMode():
         with torch.device("cuda"):

@@ -1,4 +1,4 @@
-"""What a sampled token costs on a GPU: how often the host waits, how many kernels run, how many are launched."""
+"""The cost of a sampled token on a GPU: waits of the host, kernels and launches."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from dpar.sampling import Sampler
 from tests.cuda.shadow import Counts, shadow_cuda
 from tests.dpar.test_sampling import LABELS, N, dpar, llamagen, unconditional, usual_entropy
 
-PER_BATCH = 2  # waits at the begin of a batch: for labels and noise
+PER_BATCH = 2  # waits at the start of a batch: for labels and noise
 OPTIONS = SamplingOptions(cfg_scale=2.0)
 
 
 def cost_of_a_batch(model: DPAR | LlamaGen, entropy_model: LlamaGen | None, rule: PatchRule | None) -> Counts:
-    """Of the third batch, when every step has been captured."""
+    """Return the counts of the third batch, when every step has been captured."""
     with shadow_cuda() as counts, torch.autocast("cuda", torch.bfloat16):
         sampler = Sampler(model.to("cuda"), None if entropy_model is None else entropy_model.to("cuda"))
         for _ in range(3):
@@ -28,7 +28,7 @@ def cost_of_a_batch(model: DPAR | LlamaGen, entropy_model: LlamaGen | None, rule
 
 @pytest.fixture(scope="module")
 def dpar_b() -> Counts:
-    """As many layers as DPAR-B and llamagen-b have; the number of kernels depends on nothing else."""
+    """Counts for tiny models with the layers of DPAR-B and llamagen-b: only layers determine the number of kernels."""
     entropy_model = llamagen(1, classes=0, start_token=False, layers=12)
     rule = PatchRule(threshold=usual_entropy(entropy_model))
     return cost_of_a_batch(dpar(encoder_layers=1, patch_layers=8, decoder_layers=3), entropy_model, rule)
@@ -53,7 +53,7 @@ def test_a_static_rule_waits_for_the_device_at_most_once_per_token() -> None:
 
 
 @pytest.mark.parametrize(("family", "kernels", "launches"), [("dpar", 620, 33), ("llamagen", 275, 23)])
-def test_kernels_and_launches_per_token_stay_within_their_bounds(
+def test_kernels_and_launches_per_token_stay_within_bounds(
     family: str, kernels: int, launches: int, dpar_b: Counts, llamagen_b: Counts
 ) -> None:
     counts: Any = dpar_b if family == "dpar" else llamagen_b
@@ -61,7 +61,7 @@ def test_kernels_and_launches_per_token_stay_within_their_bounds(
     assert counts.launches / N <= launches
 
 
-def test_without_autocast_and_with_top_p_a_token_waits_at_most_once_too() -> None:
+def test_without_autocast_and_with_top_p_there_is_at_most_one_wait_per_token() -> None:
     entropy_model = unconditional()
     rule = PatchRule(threshold=usual_entropy(entropy_model))
     with shadow_cuda() as counts:

@@ -11,7 +11,7 @@ from tests.cuda.shadow import MixedDevices, Shadow, WaitInGraph, shadow_cuda
 from tests.dpar.test_sampling import LABELS, N, V, dpar
 
 
-def test_a_shadow_says_that_it_is_on_the_gpu_and_has_the_values_of_the_cpu() -> None:
+def test_a_shadow_reports_the_gpu_and_has_the_values_of_the_cpu() -> None:
     x = torch.arange(6.0).view(2, 3)
     with shadow_cuda():
         moved = x.cuda()
@@ -25,7 +25,7 @@ def test_a_shadow_says_that_it_is_on_the_gpu_and_has_the_values_of_the_cpu() -> 
 def test_tensors_of_two_devices_in_one_operation_are_refused() -> None:
     with shadow_cuda():
         x = torch.ones(3, device="cuda")
-        assert (x + torch.tensor(1.0)).sum().item() == 6  # a number on the host may go along
+        assert (x + torch.tensor(1.0)).sum().item() == 6  # a host scalar is allowed
         with pytest.raises(MixedDevices, match=r"\(3,\)"):
             x + torch.ones(3)
 
@@ -63,7 +63,7 @@ def test_kernels_are_counted_and_views_are_not() -> None:
         assert sum(counts.kernels.values()) == 2
 
 
-def test_a_step_that_waits_is_refused_where_it_would_be_captured() -> None:
+def test_a_step_that_waits_cannot_be_captured() -> None:
     with shadow_cuda() as counts:
         graphs, x = Graphs(torch.device("cuda")), torch.ones(3, device="cuda")
         for step in (lambda: x.add_(1), lambda: x.add_(x.sum().item())):
@@ -72,7 +72,7 @@ def test_a_step_that_waits_is_refused_where_it_would_be_captured() -> None:
         graphs.run(first := (lambda: x.add_(1).mul_(2)), first)  # type: ignore[arg-type]
         assert counts.launches == launches + 2
         graphs.run(first, first)  # type: ignore[arg-type]
-        assert counts.launches == launches + 3  # a graph is one
+        assert counts.launches == launches + 3  # a graph is one launch
         graphs.run("reads", lambda: None)
         with pytest.raises(WaitInGraph, match="_local_scalar_dense"):
             graphs.run("reads", lambda: x.sum().item())  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def boundaries() -> Tensor:
     return starts
 
 
-def test_gradients_of_shadows_are_those_of_the_cpu() -> None:
+def test_gradients_of_shadows_equal_those_of_the_cpu() -> None:
     model, codes, layout = dpar().double(), torch.randint(V, (4, N)), PatchLayout.from_starts(boundaries())
     gradients = torch.autograd.grad(model(codes, LABELS, layout, loss=True), list(model.parameters()))
     with shadow_cuda():
@@ -95,7 +95,7 @@ def test_gradients_of_shadows_are_those_of_the_cpu() -> None:
         torch.testing.assert_close(parameter.grad.value, gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_backpropagation_node_by_node_gives_the_gradients_of_autograds_engine() -> None:
+def test_backpropagation_node_by_node_equals_autograds_engine() -> None:
     model, gradients = dpar(), []
     codes, starts = torch.randint(V, (4, N)), boundaries()
     for propagate in (torch.Tensor.backward, backward):

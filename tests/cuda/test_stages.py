@@ -1,4 +1,4 @@
-"""The stages as they run on a GPU, on a machine without one: no operation mixes devices."""
+"""The stages on a pretended GPU: no operation mixes devices."""
 
 import threading
 from collections import Counter
@@ -38,7 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_tokenize_mixes_no_devices_and_gives_the_codes_of_the_cpu(home: Path, tmp_path: Path) -> None:
+def test_tokenize_mixes_no_devices_and_equals_the_cpu(home: Path, tmp_path: Path) -> None:
     settings = TokenizeSettings(
         tokenizer=str(home / "vq"), image_size=SIZE, shard_size=4, device="cuda", precision="fp32"
     )
@@ -81,7 +81,7 @@ def test_a_training_step_waits_only_for_the_result_of_the_step_before(home: Path
     assert all("step_results.py" in place for place in more)
 
 
-def test_training_lays_patches_out_and_pins_them_beside_the_steps(
+def test_layouts_are_computed_and_pinned_in_the_background_of_training(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_main_thread: list[bool] = []

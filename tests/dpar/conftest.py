@@ -18,7 +18,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and lose much where other work holds the cores."""
+    """Run on one thread: tiny tensors gain nothing from threads, and lose much on a busy machine."""
     before = torch.get_num_threads()
     if "fixtures" not in request.path.name:
         torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 class Reference(NamedTuple):
-    """A checkpoint in LlamaGen's format and what LlamaGen's own code made of it."""
+    """A checkpoint in LlamaGen's format and the results of LlamaGen's code for it."""
 
     checkpoint: Path
     arrays: dict[str, Any]
@@ -35,7 +35,7 @@ class Reference(NamedTuple):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the checkpoints lie; hundreds of megabytes, so they do not outlive the test run."""
+    """The folder of the checkpoints, deleted after the tests because they take hundreds of megabytes."""
     path = tmp_path_factory.mktemp("checkpoints")
     yield path
     shutil.rmtree(path)
@@ -70,7 +70,7 @@ def gpt_b_256(folder: Path) -> Reference:
 
 @pytest.fixture(scope="session")
 def authors(folder: Path) -> Callable[[str], Reference]:
-    """A checkpoint in the format of DPAR's authors, by the name of its fixture."""
+    """Return a checkpoint in the format of DPAR's authors by the name of its fixture."""
     return functools.cache(lambda name: reference(name, folder))
 
 

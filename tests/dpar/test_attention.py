@@ -27,14 +27,14 @@ def inputs(
     lengths: list[int], dtype: torch.dtype, device: str = "cpu", head_dim: int = 16
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(sum(lengths))
-    # as the model has them: three views of one matrix product
+    # as in the model: three views of one matrix product
     qkv = torch.randn(sum(lengths), 3, 2, head_dim, generator=generator).to(device, dtype)
     q, k, v = (x.requires_grad_() for x in qkv.unbind(1))
     return q, k, v
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Each image's attention alone, in float32, from its definition."""
+    """Compute each image's attention separately, in float32, from the definition."""
     out = []
     for begin, end in pairwise(cumulative(lengths).tolist()):
         scores = torch.einsum("qhd,khd->hqk", q[begin:end].float(), k[begin:end].float()) * q.shape[-1] ** -0.5
@@ -61,7 +61,7 @@ def check(backend: PackedBackend, lengths: list[int], dtype: torch.dtype, device
 
 @SOME
 @given(LENGTHS, st.sampled_from([torch.float32, torch.bfloat16]))
-def test_packed_attention_and_its_gradients_are_those_of_each_image_alone(
+def test_packed_attention_and_its_gradients_equal_those_of_each_image_alone(
     lengths: list[int], dtype: torch.dtype
 ) -> None:
     check("sdpa", lengths, dtype)
@@ -72,7 +72,7 @@ def test_packed_attention_and_its_gradients_are_those_of_each_image_alone(
 @pytest.mark.parametrize("backend", ON_GPU)
 @pytest.mark.parametrize("lengths", [[1], [141, 120, 161], [3, 256, 1, 77, 64]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_attention_on_a_gpu_is_that_of_each_image_alone(
+def test_packed_attention_on_a_gpu_equals_that_of_each_image_alone(
     backend: PackedBackend, lengths: list[int], dtype: torch.dtype
 ) -> None:
     try:
@@ -84,7 +84,7 @@ def test_packed_attention_on_a_gpu_is_that_of_each_image_alone(
 
 @pytest.mark.filterwarnings("ignore")  # that it is not compiled
 @torch.no_grad()
-def test_flex_attention_without_gradients_is_that_of_each_image_alone() -> None:
+def test_flex_attention_without_gradients_equals_that_of_each_image_alone() -> None:
     lengths = [30, 1, 17]
     q, k, v = inputs(lengths, torch.float32)
     found = packed_attention(q, k, v, cumulative(lengths), max(lengths), "flex")
@@ -92,7 +92,7 @@ def test_flex_attention_without_gradients_is_that_of_each_image_alone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # xformers' own, where it has no GPU
-def test_xformers_is_given_the_mask_that_it_makes_of_lengths_itself() -> None:
+def test_the_mask_for_xformers_equals_its_own_mask_from_lengths() -> None:
     fmha = pytest.importorskip("xformers.ops").fmha
     lengths = [3, 1, 4]
     attend = packed_causal(layout_of(lengths), "xformers")
@@ -121,7 +121,7 @@ def test_an_images_attention_does_not_depend_on_its_neighbours(lengths: list[int
     assert torch.equal(before, packed_attention(q, k, v, cumulative(lengths), max(lengths), "sdpa")[begin:end])
 
 
-def test_packed_attention_is_a_sound_operator_for_torch_compile() -> None:
+def test_packed_attention_passes_the_operator_checks_of_torch_compile() -> None:
     torch.library.opcheck(
         torch.ops.dpar.packed_cpu.default,
         (*inputs([3, 1, 4], torch.float32), cumulative([3, 1, 4])),
@@ -130,14 +130,14 @@ def test_packed_attention_is_a_sound_operator_for_torch_compile() -> None:
     )
 
 
-def test_images_of_equal_length_have_dense_attention() -> None:
+def test_images_of_equal_length_use_dense_attention() -> None:
     q, k, v = inputs([5, 5, 5], torch.float32)
     dense = dense_causal(*(x.unflatten(0, (3, 5)) for x in (q, k, v))).flatten(0, 1)
     torch.testing.assert_close(packed_attention(q, k, v, cumulative([5, 5, 5]), 5, "sdpa"), dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_auto_is_sdpa_on_the_cpu_and_says_why(dtype: torch.dtype) -> None:
+def test_auto_chooses_sdpa_on_the_cpu_with_the_reason(dtype: torch.dtype) -> None:
     assert choose_backend(CPU, dtype) == ("sdpa", "varlen: it needs a CUDA GPU; xformers: it needs a CUDA GPU")
 
 
@@ -149,25 +149,25 @@ def test_auto_is_sdpa_on_the_cpu_and_says_why(dtype: torch.dtype) -> None:
         ("flex", "it has no backward pass on the CPU"),
     ],
 )
-def test_a_backend_that_cannot_run_here_is_refused_with_those_that_can(backend: PackedBackend, why: str) -> None:
+def test_an_unsupported_backend_is_refused_with_the_supported_ones(backend: PackedBackend, why: str) -> None:
     with pytest.raises(ModelError, match=re.escape(f"{backend} cannot run here: {why}. What can: sdpa")):
         choose_backend(CPU, torch.float32, backend)
 
 
-def test_a_backend_of_no_known_name_is_refused_with_the_names() -> None:
+def test_an_unknown_backend_is_refused_with_the_names() -> None:
     with pytest.raises(ModelError, match=f"'flash'; there are auto, {', '.join(get_args(PackedBackend))}"):
         choose_backend(CPU, torch.float32, "flash")  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_auto_on_a_gpu_takes_no_half_precision_backend_for_float32() -> None:
+def test_auto_on_a_gpu_chooses_no_half_precision_backend_for_float32() -> None:
     assert choose_backend(torch.device("cuda"), torch.float32)[0] == "sdpa"
     assert choose_backend(torch.device("cuda"), torch.bfloat16)[0] in ("varlen", "xformers")
 
 
 @pytest.mark.parametrize("is_old", [True, False])
-def test_varlen_is_causal_under_the_signature_of_either_version(is_old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varlen_is_causal_with_the_signatures_of_both_versions(is_old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, object] = {}
 
     def of_2_10(q: Tensor, k: Tensor, v: Tensor, *lengths: object, is_causal: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""Files in the format of DPAR's authors against what their own modules give for them: tests/fixtures/README.md."""
+"""Files in the format of DPAR's authors against results of the authors' modules: tests/fixtures/README.md."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ TINY: dict[str, Any] = {"heads": 4, "grid": (8, 8)}
 
 
 class Fixture(NamedTuple):
-    """What a checkpoint needs to be told, and which of its logits are stored."""
+    """The options that a checkpoint needs, and the part of its logits that is stored."""
 
     name: str
     said: dict[str, Any]
@@ -59,7 +59,7 @@ def test_dpar_equals_the_authors_before_and_after_conversion(fixture: Fixture, a
     check_dpar(DPAR.from_pretrained(checkpoint, **fixture.said), fixture, arrays)
     convert(str(checkpoint), tmp_path / "directory", ConvertSettings(**fixture.said))
     convert(str(tmp_path / "directory"), tmp_path / "back.pt", ConvertSettings())
-    check_dpar(DPAR.from_pretrained(tmp_path / "back.pt"), fixture, arrays)  # what was said is in the file now
+    check_dpar(DPAR.from_pretrained(tmp_path / "back.pt"), fixture, arrays)  # the given options are in the file now
     there, back = (torch.load(path, weights_only=True)["model"] for path in (checkpoint, tmp_path / "back.pt"))
     assert there.keys() == back.keys()
     assert all(torch.equal(there[name], back[name]) for name in there)
@@ -112,7 +112,7 @@ def entropy_tiny(authors: Any) -> LlamaGen:
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("name", ["checkpoint.pt", "model.safetensors"])
-def test_either_format_is_read_with_any_prefix(tiny: Reference, prefix: str, name: str, tmp_path: Path) -> None:
+def test_both_formats_are_read_with_any_prefix(tiny: Reference, prefix: str, name: str, tmp_path: Path) -> None:
     tensors = torch.load(tiny.checkpoint, weights_only=True)["model"]
     prefixed = {prefix + key: value for key, value in tensors.items()}
     path = tmp_path / name
@@ -126,14 +126,16 @@ def test_either_format_is_read_with_any_prefix(tiny: Reference, prefix: str, nam
         assert torch.equal(mine, other)
 
 
-def test_what_tensors_cannot_tell_is_asked_for(tiny: Reference) -> None:
-    with pytest.raises(ModelError, match=r"dpar_tiny\.pt does not say how many heads.*pass heads= to from_pretrained"):
+def test_values_that_tensors_do_not_determine_are_asked_for(tiny: Reference) -> None:
+    with pytest.raises(
+        ModelError, match=r"dpar_tiny\.pt does not record its number of heads.*pass heads= to from_pretrained"
+    ):
         DPAR.from_pretrained(tiny.checkpoint)
     with pytest.raises(ModelError, match="rope is '3d'; it must be one of dynamic"):
         DPAR.from_pretrained(tiny.checkpoint, **TINY, rope="3d")
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(tiny: Reference, tmp_path: Path) -> None:
+def test_a_missing_tensor_is_refused_by_name(tiny: Reference, tmp_path: Path) -> None:
     tensors = torch.load(tiny.checkpoint, weights_only=True)["model"]
     del tensors["decoder_start_embedding.weight"]
     torch.save({"model": tensors}, tmp_path / "cut.pt")
@@ -141,7 +143,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(tiny: Reference, tm
         DPAR.from_pretrained(tmp_path / "cut.pt", **TINY)
 
 
-def test_the_wrong_class_is_named(tiny: Reference, authors: Any) -> None:
+def test_loading_into_the_wrong_class_is_refused_by_name(tiny: Reference, authors: Any) -> None:
     with pytest.raises(
         ModelError, match=r"dpar_tiny\.pt is a DPAR model: 1 \+ 3 \+ 2 layers.*LlamaGen's GPT is needed"
     ):
@@ -153,14 +155,14 @@ def test_the_wrong_class_is_named(tiny: Reference, authors: Any) -> None:
 @pytest.mark.parametrize(
     "choice", [{"patch_query": "mean"}, {"offset_embedding": True}, {"decoder_start": "class"}], ids=str
 )
-def test_choices_that_the_authors_model_lacks_have_no_place_in_its_file(choice: dict[str, Any], tmp_path: Path) -> None:
+def test_options_that_the_authors_model_lacks_cannot_be_exported(choice: dict[str, Any], tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"codebook_size": 8, "grid_height": 2, "grid_width": 2, "width": 32, "heads": 2}
     DPAR(DPARConfig(classes=1, **sizes, **choice)).save_pretrained(tmp_path / "model")
     with pytest.raises(ModelError, match=f"the authors' model has no {next(iter(choice))}"):
         convert(str(tmp_path / "model"), tmp_path / "model.pt", ConvertSettings())
 
 
-def test_a_directory_of_the_first_architecture_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_weights_of_the_first_architecture_are_refused_with_a_remedy(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"codebook_size": 8, "grid_height": 2, "grid_width": 2, "width": 32, "heads": 2}
     folder = DPAR(DPARConfig(classes=1, **sizes)).save_pretrained(tmp_path / "model")
     config = folder / "config.json"
@@ -169,7 +171,7 @@ def test_a_directory_of_the_first_architecture_is_refused_with_what_to_do(tmp_pa
         DPAR.from_pretrained(folder)
 
 
-def test_config_json_says_which_kind_of_entropy_model_a_directory_holds(tmp_path: Path, authors: Any) -> None:
+def test_config_json_records_the_kind_of_entropy_model(tmp_path: Path, authors: Any) -> None:
     convert(str(authors("entropy_tiny").checkpoint), tmp_path / "e", ConvertSettings(**TINY))
     assert read_weights(tmp_path / "e").values["start_token"] is False
     assert LlamaGen.from_pretrained(tmp_path / "e").cls_embedding is None

@@ -88,7 +88,7 @@ def test_changing_a_token_leaves_earlier_logits_bit_identical(case: tuple[DPAR, 
 
 @pytest.mark.parametrize("kind", BOUNDARIES)
 @torch.no_grad()
-def test_every_token_of_an_image_is_hidden_from_the_logits_before_it(kind: str) -> None:
+def test_no_logits_depend_on_their_own_or_later_tokens(kind: str) -> None:
     torch.manual_seed(0)
     config = DPARConfig(codebook_size=V, grid_height=3, grid_width=5, classes=CLASSES, width=32, heads=2)
     model = awake(DPAR(config), 0)
@@ -107,7 +107,7 @@ def test_a_patch_reaches_no_logits_of_its_own_or_earlier_tokens(case: tuple[DPAR
     codes, labels = torch.randint(V, starts.shape), torch.tensor([0, 1])
     condition = model.cls_embedding(labels).detach()
     patches, tokens = model.encode(codes, layout)
-    patches, tokens = patches.detach().requires_grad_(), tokens.detach()  # what flows through the patches alone
+    patches, tokens = patches.detach().requires_grad_(), tokens.detach()  # only gradients through the patches
     logits = model.decode(condition, tokens, model.transform(condition, patches, layout), layout).flatten(0, 1)
     for j in range(layout.n_patches):
         owned = layout.patch_of_token == j
@@ -118,7 +118,7 @@ def test_a_patch_reaches_no_logits_of_its_own_or_earlier_tokens(case: tuple[DPAR
 
 
 @torch.no_grad()
-def test_the_last_token_of_a_patch_is_seen_by_the_next_patch_only() -> None:
+def test_the_last_token_of_a_patch_first_reaches_the_next_patch() -> None:
     torch.manual_seed(0)
     config = DPARConfig(codebook_size=V, grid_height=2, grid_width=6, classes=CLASSES, width=32, heads=2)
     model = awake(DPAR(config), 0)
@@ -130,7 +130,14 @@ def test_the_last_token_of_a_patch_is_seen_by_the_next_patch_only() -> None:
         model.transform(condition, model.encode(c, layout)[0], layout) for c in (codes, with_another_token(codes, 7))
     ]
     same = (outputs[0] == outputs[1]).all(dim=1)
-    assert same.tolist() == [True, True, False, True, True, True]  # token 7 ends patch 1; output 2 has seen it
+    assert same.tolist() == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]  # token 7 ends patch 1, read first by output 2
 
 
 @SOME
@@ -164,7 +171,7 @@ def test_changing_a_token_leaves_llamagens_earlier_logits_bit_identical(
 @SOME
 @given(st.sampled_from(GRIDS), st.integers(0, 999), st.data())
 @torch.no_grad()
-def test_without_a_start_token_logits_for_a_token_depend_on_earlier_tokens_alone(
+def test_without_a_start_token_logits_depend_on_earlier_tokens_only(
     grid: tuple[int, int], seed: int, data: st.DataObject
 ) -> None:
     torch.manual_seed(seed)

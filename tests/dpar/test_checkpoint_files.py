@@ -51,7 +51,7 @@ def assert_holds(model: torch.nn.Module, state: State) -> None:
     assert all(torch.equal(ours[name], state[name].float()) for name in state)
 
 
-# Where the state dict lies, and what stands beside it
+# Where the state dict is, and other entries next to it
 
 
 @pytest.mark.parametrize("key", ["model", "ema", "module", "state_dict", None])
@@ -69,7 +69,7 @@ def test_a_state_dict_is_found_under_each_of_llamagens_keys(
     assert_holds(model, gpt)
 
 
-def test_the_model_goes_before_its_moving_average(tmp_path: Path, vq: State) -> None:
+def test_the_model_is_preferred_to_its_moving_average(tmp_path: Path, vq: State) -> None:
     average = {name: torch.zeros_like(tensor) for name, tensor in vq.items()}
     assert_holds(VQTokenizer.from_pretrained(saved(tmp_path / "a.pt", {"ema": average, "model": vq})), vq)
     assert_holds(VQTokenizer.from_pretrained(saved(tmp_path / "b.pt", {"ema": vq, "model": None})), vq)
@@ -81,7 +81,7 @@ def training_file(path: Path, state: State, **arguments: object) -> Path:
     return saved(path, held | {"args": argparse.Namespace(**given | arguments)})
 
 
-def test_a_training_file_loads_and_its_arguments_say_heads_and_grid(tmp_path: Path, gpt: State) -> None:
+def test_heads_and_grid_are_read_from_the_arguments_of_a_training_file(tmp_path: Path, gpt: State) -> None:
     path = training_file(tmp_path / "0000300.pt", gpt, n_head=2)
     model = LlamaGen.from_pretrained(path)
     assert model.config == GPT
@@ -89,7 +89,7 @@ def test_a_training_file_loads_and_its_arguments_say_heads_and_grid(tmp_path: Pa
     assert read(training_file(tmp_path / "b.pt", gpt, gpt_model="GPT-B"), grid=(3, 3)).sizes["heads"] == 12
 
 
-def test_a_stored_rotary_table_says_heads_and_grid(tmp_path: Path, gpt: State) -> None:
+def test_heads_and_grid_are_read_from_a_stored_rotary_table(tmp_path: Path, gpt: State) -> None:
     table = with_condition(token_table(3, 3, 16))
     model = LlamaGen.from_pretrained(saved(tmp_path / "c2i_384.pt", {"model": gpt | {"freqs_cis": table}}))
     assert model.config == GPT
@@ -99,7 +99,7 @@ def test_a_stored_rotary_table_says_heads_and_grid(tmp_path: Path, gpt: State) -
             LlamaGen.from_pretrained(path)
 
 
-def test_what_is_known_to_be_derived_is_left_out(tmp_path: Path, vq: State) -> None:
+def test_known_derived_tensors_are_ignored(tmp_path: Path, vq: State) -> None:
     path = saved(tmp_path / "vq.pt", {"model": vq | {"quantize.codebook_used": torch.zeros(65536)}})
     assert_holds(VQTokenizer.from_pretrained(path), vq)
 
@@ -120,7 +120,7 @@ def test_files_in_pytorchs_old_format_load(tmp_path: Path, vq: State) -> None:
 
 
 def shapes_of(width: int, layers: int = 1, classes: int = 1000) -> State:
-    """A GPT's tensors of these sizes in no space."""
+    """Return a GPT's tensors of these sizes without memory for their values."""
     with torch.device("meta"):
         config = LlamaGenConfig(width=width, heads=HEADS[width], layers=layers, classes=classes)
         shapes = {name: tensor.shape for name, tensor in LlamaGen(config).state_dict().items()}
@@ -128,17 +128,17 @@ def shapes_of(width: int, layers: int = 1, classes: int = 1000) -> State:
 
 
 @pytest.mark.parametrize(("width", "head_width"), [(768, 64), (1024, 64), (1280, 64), (1536, 64), (3200, 100)])
-def test_heads_of_llamagens_own_widths_are_known(tmp_path: Path, width: int, head_width: int) -> None:
+def test_the_number_of_heads_is_known_for_llamagens_widths(tmp_path: Path, width: int, head_width: int) -> None:
     sizes = read(saved(tmp_path / "c2i_X_256.pt", shapes_of(width, layers=3))).sizes
     assert LlamaGenConfig(**sizes).head_dim == head_width
     assert (sizes["layers"], sizes["classes"], sizes["codebook_size"]) == (3, 1000, 16384)
 
 
-def test_heads_that_nothing_says_have_to_be_given(tmp_path: Path, gpt: State) -> None:
+def test_an_unknown_number_of_heads_must_be_given(tmp_path: Path, gpt: State) -> None:
     path = saved(tmp_path / "a.pt", gpt)
-    with pytest.raises(ModelError, match=r"a\.pt does not say how many heads it has.*width of 32.*pass heads="):
+    with pytest.raises(ModelError, match=r"a\.pt does not record its number of heads.*width of 32.*pass heads="):
         LlamaGen.from_pretrained(path)
-    with pytest.raises(ModelError, match=r"a\.pt has 2 heads; 4 were asked for"):
+    with pytest.raises(ModelError, match=r"a\.pt has 2 heads; 4 were requested"):
         LlamaGen.from_pretrained(training_file(tmp_path / "a.pt", gpt, n_head=2), heads=4)
 
 
@@ -146,7 +146,7 @@ def test_heads_that_nothing_says_have_to_be_given(tmp_path: Path, gpt: State) ->
     ("name", "side"),
     [("c2i_B_256.pt", 16), ("c2i_XXL_384.pt", 24), ("gpt_512.pt", 32), ("a.pt", 16), ("a_2560.pt", 16)],
 )
-def test_the_grid_is_that_of_the_files_name_or_llamagens_default(tmp_path: Path, name: str, side: int) -> None:
+def test_the_grid_comes_from_the_file_name_or_llamagens_default(tmp_path: Path, name: str, side: int) -> None:
     sizes = read(saved(tmp_path / name, shapes_of(768))).sizes
     assert (sizes["grid_height"], sizes["grid_width"]) == (side, side)
 
@@ -154,16 +154,16 @@ def test_the_grid_is_that_of_the_files_name_or_llamagens_default(tmp_path: Path,
 def test_weights_for_384_px_are_refused_for_256_px_with_the_reason(tmp_path: Path) -> None:
     path = saved(tmp_path / "c2i_B_384.pt", shapes_of(768))
     assert read(path, grid=(24, 24)).sizes["grid_width"] == 24
-    with pytest.raises(ModelError, match=r"c2i_B_384\.pt is for a grid of 24×24.*16×16 was asked for.*positions"):
+    with pytest.raises(ModelError, match=r"c2i_B_384\.pt is for a grid of 24×24.*16×16 was requested.*trained on"):
         LlamaGen.from_pretrained(path, grid=(16, 16))
 
 
-def test_a_directory_too_must_have_the_heads_and_the_grid_that_are_asked_for(tmp_path: Path) -> None:
+def test_a_directory_must_match_the_requested_heads_and_grid(tmp_path: Path) -> None:
     LlamaGen(GPT).save_pretrained(tmp_path)
     assert LlamaGen.from_pretrained(tmp_path, heads=2, grid=(3, 3)).config == GPT
-    with pytest.raises(ModelError, match="has 2 heads; 4 were asked for"):
+    with pytest.raises(ModelError, match="has 2 heads; 4 were requested"):
         LlamaGen.from_pretrained(tmp_path, heads=4)
-    with pytest.raises(ModelError, match="is for a grid of 3×3; 4×4 was asked for"):
+    with pytest.raises(ModelError, match="is for a grid of 3×3; 4×4 was requested"):
         LlamaGen.from_pretrained(tmp_path, grid=(4, 4))
 
 
@@ -173,7 +173,7 @@ def test_a_model_without_a_guidance_class_is_refused(tmp_path: Path, gpt: State)
         LlamaGen.from_pretrained(path)
 
 
-# What does not fit
+# Files that do not match
 
 
 def test_missing_and_unexpected_tensors_are_listed(tmp_path: Path, vq: State, gpt: State) -> None:
@@ -191,7 +191,7 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path: Path, vq: State, gp
         LlamaGen.from_pretrained(saved(tmp_path / "gpt.pt", grouped), heads=2, grid=(3, 3))
 
 
-def test_one_kind_of_file_in_place_of_the_other_is_said(tmp_path: Path, vq: State, gpt: State) -> None:
+def test_a_file_of_the_other_kind_is_refused_by_name(tmp_path: Path, vq: State, gpt: State) -> None:
     vq_file = saved(tmp_path / "vq.pt", vq)
     gpt_file = training_file(tmp_path / "gpt.pt", gpt, n_head=2)
     assert (model_type(vq_file), model_type(gpt_file)) == ("vq", "llamagen")
@@ -225,7 +225,7 @@ class Harmful:
         (b"\x80\x02broken", "is not a file that PyTorch wrote, or damaged"),
     ],
 )
-def test_a_file_that_is_something_else_is_named_in_one_line(tmp_path: Path, content: bytes, says: str) -> None:
+def test_an_unrelated_file_is_one_message(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "c2i_B_256.pt"
     path.write_bytes(content)
     for model in (VQTokenizer, LlamaGen):
@@ -234,7 +234,7 @@ def test_a_file_that_is_something_else_is_named_in_one_line(tmp_path: Path, cont
         assert "\n" not in str(caught.value)
 
 
-def test_other_formats_and_other_models_are_named_in_one_line(tmp_path: Path, vq: State) -> None:
+def test_other_formats_and_models_are_one_message(tmp_path: Path, vq: State) -> None:
     whole = saved(tmp_path / "whole.pt", vq).read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     save_file({"fc.bias": torch.zeros(2)}, tmp_path / "a.safetensors")
@@ -254,8 +254,8 @@ def test_other_formats_and_other_models_are_named_in_one_line(tmp_path: Path, vq
         "a.npz": "is a zip file that PyTorch did not write",
         "a.zip": "is a zip file that PyTorch did not write",
         "list.pt": "holds a list",
-        "empty.pt": "holds no state dict",
-        "nothing.pt": r"holds no state dict under model, .*\(it holds model, steps\)",
+        "empty.pt": "has no state dict",
+        "nothing.pt": r"has no state dict, bare or under model, .*\(it has model, steps\)",
         "resnet.pt": r"holds another model \(its tensors: conv1.weight, fc.bias",
         "t2i.pt": "holds LlamaGen's text-to-image GPT",
     }
@@ -268,7 +268,7 @@ def test_other_formats_and_other_models_are_named_in_one_line(tmp_path: Path, vq
         LlamaGen.from_pretrained(tmp_path / "c2i_B_256.pt")
 
 
-def test_nothing_in_a_file_is_run(tmp_path: Path, vq: State) -> None:
+def test_code_in_a_file_is_not_executed(tmp_path: Path, vq: State) -> None:
     trace = tmp_path / "was-here"
     for held in ({"model": vq, "args": Harmful(trace)}, Harmful(trace)):
         path = saved(tmp_path / "a.pt", held)
@@ -282,10 +282,10 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, vq: State) -> None:
     assert argparse.Namespace not in torch.serialization.get_safe_globals()  # allowed while reading, not after
 
 
-# What claims more than the file holds
+# Files that claim more than they contain
 
 
-def test_numbers_of_layers_are_those_of_the_tensors_without_a_gap(tmp_path: Path, vq: State, gpt: State) -> None:
+def test_layers_must_be_numbered_without_gaps(tmp_path: Path, vq: State, gpt: State) -> None:
     for state, name in ((vq, "encoder.conv_blocks.999999999.res.0.conv1.weight"), (gpt, "layers.999999999.x")):
         path = saved(tmp_path / "a.pt", state | {name: torch.zeros(1)})
         model = VQTokenizer if state is vq else LlamaGen
@@ -317,9 +317,7 @@ def test_more_layers_than_any_model_has_are_refused_before_they_are_built(tmp_pa
         ({"n_head": 2, "num_classes": torch.zeros(3)}, "num_classes in its training arguments is tensor"),
     ],
 )
-def test_training_arguments_that_cannot_be_are_named(
-    tmp_path: Path, gpt: State, arguments: dict[str, Any], says: str
-) -> None:
+def test_invalid_training_arguments_are_named(tmp_path: Path, gpt: State, arguments: dict[str, Any], says: str) -> None:
     path = training_file(tmp_path / "a.pt", gpt, **arguments)
     with pytest.raises(ModelError, match=rf"a\.pt: .*({says})"):
         LlamaGen.from_pretrained(path)
@@ -351,7 +349,7 @@ def test_a_zip_file_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Path
         LlamaGen.from_pretrained(tmp_path / "a.pt")
 
 
-# Fingerprints, and the way back
+# Fingerprints, and writing files
 
 
 def test_the_fingerprint_of_a_file_is_its_sha256(tmp_path: Path, vq: State) -> None:
@@ -360,7 +358,7 @@ def test_the_fingerprint_of_a_file_is_its_sha256(tmp_path: Path, vq: State) -> N
 
 
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4)])
-def test_heads_and_grid_that_the_name_cannot_tell_survive_writing(
+def test_heads_and_grid_missing_from_the_name_survive_writing(
     tmp_path: Path, gpt: State, grid: tuple[int, int]
 ) -> None:
     sizes = {"width": 32, "heads": 2, "grid_height": grid[0], "grid_width": grid[1]}
@@ -369,7 +367,7 @@ def test_heads_and_grid_that_the_name_cannot_tell_survive_writing(
     assert (config.heads, config.grid_height, config.grid_width) == (2, *grid)
 
 
-def test_a_file_that_is_written_holds_what_llamagens_strict_loading_expects(tmp_path: Path, vq: State) -> None:
+def test_a_written_file_passes_llamagens_strict_loading(tmp_path: Path, vq: State) -> None:
     write(tmp_path / "vq.pt", "vq", {}, vq)
     held = torch.load(tmp_path / "vq.pt", weights_only=True)
     assert held.keys() == {"model"}
@@ -378,7 +376,7 @@ def test_a_file_that_is_written_holds_what_llamagens_strict_loading_expects(tmp_
     assert torch.load(tmp_path / "c2i_B_384.pt", weights_only=True).keys() == {"model"}
 
 
-def test_rotary_positions_of_dpar_still_need_heads_that_divide_by_8() -> None:
+def test_rotary_positions_of_dpar_need_a_head_size_divisible_by_8() -> None:
     assert LlamaGenConfig(width=3200, heads=32).head_dim == 100
-    with pytest.raises(ModelError, match="100 a head; rotary positions need a multiple of 8"):
+    with pytest.raises(ModelError, match="100 per head; rotary positions need a multiple of 8"):
         DPARConfig(width=3200, heads=32)

@@ -11,7 +11,7 @@ STEPS = 30
 
 
 @pytest.mark.slow
-def test_compiled_training_equals_eager_in_three_compilations_whatever_the_numbers_of_patches() -> None:
+def test_compiled_training_equals_eager_and_compiles_three_times_for_any_number_of_patches() -> None:
     from torch._dynamo.utils import counters
 
     torch.manual_seed(0)
@@ -40,7 +40,7 @@ def test_compiled_training_equals_eager_in_three_compilations_whatever_the_numbe
     assert not counters["graph_break"]
 
 
-def test_a_compiled_model_runs_its_layers_compiled_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_layers_are_used_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[object] = []
 
     def compiled(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +57,7 @@ def test_a_compiled_model_runs_its_layers_compiled_in_training_only(monkeypatch:
     assert len(set(used)) == 3  # encoder layer, block, decoder layer
 
 
-def test_a_copy_of_a_compiled_model_reads_its_own_weights() -> None:
+def test_a_copy_of_a_compiled_model_uses_its_own_weights() -> None:
     model = DPAR(DPARConfig(codebook_size=8, grid_height=2, grid_width=2, classes=1, width=32, heads=2))
     torch.nn.init.normal_(model.output.weight)
     model.compile_layers()

@@ -46,7 +46,7 @@ def block(width: int, heads: int) -> Block:
 
 @torch.no_grad()
 def walk(block: Block, rows: int, tokens: int) -> Tensor:
-    """The outputs of a block for random tokens, one a step: (tokens, rows, width)."""
+    """Return the outputs of a block for random tokens, one per step: (tokens, rows, width)."""
     heads, width = block.attention.heads, block.attention.wo.in_features
     cache = KVCache(rows, tokens, heads, width // heads, torch.float32)
     x = torch.stack(
@@ -62,7 +62,7 @@ def walk(block: Block, rows: int, tokens: int) -> Tensor:
 
 @settings(deadline=None, max_examples=30)
 @given(fan_in=st.integers(1, 300), fan_out=st.integers(1, 300), shape=st.sampled_from([(1,), (7,), (2, 3), (4, 1)]))
-def test_products_are_those_of_pytorch(fan_in: int, fan_out: int, shape: tuple[int, ...]) -> None:
+def test_products_equal_pytorchs(fan_in: int, fan_out: int, shape: tuple[int, ...]) -> None:
     linear, x = nn.Linear(fan_in, fan_out, bias=False).eval(), torch.randn(*shape, fan_in)
     packed = prepare_forward(linear)
     assert isinstance(packed, PackedLinear)
@@ -72,7 +72,7 @@ def test_products_are_those_of_pytorch(fan_in: int, fan_out: int, shape: tuple[i
 
 @settings(deadline=None, max_examples=20)
 @given(heads=st.integers(1, 5), head_dim=st.sampled_from([4, 8, 64]), rows=st.integers(1, 9))
-def test_a_prepared_block_steps_as_the_block_does(heads: int, head_dim: int, rows: int) -> None:
+def test_steps_of_a_prepared_block_equal_those_of_the_block(heads: int, head_dim: int, rows: int) -> None:
     plain = block(heads * head_dim, heads)
     prepared = prepare_steps(plain)
     assert isinstance(prepared, PreparedBlock)
@@ -87,7 +87,7 @@ def test_a_prepared_model_has_the_same_forward_pass() -> None:
             torch.testing.assert_close(prepare(model)(codes), model(codes), atol=1e-5, rtol=0)
 
 
-def test_the_model_is_left_as_it_is_and_its_parameters_are_shared() -> None:
+def test_preparing_leaves_the_model_unchanged_and_shares_its_parameters() -> None:
     for model in (llamagen(), dpar()):
         before = {name: type(module) for name, module in model.named_modules()}
         for prepare in (prepare_forward, prepare_steps):
@@ -116,7 +116,7 @@ def test_a_prepared_model_is_not_prepared_again() -> None:
 
 
 @pytest.mark.parametrize("prepare", [prepare_forward, prepare_steps])
-def test_what_has_no_kernels_is_left_alone(prepare: object) -> None:
+def test_models_without_kernels_are_left_unchanged(prepare: object) -> None:
     assert callable(prepare)
     in_training, half, on_meta = block(32, 2).train(), block(32, 2).bfloat16(), block(32, 2).to("meta")
     biased = nn.Linear(4, 4).eval()
@@ -127,7 +127,7 @@ def test_what_has_no_kernels_is_left_alone(prepare: object) -> None:
         assert prepare(plain) is plain
 
 
-def test_sampling_with_and_without_kernels_sees_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_with_and_without_kernels_has_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llamagen()
     nn.init.normal_(model.output.weight)
 
@@ -163,7 +163,7 @@ for width, heads in ((36, 3), (128, 2), (768, 12)):
 
 
 @pytest.mark.parametrize("instructions", ["SSE41", "AVX", "AVX2", "AVX512_CORE"])
-def test_a_row_has_the_same_bits_among_any_number_of_rows_on_older_processors_too(instructions: str) -> None:
+def test_a_row_has_the_same_bits_in_any_batch_on_older_processors_too(instructions: str) -> None:
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
     subprocess.run([sys.executable, "-c", ROWS_ALIKE], env=environment, check=True)
 
@@ -171,7 +171,7 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows_on_older_processors_to
 @pytest.mark.parametrize("on_onednn", [True, False])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("fan_in", "fan_out"), [(48, 100), (768, 2304), (1024, 2816), (2816, 1024)])
-def test_a_matrix_product_gives_a_row_the_same_bits_among_any_number_of_rows(
+def test_a_matrix_product_gives_a_row_the_same_bits_in_any_batch(
     threads: int, fan_in: int, fan_out: int, on_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dpar.cpu_kernels.available", lambda: on_onednn)
@@ -191,7 +191,7 @@ def test_a_matrix_product_gives_a_row_the_same_bits_among_any_number_of_rows(
 
 
 @pytest.mark.parametrize(("on_onednn", "rows"), [(True, [2, 2, 3, 8, 9, 13, 16]), (False, [8, 8, 8, 8, 12, 16, 16])])
-def test_padding_makes_the_rows_that_a_library_treats_alike(
+def test_padding_gives_row_counts_with_the_same_rounding(
     on_onednn: bool, rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dpar.cpu_kernels.available", lambda: on_onednn)

@@ -37,19 +37,19 @@ def cost(name: str, resolution: int = 256) -> Cost:
 
 
 @pytest.mark.parametrize(("name", "resolution"), list(HERE))
-def test_linear_macs_are_the_documented_and_the_papers(name: str, resolution: int) -> None:
+def test_linear_macs_equal_the_documentation_and_the_paper(name: str, resolution: int) -> None:
     gmacs = cost(name, resolution).linear / 1e9
     assert gmacs == pytest.approx(HERE[name, resolution], abs=0.006)
     assert gmacs == pytest.approx(PAPER_GMACS[name, resolution], rel=0.005)
 
 
-def test_all_twelve_of_the_papers_figures_are_held_against_ours() -> None:
+def test_all_twelve_of_the_papers_figures_are_compared() -> None:
     assert set(PAPER_GMACS) == set(HERE)
     assert set(PAPER_PARAMETERS) == set(PARAMETERS)
 
 
 @pytest.mark.parametrize("name", list(PARAMETERS))
-def test_parameters_are_the_documented(name: str) -> None:
+def test_parameters_equal_the_documentation(name: str) -> None:
     assert cost(name).parameters / 1e6 == pytest.approx(PARAMETERS[name], rel=0.005)
 
 
@@ -84,7 +84,7 @@ def test_parameters_of_dpar_b_equal_a_formula_written_by_hand() -> None:
     assert count(preset("dpar-b"), 2.0).parameters == 2 * v * d + (classes + 1) * d + d + norms + matrices
 
 
-def test_dpar_b_has_as_many_parameters_as_the_authors_has() -> None:
+def test_dpar_b_has_as_many_parameters_as_the_authors_model() -> None:
     assert count(preset("dpar-b"), 1.81).parameters == 115_021_824
 
 
@@ -95,29 +95,29 @@ def test_an_entropy_model_without_a_start_token_costs_one_token_less() -> None:
     assert without.parameters == with_start.parameters - 768
 
 
-def test_attention_over_patches_is_counted_in_full_squares() -> None:
+def test_attention_over_patches_is_counted_without_skipping_masked_pairs() -> None:
     d, n = 768, 256
     assert count(preset("dpar-b"), 2.0).attention == 2 * d * (4 * n * n + 8 * 128 * 128)
 
 
 @pytest.mark.parametrize(("size", "ratio"), [("b", 1.22), ("l", 0.81), ("xl", 0.70)])
-def test_sampling_with_the_entropy_model_costs_this_share_of_llamagen(size: str, ratio: float) -> None:
+def test_cost_of_sampling_with_the_papers_entropy_model_relative_to_llamagen(size: str, ratio: float) -> None:
     ours = cost(f"dpar-{size}").sampling(cost("llamagen-b"))
     assert ours / cost(f"llamagen-{size}").sampling() == pytest.approx(ratio, abs=0.005)
 
 
 @pytest.mark.parametrize(("size", "ratio"), [("b", 1 / 1.35), ("l", 1 / 1.51)])
-def test_sampling_with_a_small_entropy_model_costs_this_share_of_llamagen(size: str, ratio: float) -> None:
+def test_cost_of_sampling_with_a_small_entropy_model_relative_to_llamagen(size: str, ratio: float) -> None:
     ours = cost(f"dpar-{size}").sampling(count(preset("llamagen-xs", classes=0)))
     assert ours / cost(f"llamagen-{size}").sampling() == pytest.approx(ratio, abs=0.005)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("llamagen-s", 25.0), ("llamagen-xs", 6.3)])
-def test_small_entropy_models_have_so_many_parameters(name: str, millions: float) -> None:
+def test_number_of_parameters_of_small_entropy_models(name: str, millions: float) -> None:
     assert count(preset(name, classes=0)).parameters / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_there_is_no_dpar_of_a_size_that_only_entropy_models_have() -> None:
+def test_sizes_of_entropy_models_have_no_dpar() -> None:
     with pytest.raises(ModelError, match="no preset is called 'dpar-s'"):
         preset("dpar-s")
 
@@ -131,18 +131,18 @@ def test_sampling_runs_shared_parts_once_and_the_rest_twice_under_guidance() -> 
 
 
 @pytest.mark.parametrize("length", [1.0, 1.81, 2.06, 3.333])
-def test_patches_come_out_at_the_asked_mean_length(length: float) -> None:
+def test_boundaries_have_the_requested_mean_length(length: float) -> None:
     config = DPARConfig(codebook_size=8, width=32, heads=2, patch_layers=1, decoder_layers=1)
     assert count(config, length).patches == pytest.approx(256 / length, abs=0.005)
 
 
 @pytest.mark.parametrize("length", [0.9, 257.0, -1.0])
-def test_a_patch_length_that_no_image_has_is_refused(length: float) -> None:
+def test_an_impossible_patch_length_is_refused(length: float) -> None:
     with pytest.raises(ValueError, match=f"patch length is {length}; it must be from 1 to 256"):
         count(preset("dpar-tiny"), length)
 
 
-def test_counting_knows_only_presets_that_there_are() -> None:
+def test_counting_an_unknown_preset_is_refused() -> None:
     with pytest.raises(ModelError, match="Did you mean dpar-xxxl"):
         preset("dpar-xxxxl")
     with pytest.raises(ModelError, match="no preset is called 'llamagen-xxxl'"):
@@ -150,7 +150,7 @@ def test_counting_knows_only_presets_that_there_are() -> None:
 
 
 @pytest.mark.parametrize("length", [1.0, 1.81, 2.5, 256.0])
-def test_two_counts_give_the_cost_of_any_mean_of_patches(length: float) -> None:
+def test_the_cost_at_any_mean_of_patches_is_interpolated_from_two_counts(length: float) -> None:
     config = DPARConfig(codebook_size=8, width=32, heads=2, patch_layers=2, decoder_layers=1)
     counted = count(config, length)
     assert linear_macs(config, counted.patches) == pytest.approx(counted.linear, rel=1e-9)
@@ -175,7 +175,7 @@ def test_each_row_has_its_cost_of_sampling_and_its_differences_from_the_paper(ro
         assert held["gmacs_off"] == pytest.approx(own.linear / 1e9 / PAPER_GMACS[row.model, resolution] - 1)
         assert abs(held["gmacs_off"]) < 0.005
     assert rows[0].parameters_off == pytest.approx(115.0 / 120 - 1, abs=0.001)
-    assert "120 M for DPAR-B fit neither" in NOTES
+    assert "120 M for DPAR-B are inconsistent" in NOTES
 
 
 def test_the_table_is_narrow_enough_for_80_columns_and_the_full_one_has_every_column(rows: list[CostRow]) -> None:
@@ -188,7 +188,7 @@ def test_the_table_is_narrow_enough_for_80_columns_and_the_full_one_has_every_co
     assert [line.count("|") for line in markdown(rows).splitlines()] == [len(HEADER) + 1] * (2 + 4)
 
 
-def test_another_patch_length_is_counted_and_not_held_against_the_paper() -> None:
+def test_another_patch_length_is_counted_without_comparison_to_the_paper() -> None:
     (row,) = cost_table(FlopsSettings(model=("dpar-tiny",), image_size=(256,), patch_length=2.5))
     assert row.patches == pytest.approx(102.4)
     assert (row.paper_gmacs, row.gmacs_off, row.paper_parameters) == (None, None, None)

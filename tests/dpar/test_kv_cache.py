@@ -16,7 +16,7 @@ def cache(rows: int) -> KVCache:
 
 
 def tokens(rows: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of ``steps`` tokens: (steps, rows, 1, heads, head_dim) each."""
+    """Return queries, keys and values of ``steps`` tokens: (steps, rows, 1, heads, head_dim) each."""
     q, k, v = torch.randn(3, steps, rows, 1, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(rows))
     return q, k, v
 
@@ -26,7 +26,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3).unsqueeze(2)
 
 
-def test_one_token_a_step_attends_as_the_whole_sequence_does() -> None:
+def test_attention_token_by_token_equals_that_of_the_sequence() -> None:
     q, k, v = tokens(5, CAPACITY)
     kept = cache(5)
     places = [Places.of(np.arange(5), np.full(5, i), total=5) for i in range(CAPACITY)]
@@ -36,7 +36,7 @@ def test_one_token_a_step_attends_as_the_whole_sequence_does() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(walk=st.lists(st.sets(st.integers(0, 4), min_size=1), min_size=1, max_size=CAPACITY))
-def test_rows_that_stand_at_places_of_their_own_attend_to_their_own_past(walk: list[set[int]]) -> None:
+def test_rows_at_different_positions_attend_to_their_own_past(walk: list[set[int]]) -> None:
     q, k, v = tokens(5, CAPACITY)
     whole, kept, at = causal(q, k, v), cache(5), np.zeros(5, np.int64)
     for chosen in walk:
@@ -49,7 +49,7 @@ def test_rows_that_stand_at_places_of_their_own_attend_to_their_own_past(walk: l
         at[rows] += 1
 
 
-def test_a_row_attends_alike_to_the_last_bit_alone_and_among_rows_that_are_elsewhere() -> None:
+def test_attention_of_a_row_is_bit_identical_alone_and_with_rows_at_other_positions() -> None:
     q, k, v = tokens(6, CAPACITY)
     alone, among = cache(1), cache(6)
     for i in range(CAPACITY):

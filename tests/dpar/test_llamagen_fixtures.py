@@ -1,4 +1,4 @@
-"""Files in LlamaGen's format against what LlamaGen's own modules give for them: tests/fixtures/README.md."""
+"""Files in LlamaGen's format against results of LlamaGen's modules: tests/fixtures/README.md."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from dpar import LlamaGen, LlamaGenConfig, VQTokenizer, token_entropy
 from dpar.presets import tokenizer_preset
 from dpar.tokenizer import from_uint8
 
-CLEAR_GAP = 1e-4  # codes nearer than this to the second best may flip with rounding
+CLEAR_GAP = 1e-4  # codes closer than this to the second best may change by rounding
 
 
 class Reference(Protocol):
@@ -70,7 +70,7 @@ def test_logits_losses_and_entropies_of_gpt_b_equal_llamagens(gpt_b_256: Referen
 
 
 @torch.no_grad()
-def test_no_label_is_the_last_one_that_llamagen_was_given(gpt_tiny: tuple[LlamaGen, dict[str, Any]]) -> None:
+def test_no_label_equals_llamagens_guidance_class(gpt_tiny: tuple[LlamaGen, dict[str, Any]]) -> None:
     model, arrays = gpt_tiny
     assert arrays["labels"][-1] == model.config.classes
     assert_close(model(torch.from_numpy(arrays["tokens"][-1:])), arrays["logits"][-1:])

@@ -18,7 +18,7 @@ SIZES: dict[str, Any] = {"codebook_size": 17, "grid_height": 3, "grid_width": 5,
 def both(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, autocast: bool = False
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Loss and gradients: ours, and those of cross-entropy over whole logits."""
+    """Return loss and gradients of our function and of cross-entropy over the full logits."""
 
     def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(hidden, weight)
@@ -40,7 +40,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40), st.integers(0, 999))
-def test_loss_and_gradients_are_cross_entropys_whatever_the_chunk(
+def test_loss_and_gradients_equal_cross_entropys_for_any_chunk_size(
     batch: int, tokens: int, chunk: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def test_loss_and_gradients_are_cross_entropys_whatever_the_chunk(
         assert relative(mine, own) < 1e-6
 
 
-def test_loss_and_gradients_in_bfloat16_are_cross_entropys_up_to_its_rounding() -> None:
+def test_loss_and_gradients_in_bfloat16_equal_cross_entropys_up_to_rounding() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(4, 16, 32), torch.randn(50, 32) / 4
     ours, theirs = both(hidden, weight, torch.randint(50, (4, 16)), 10, autocast=True)
@@ -67,7 +67,7 @@ def test_the_gradients_formula_is_right_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda h, w: next_token_loss(h, w, targets, chunk=2), leaves)
 
 
-def test_no_more_than_a_chunk_of_logits_is_held() -> None:
+def test_at_most_one_chunk_of_logits_is_in_memory() -> None:
     hidden, weight = torch.randn(4096, 8).requires_grad_(), torch.randn(2048, 8).requires_grad_()
     largest = 0
 
@@ -92,7 +92,7 @@ def test_without_gradients_the_loss_is_the_same() -> None:
     assert torch.equal(loss, next_token_loss(hidden, weight, targets, chunk=3).detach())
 
 
-def test_a_head_of_zeros_costs_the_logarithm_of_the_codebook() -> None:
+def test_the_loss_of_a_zero_head_is_the_logarithm_of_the_codebook_size() -> None:
     loss = next_token_loss(torch.randn(3, 4), torch.zeros(50, 4), torch.randint(50, (3,)))
     assert float(loss) == pytest.approx(math.log(50))
 
@@ -143,7 +143,7 @@ def test_checkpointed_layers_give_the_same_gradients_with_dropout(which: int) ->
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_checkpointed_layers_hold_less_for_backward(which: int) -> None:
+def test_checkpointed_layers_save_less_for_backward(which: int) -> None:
     model = models()[which]
     held = []
     for recompute in (False, True):

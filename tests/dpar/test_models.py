@@ -84,7 +84,7 @@ def loss_of(model: DPAR | LlamaGen) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", SEQUENCES)
-def test_a_model_learns_one_batch_by_heart(make: Callable[..., DPAR | LlamaGen]) -> None:
+def test_a_model_can_memorise_one_batch(make: Callable[..., DPAR | LlamaGen]) -> None:
     model = make(width=64, dropout=0.0)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for _ in range(400):
@@ -98,7 +98,7 @@ def test_a_model_learns_one_batch_by_heart(make: Callable[..., DPAR | LlamaGen])
 
 
 @pytest.mark.parametrize("make", SEQUENCES)
-def test_an_untrained_model_finds_all_tokens_equally_likely(make: Callable[..., DPAR | LlamaGen]) -> None:
+def test_an_untrained_model_predicts_all_tokens_equally(make: Callable[..., DPAR | LlamaGen]) -> None:
     assert loss_of(make()).item() == pytest.approx(torch.tensor(float(V)).log().item(), abs=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_every_parameter_receives_a_gradient(model: DPAR | LlamaGen) -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_every_place_in_a_patch_has_an_offset_and_later_ones_share_the_last() -> None:
+def test_each_position_in_a_patch_has_an_offset_and_later_ones_share_the_last() -> None:
     model = dpar(grid_height=2, grid_width=20, offset_embedding=True)
     nn.init.normal_(model.output.weight)
     codes = torch.randint(V, (1, 40))
@@ -143,7 +143,7 @@ def test_every_place_in_a_patch_has_an_offset_and_later_ones_share_the_last() ->
 
 
 @pytest.mark.parametrize("make", SEQUENCES)
-def test_dropout_acts_in_training_alone(make: Callable[..., DPAR | LlamaGen]) -> None:
+def test_dropout_acts_in_training_only(make: Callable[..., DPAR | LlamaGen]) -> None:
     model = make(dropout=0.5)
     nn.init.normal_(model.output.weight)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_autocast_logits_are_close_to_float32(make: Callable[..., DPAR | LlamaGe
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_a_saved_model_comes_back_bit_for_bit(make: Callable[[], Model], tmp_path: Path) -> None:
+def test_a_saved_model_loads_bit_for_bit(make: Callable[[], Model], tmp_path: Path) -> None:
     model = make()
     assert model.save_pretrained(tmp_path / "new" / "weights") == tmp_path / "new" / "weights"
     loaded = type(model).from_pretrained(tmp_path / "new" / "weights")
@@ -191,7 +191,7 @@ def test_a_saved_model_comes_back_bit_for_bit(make: Callable[[], Model], tmp_pat
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_a_model_saved_as_bfloat16_comes_back_rounded_in_float32(make: Callable[[], Model], tmp_path: Path) -> None:
+def test_a_model_saved_as_bfloat16_loads_rounded_in_float32(make: Callable[[], Model], tmp_path: Path) -> None:
     model = make()
     model.save_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
@@ -209,7 +209,7 @@ def test_loaded_models_give_the_same_logits(tmp_path: Path) -> None:
         assert torch.equal(run(model, *batch()), run(DPAR.from_pretrained(tmp_path), *batch()))
 
 
-def test_saving_again_replaces_the_weights_and_leaves_no_parts(tmp_path: Path) -> None:
+def test_saving_again_replaces_the_weights_and_leaves_no_temporary_files(tmp_path: Path) -> None:
     llamagen().save_pretrained(tmp_path)
     before = fingerprint(tmp_path)
     other = llamagen()
@@ -226,7 +226,7 @@ def test_equal_weights_have_equal_fingerprints_whenever_saved(tmp_path: Path) ->
     assert len(found.pop()) == 64
 
 
-def test_the_kind_of_a_saved_model_can_be_asked(tmp_path: Path) -> None:
+def test_the_kind_of_a_saved_model_is_read_from_its_config(tmp_path: Path) -> None:
     for make, kind in zip(MODELS, ["dpar", "llamagen", "vq"], strict=True):
         make().save_pretrained(tmp_path / kind)
         assert model_type(tmp_path / kind) == kind
@@ -269,7 +269,7 @@ def test_tensors_that_do_not_fit_are_named(
         LlamaGen.from_pretrained(saved)
 
 
-def test_of_many_faults_eight_are_listed_and_the_rest_counted(saved: Path) -> None:
+def test_eight_of_many_errors_are_listed_and_the_rest_counted(saved: Path) -> None:
     kept = {f"layers.{i}.attention.wqkv.weight" for i in range(llamagen().config.layers)}
     change_tensors(saved, lambda tensors: [tensors.pop(name) for name in list(tensors) if name not in kept])
     missing = len(llamagen().state_dict()) - len(kept)
@@ -299,9 +299,7 @@ def test_of_many_faults_eight_are_listed_and_the_rest_counted(saved: Path) -> No
         ("start_token", "no", "true or false"),
     ],
 )
-def test_a_value_of_a_config_that_cannot_be_is_named_with_its_file(
-    saved: Path, field: str, value: object, needed: str
-) -> None:
+def test_an_invalid_config_value_is_named_with_its_file(saved: Path, field: str, value: object, needed: str) -> None:
     change_config(saved, **{field: value})
     with pytest.raises(ModelError, match=rf"weights/config\.json: {field} .*{needed}") as caught:
         LlamaGen.from_pretrained(saved)
@@ -331,15 +329,13 @@ def test_choices_and_lists_of_a_config_are_checked_too(
 
 
 @pytest.mark.parametrize("values", [{"width": 2**20}, {"codebook_size": 2**24, "classes": 2**24}])
-def test_sizes_that_the_tensors_do_not_have_are_refused_before_memory_is_taken(
-    saved: Path, values: dict[str, int]
-) -> None:
+def test_sizes_that_contradict_the_tensors_are_refused_before_allocation(saved: Path, values: dict[str, int]) -> None:
     change_config(saved, **values)
     with pytest.raises(ModelError, match=r"model\.safetensors does not fit a LlamaGen: .* is \("):
         LlamaGen.from_pretrained(saved)
 
 
-def test_a_grid_that_no_memory_holds_is_refused(saved: Path) -> None:
+def test_a_grid_too_large_for_memory_is_refused(saved: Path) -> None:
     change_config(saved, grid_height=10**6, grid_width=10**6)
     with pytest.raises(ModelError, match=r"config\.json: a grid of 1000000×1000000 tokens .* too large"):
         LlamaGen.from_pretrained(saved)
@@ -360,7 +356,7 @@ def test_a_config_that_is_a_pipe_is_not_waited_for(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_tensors_that_are_not_of_floating_point_are_refused(saved: Path, dtype: torch.dtype) -> None:
+def test_tensors_that_are_not_floating_point_are_refused(saved: Path, dtype: torch.dtype) -> None:
     change_tensors(saved, lambda tensors: tensors.update({"norm.weight": torch.ones(32, dtype=dtype)}))
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(ModelError, match=f"norm.weight holds {kind}, not floating-point numbers"):
@@ -377,7 +373,7 @@ def test_a_flipped_byte_in_a_header_is_one_message(saved: Path, old: bytes, new:
 
 
 @pytest.mark.parametrize("name", ["my models/vq", "owner/na--me", "a\x1b[31m/b"])
-def test_what_is_neither_a_directory_nor_a_name_of_the_hub_is_one_message(name: str) -> None:
+def test_an_invalid_model_name_is_one_message(name: str) -> None:
     with pytest.raises(ModelError, match=r"no model at .*: there is no such directory") as caught:
         VQTokenizer.from_pretrained(name)
     assert str(caught.value).isprintable()
@@ -388,7 +384,7 @@ def cut(file: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
-def test_a_broken_off_weights_file_is_refused(saved: Path, size: int) -> None:
+def test_a_truncated_weights_file_is_refused(saved: Path, size: int) -> None:
     cut(saved / "model.safetensors", size)
     with pytest.raises(ModelError, match=r"model.safetensors is not a complete safetensors file"):
         LlamaGen.from_pretrained(saved)
@@ -405,13 +401,13 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
         LlamaGen.from_pretrained(tmp_path / "nowhere")
 
 
-def test_a_directory_without_a_config_is_no_model(tmp_path: Path) -> None:
+def test_a_directory_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"is not a model directory: it has no config.json"):
         LlamaGen.from_pretrained(tmp_path)
 
 
 def test_a_file_in_place_of_a_directory_is_refused(saved: Path) -> None:
-    with pytest.raises(ModelError, match=r"config.json is a file of a model directory; name the directory"):
+    with pytest.raises(ModelError, match=r"config.json is a file of a model directory; pass the directory"):
         LlamaGen.from_pretrained(saved / "config.json")
 
 
@@ -419,7 +415,7 @@ def test_a_file_in_place_of_a_directory_is_refused(saved: Path) -> None:
     ("text", "fault"),
     [(b"", "cannot be read"), (b"{", "cannot be read"), (b"\xff\xfe", "cannot be read"), (b"[1]", "not a JSON object")],
 )
-def test_a_config_that_is_no_json_object_is_refused(saved: Path, text: bytes, fault: str) -> None:
+def test_a_config_that_is_not_a_json_object_is_refused(saved: Path, text: bytes, fault: str) -> None:
     (saved / "config.json").write_bytes(text)
     with pytest.raises(ModelError, match=f"config.json.*{fault}"):
         LlamaGen.from_pretrained(saved)
@@ -434,7 +430,7 @@ def test_a_config_that_is_no_json_object_is_refused(saved: Path, text: bytes, fa
         ({"model_type": None}, "weights holds a None model"),
     ],
 )
-def test_config_values_that_cannot_be_used_are_named(saved: Path, values: dict[str, object], fault: str) -> None:
+def test_invalid_config_values_are_named(saved: Path, values: dict[str, object], fault: str) -> None:
     change_config(saved, **values)
     with pytest.raises(ModelError, match=fault):
         LlamaGen.from_pretrained(saved)
@@ -451,8 +447,8 @@ def test_config_values_that_cannot_be_used_are_named(saved: Path, values: dict[s
         (DPARConfig, "grid_width", -1, "grid_width is -1"),
         (DPARConfig, "classes", -1, "classes is -1"),
         (DPARConfig, "heads", 0, "heads is 0"),
-        (DPARConfig, "heads", 7, "width 768 over 7 heads is 109.714 a head"),
-        (DPARConfig, "heads", 64, "width 768 over 64 heads is 12 a head; rotary positions need a multiple of 8"),
+        (DPARConfig, "heads", 7, "width 768 over 7 heads is 109.714 per head"),
+        (DPARConfig, "heads", 64, "width 768 over 64 heads is 12 per head; rotary positions need a multiple of 8"),
         (DPARConfig, "dropout", 1.0, "dropout is 1.0"),
         (DPARConfig, "dropout", -0.1, "dropout is -0.1"),
         (DPARConfig, "encoder_layers", 0, "encoder_layers is 0"),
@@ -473,7 +469,7 @@ def test_the_defaults_are_the_b_presets() -> None:
     assert preset("llamagen-b") == LlamaGenConfig()
 
 
-def test_presets_take_other_values_for_any_field() -> None:
+def test_every_field_of_a_preset_can_be_overridden() -> None:
     config = preset("dpar-l", classes=5, grid_width=24, rope="2d")
     assert isinstance(config, DPARConfig)
     assert (config.classes, config.grid_width, config.rope, config.width) == (5, 24, "2d", 1024)
@@ -491,7 +487,7 @@ def test_dpar_has_as_many_layers_as_llamagen_of_its_size(size: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_makes_a_model(name: str) -> None:
+def test_every_preset_builds_a_model(name: str) -> None:
     config = preset(name)
     with torch.device("meta"):
         model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
@@ -503,29 +499,29 @@ def test_every_preset_makes_a_model(name: str) -> None:
     ("name", "nearest"), [("dpar-bb", "dpar-b"), ("dparl", "dpar-l"), ("lamagen-xl", "llamagen-xl")]
 )
 def test_an_unknown_preset_suggests_the_nearest(name: str, nearest: str) -> None:
-    with pytest.raises(ModelError, match=f"no preset is called '{name}'. Did you mean {nearest}\\? There are: dpar-"):
+    with pytest.raises(ModelError, match=f"no preset is called '{name}'. Did you mean {nearest}\\? Available: dpar-"):
         preset(name)
 
 
-def test_a_preset_unlike_any_is_answered_with_all() -> None:
-    with pytest.raises(ModelError, match=r"no preset is called '?qqq'?\. There are: .*llamagen-xxl"):
+def test_an_unknown_preset_without_a_near_match_lists_all() -> None:
+    with pytest.raises(ModelError, match=r"no preset is called '?qqq'?\. Available: .*llamagen-xxl"):
         preset("qqq")
 
 
-def test_saved_weights_can_be_read_by_whoever_can_read_their_config(tmp_path: Path) -> None:
+def test_saved_weights_have_the_file_permissions_of_their_config(tmp_path: Path) -> None:
     folder = LlamaGen(LlamaGenConfig(codebook_size=8, width=16, heads=2, layers=1)).save_pretrained(tmp_path / "m")
     modes = {(folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}
     assert len(modes) == 1
 
 
-def test_a_run_stands_for_its_newest_weights(tmp_path: Path) -> None:
+def test_the_name_of_a_run_loads_its_newest_weights(tmp_path: Path) -> None:
     model = dpar().save_pretrained(tmp_path / "run" / "model")
     (tmp_path / "run" / "run.json").write_text("{}")
     loaded, expected = DPAR.from_pretrained(tmp_path / "run"), DPAR.from_pretrained(model)
     assert fingerprint(tmp_path / "run") == fingerprint(model)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected.parameters(), strict=True))
     shutil.rmtree(model)
-    with pytest.raises(ModelError, match="has no weights yet: its first checkpoint is still to come"):
+    with pytest.raises(ModelError, match="has no weights yet: it has not written its first checkpoint"):
         DPAR.from_pretrained(tmp_path / "run")
 
 

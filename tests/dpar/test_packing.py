@@ -31,7 +31,7 @@ STARTS = st.builds(
 
 
 def segments(starts: Tensor) -> list[list[int]]:
-    """The rows of the packed tokens that each patch holds, by a plain loop."""
+    """Return the rows of the packed tokens of each patch, by a plain loop."""
     found: list[list[int]] = []
     for row, start in enumerate(starts.flatten().tolist()):
         if start:
@@ -50,7 +50,7 @@ def model(seed: int = 0) -> DPAR:
 
 @SOME
 @given(STARTS)
-def test_layout_fields_equal_a_plain_loops(starts: Tensor) -> None:
+def test_layout_fields_equal_those_of_a_plain_loop(starts: Tensor) -> None:
     batch, n = starts.shape
     layout = PatchLayout.from_starts(starts)
     patches = segments(starts)
@@ -76,7 +76,7 @@ def test_layout_of_patches_of_one_token_is_trivial() -> None:
     assert layout.cu_seqlens.tolist() == [0, 6, 12]
 
 
-def test_layout_moves_with_all_its_tensors_but_the_one_for_the_host() -> None:
+def test_layout_moves_all_its_tensors_except_the_host_copy() -> None:
     layout = PatchLayout.from_starts(random_starts(2, 6, 0.5, 0))
     moved = layout.to("meta")
     assert (moved.n_tokens, moved.longest, moved.n_patches) == (layout.n_tokens, layout.longest, layout.n_patches)
@@ -94,7 +94,7 @@ def test_layout_moves_with_all_its_tensors_but_the_one_for_the_host() -> None:
         (torch.tensor([[1, 0]]), "int64"),
     ],
 )
-def test_starts_that_cannot_be_patches_are_refused(starts: Tensor, fault: str) -> None:
+def test_invalid_starts_are_refused(starts: Tensor, fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         PatchLayout.from_starts(starts)
 
@@ -133,7 +133,7 @@ def test_segment_mean_keeps_bfloat16_but_adds_in_float32() -> None:
 
 @SOME
 @given(STARTS, st.sampled_from([1.0, 1e4]))
-def test_segment_softmax_equals_a_loop_and_bears_large_scores(starts: Tensor, scale: float) -> None:
+def test_segment_softmax_equals_a_loop_and_is_stable_for_large_scores(starts: Tensor, scale: float) -> None:
     layout = PatchLayout.from_starts(starts)
     scores = (torch.randn(starts.numel(), 2) * scale).requires_grad_()
     weights = segment_softmax(scores, layout.patch_of_token, layout.n_patches)
@@ -202,7 +202,7 @@ def test_a_model_gives_the_same_logits_with_xformers_as_with_sdpa() -> None:
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 10_000), st.integers(2, 5))
 @torch.no_grad()
-def test_logits_of_an_image_do_not_depend_on_what_it_is_packed_with(seed: int, batch: int) -> None:
+def test_logits_of_an_image_do_not_depend_on_the_rest_of_the_batch(seed: int, batch: int) -> None:
     made = model(seed)
     starts = torch.cat([random_starts(1, 15, share, seed) for share in torch.rand(batch).tolist()])
     codes, labels = torch.randint(V, (batch, 15)), torch.randint(CLASSES + 1, (batch,))
@@ -213,21 +213,21 @@ def test_logits_of_an_image_do_not_depend_on_what_it_is_packed_with(seed: int, b
 
 
 @torch.no_grad()
-def test_logits_are_the_same_with_the_layout_made_ahead() -> None:
+def test_logits_are_the_same_with_a_precomputed_layout() -> None:
     made, starts = model(), random_starts(3, 15, 0.4, 0)
     codes, labels = torch.randint(V, (3, 15)), torch.tensor([0, 1, CLASSES])
     assert torch.equal(made(codes, labels, starts), made(codes, labels, PatchLayout.from_starts(starts)))
 
 
 @torch.no_grad()
-def test_no_labels_stand_for_the_guidance_class() -> None:
+def test_no_labels_select_the_guidance_class() -> None:
     made, starts = model(), random_starts(2, 15, 0.4, 0)
     codes = torch.randint(V, (2, 15))
     assert torch.equal(made(codes, None, starts), made(codes, torch.tensor([CLASSES, CLASSES]), starts))
 
 
 @torch.no_grad()
-def test_boundaries_matter_to_the_logits() -> None:
+def test_logits_depend_on_the_boundaries() -> None:
     made = model()
     codes = torch.randint(V, (1, 15))
     assert not torch.allclose(
@@ -235,7 +235,7 @@ def test_boundaries_matter_to_the_logits() -> None:
     )
 
 
-def test_starts_whose_first_token_starts_no_patch_are_refused_by_the_model() -> None:
+def test_the_model_refuses_starts_whose_first_token_starts_no_patch() -> None:
     starts = torch.ones(2, 15, dtype=torch.bool)
     starts[1, 0] = False
     with pytest.raises(ValueError, match="token 0 of every image"):
@@ -256,7 +256,7 @@ def test_codes_and_labels_of_other_shapes_are_refused() -> None:
         model()(torch.zeros(2, 15, dtype=torch.long), torch.zeros(3, dtype=torch.long), starts)
 
 
-def test_patches_are_laid_out_over_the_first_and_last_tokens_by_dynamic_rope() -> None:
+def test_dynamic_rope_uses_the_first_and_last_token_of_each_patch() -> None:
     made = model()
     first, last = torch.tensor([0, 2, 5]), torch.tensor([1, 4, 13])
     table = made.patch_positions(first, last)  # head_dim 16: four pairs for the row, one for each of four columns

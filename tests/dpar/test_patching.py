@@ -65,7 +65,7 @@ def test_starts_of_tensors_equal_those_of_arrays(h: NDArray[np.float16], rule: d
 
 @QUICK
 @given(entropies(), rules())
-def test_float16_and_wider_copies_give_the_same_starts(h: NDArray[np.float16], rule: dict[str, Any]) -> None:
+def test_starts_do_not_depend_on_the_float_type_of_entropies(h: NDArray[np.float16], rule: dict[str, Any]) -> None:
     stored = patch_starts(h, **rule)
     for dtype in (np.float32, np.float64):
         np.testing.assert_array_equal(patch_starts(h.astype(dtype), **rule), stored)
@@ -89,7 +89,7 @@ def test_the_width_of_the_grid_has_no_default() -> None:
         patch_starts(np.zeros(8, np.float32), 7.8, 4)  # type: ignore[call-overload]
 
 
-def test_arguments_are_left_as_they_were() -> None:
+def test_arguments_are_not_modified() -> None:
     h = np.array([[0.0, 1.0, 5.0]], dtype=np.float32)
     tensor = torch.from_numpy(h.copy())
     patch_starts(h, 2.0, 4, 16)
@@ -115,7 +115,7 @@ def test_images_of_more_than_32767_tokens_follow_the_rule() -> None:
 # Table 3 of the paper: each row of it, as settings of patch_starts and static_starts.
 
 
-def test_boundaries_of_an_image_do_not_depend_on_how_many_are_gone_through_at_once() -> None:
+def test_boundaries_of_an_image_do_not_depend_on_the_chunk_size() -> None:
     h = np.random.default_rng(0).uniform(0, 9.7, (2 * BLOCK // 96 + 3, 96)).astype(np.float16)
     whole = patch_starts(h, 7.8, 4, 16)
     np.testing.assert_array_equal(
@@ -165,7 +165,7 @@ def test_static_starts_follow_their_formula(n: int, length: float) -> None:
     assert set(lengths.tolist()) <= {math.floor(length), math.ceil(length)}
 
 
-def test_static_patches_of_181_hundredths_are_141_in_an_image_of_256() -> None:
+def test_256_tokens_have_141_static_patches_of_length_1_81() -> None:
     starts = static_starts(256, 1.81)
     assert starts.sum() == 141
     assert 256 / starts.sum() == pytest.approx(1.81, rel=0.01)
@@ -218,7 +218,7 @@ def test_a_static_rule_gives_every_image_the_same_starts() -> None:
 @pytest.mark.parametrize(
     "rule", [PatchRule(threshold=7.8), PatchRule(max_length=None, row_reset=False), PatchRule.static(1.81)]
 )
-def test_a_rule_comes_back_from_its_record_and_leaves_what_is_beside_it(rule: PatchRule) -> None:
+def test_a_rule_loads_from_its_record_and_ignores_other_fields(rule: PatchRule) -> None:
     record = json.loads(json.dumps(rule.to_dict() | {"tokenizer": "vq"}))
     assert PatchRule.from_dict(record) == rule
 
@@ -232,7 +232,7 @@ def test_a_rule_comes_back_from_its_record_and_leaves_what_is_beside_it(rule: Pa
         ({"static_length": 2.0}, "static_length belongs to a static rule"),
     ],
 )
-def test_values_that_make_no_rule_are_refused(values: dict[str, Any], fault: str) -> None:
+def test_invalid_values_of_a_rule_are_refused(values: dict[str, Any], fault: str) -> None:
     with pytest.raises(ModelError, match=fault):
         PatchRule(**values)
 
@@ -244,7 +244,7 @@ def test_a_rule_without_a_threshold_places_no_patches() -> None:
         PatchRule().online(1, 4, 2)
 
 
-def test_entropies_decide_unless_the_rule_is_static_or_its_gate_is_off() -> None:
+def test_entropies_are_needed_unless_the_rule_is_static_or_its_threshold_is_infinite() -> None:
     assert PatchRule(threshold=7.8).needs_entropy
     assert PatchRule().needs_entropy
     assert not PatchRule(threshold=math.inf).needs_entropy

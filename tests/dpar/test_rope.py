@@ -14,14 +14,14 @@ def turned(coordinate: int, pairs: int) -> list[tuple[float, float]]:
     return [(math.cos(a), math.sin(a)) for a in angles]
 
 
-def test_tokens_turn_with_row_then_column() -> None:
+def test_tokens_rotate_with_row_then_column() -> None:
     table = token_table(3, 5, HEAD_DIM)
     expected = [turned(i // 5, HEAD_DIM // 4) + turned(i % 5, HEAD_DIM // 4) for i in range(15)]
     torch.testing.assert_close(table, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "dynamic-compact", "2d"])
-def test_patches_turn_with_the_coordinates_of_their_kind(kind: PatchRope) -> None:
+def test_patches_rotate_with_the_coordinates_of_their_kind(kind: PatchRope) -> None:
     expected = []
     for s, e in zip(FIRST.tolist(), LAST.tolist(), strict=True):
         expected.append(
@@ -39,13 +39,13 @@ def test_patches_turn_with_the_coordinates_of_their_kind(kind: PatchRope) -> Non
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "dynamic-compact", "2d"])
-def test_looked_up_positions_of_patches_are_those_computed(kind: PatchRope) -> None:
+def test_looked_up_positions_of_patches_equal_computed_ones(kind: PatchRope) -> None:
     first, last = torch.tensor([(a, b) for a in range(15) for b in range(a, 15)]).T
     found = PatchPositions(15, 5, 16, kind, "cpu").of(first, last)
     torch.testing.assert_close(found, patch_table(first, last, 5, 16, kind), atol=1e-6, rtol=0)
 
 
-def test_the_condition_is_turned_to_zero() -> None:
+def test_the_condition_is_rotated_to_zero() -> None:
     table = with_condition(token_table(2, 2, HEAD_DIM))
     assert table.shape == (5, HEAD_DIM // 2, 2)
     x = torch.randn(5, 3, HEAD_DIM)
@@ -66,7 +66,7 @@ def test_rotation_keeps_lengths_and_dtype() -> None:
     assert rotate(x.bfloat16(), table).dtype == torch.bfloat16
 
 
-def test_products_of_turned_queries_and_keys_depend_on_distance_alone() -> None:
+def test_products_of_rotated_queries_and_keys_depend_on_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, HEAD_DIM)
     table = token_table(6, 6, HEAD_DIM)
 

@@ -56,7 +56,7 @@ def llamagen(seed: int = 1, **sizes: Any) -> LlamaGen:
 
 
 def unconditional(seed: int = 1, start_token: bool = False) -> LlamaGen:
-    """An entropy model: without a start token, or a class-conditional LlamaGen that is read at its guidance class."""
+    """Build an entropy model: without a start token, or a class-conditional LlamaGen used with its guidance class."""
     return llamagen(seed, classes=7 if start_token else 0, start_token=start_token)
 
 
@@ -72,7 +72,7 @@ OPTION_FIELDS = {field.name for field in dataclasses.fields(SamplingOptions)}
 def sample_with(
     model: DPAR | LlamaGen, entropy_model: LlamaGen | None, labels: Tensor, **how: Any
 ) -> tuple[Tensor, Tensor]:
-    """:func:`dpar.sample` with the fields of rule and options as keywords."""
+    """Call :func:`dpar.sample` with the fields of rule and options as keywords."""
     rule_fields = {name: how.pop(name) for name in RULE_FIELDS & how.keys()}
     options = SamplingOptions(**{name: how.pop(name) for name in OPTION_FIELDS & how.keys()})
     rule = None
@@ -84,7 +84,7 @@ def sample_with(
 
 
 class Seen:
-    """What sampling saw at each token, (B, N, ...)."""
+    """Records the logits of sampling at each token, (B, N, ...)."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, int], Tensor] = {}
@@ -113,7 +113,7 @@ def forced(model: DPAR | LlamaGen, codes: Tensor, labels: Tensor, starts: Tensor
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
 @pytest.mark.parametrize("encoder_layers", [1, 2])
 @pytest.mark.parametrize("rope", get_args(PatchRope))
-def test_sampling_sees_the_logits_of_teacher_forcing(rope: PatchRope, encoder_layers: int, cfg_scale: float) -> None:
+def test_logits_in_sampling_equal_teacher_forcing(rope: PatchRope, encoder_layers: int, cfg_scale: float) -> None:
     model, entropy_model, seen = dpar(rope=rope, encoder_layers=encoder_layers), unconditional(), Seen()
     codes, starts = sample_with(
         model,
@@ -142,7 +142,7 @@ def test_sampling_sees_the_logits_of_teacher_forcing(rope: PatchRope, encoder_la
     row_reset=st.booleans(),
     cfg_scale=st.sampled_from([1.0, 1.5]),
 )
-def test_sampling_sees_the_logits_of_teacher_forcing_under_any_rule(
+def test_logits_in_sampling_equal_teacher_forcing_under_any_rule(
     seed: int,
     start_token: bool,
     patch_query: str,
@@ -173,7 +173,7 @@ def test_sampling_sees_the_logits_of_teacher_forcing_under_any_rule(
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
-def test_llamagen_sampling_sees_the_logits_of_teacher_forcing(cfg_scale: float) -> None:
+def test_logits_in_llamagen_sampling_equal_teacher_forcing(cfg_scale: float) -> None:
     model, seen = llamagen(), Seen()
     codes, starts = sample_with(model, None, LABELS, cfg_scale=cfg_scale, observe=seen)
     torch.testing.assert_close(seen.logits(), forced(model, codes, LABELS, starts, cfg_scale), atol=1e-4, rtol=0)
@@ -181,7 +181,7 @@ def test_llamagen_sampling_sees_the_logits_of_teacher_forcing(cfg_scale: float) 
 
 
 @pytest.mark.parametrize("start_token", [True, False])
-def test_both_kinds_of_entropy_model_place_patches_as_their_stored_entropies_do(start_token: bool) -> None:
+def test_online_boundaries_equal_those_of_stored_entropies_for_both_kinds_of_entropy_model(start_token: bool) -> None:
     model, entropy_model = dpar(), unconditional(start_token=start_token)
     threshold = usual_entropy(entropy_model)
     codes, starts = sample_with(model, entropy_model, LABELS, threshold=threshold)
@@ -197,7 +197,7 @@ def test_static_sampling_has_static_boundaries_and_needs_no_entropy_model(length
     torch.testing.assert_close(seen.logits(), forced(model, codes, LABELS, starts, 1.0), atol=1e-4, rtol=0)
 
 
-def test_with_the_gate_off_length_and_rows_decide() -> None:
+def test_with_an_infinite_threshold_length_and_rows_decide() -> None:
     _, starts = sample_with(dpar(), None, LABELS, threshold=math.inf, max_length=2)
     expected = patch_starts(np.zeros((len(LABELS), N), np.float32), math.inf, 2, WIDTH)
     assert starts.tolist() == expected.tolist()
@@ -240,7 +240,7 @@ def test_a_llamagen_image_depends_on_seed_and_index_not_on_the_batch() -> None:
     cfg_scale=st.sampled_from([1.0, 2.0]),
     top_p=st.sampled_from([1.0, 0.9]),
 )
-def test_the_same_images_come_out_of_batches_of_any_size_and_order(
+def test_images_are_the_same_in_batches_of_any_size_and_order(
     batches: list[Any], in_flight: int, family: str, cfg_scale: float, top_p: float
 ) -> None:
     model: Any = dpar(encoder_layers=2) if family == "dpar" else llamagen(7)
@@ -269,7 +269,7 @@ def test_the_same_images_come_out_of_batches_of_any_size_and_order(
             assert torch.equal(ours, theirs[indices])  # logits too, to the last bit
 
 
-def test_where_there_is_no_onednn_an_image_does_not_depend_on_the_batch_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onednn_an_image_does_not_depend_on_the_batch_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpar.cpu_kernels.available", lambda: False)
     model, entropy_model, labels = dpar(), llamagen(), torch.arange(9) % CLASSES
     rule: dict[str, Any] = {"threshold": usual_entropy(entropy_model), "cfg_scale": 2.0}
@@ -294,7 +294,7 @@ def test_the_patch_transformer_runs_only_for_images_that_start_a_patch(monkeypat
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 24, 30])
-def test_finished_images_are_counted_as_they_come(batch: int) -> None:
+def test_finished_images_are_reported_per_batch(batch: int) -> None:
     finished: list[int] = []
     sample_with(llamagen(), None, torch.zeros(24, dtype=torch.long), batch=batch, advance=finished.append)
     assert sum(finished) == 24
@@ -406,10 +406,10 @@ def test_temperature_zero_takes_the_likeliest() -> None:
         (2, 1.0, [0, 0.5, 0, 0.25, 0]),
         (1, 1.0, [0, 0.5, 0, 0, 0]),
         (0, 0.01, [0, 0.5, 0, 0, 0]),
-        (0, 0.5, [0, 0.5, 0, 0, 0]),  # the likeliest reach 0.5 exactly: no more
+        (0, 0.5, [0, 0.5, 0, 0, 0]),  # the likeliest reaches exactly 0.5
         (0, 0.51, [0, 0.5, 0, 0.25, 0]),
         (0, 0.9, [0.125, 0.5, 0.0625, 0.25, 0]),  # of equals, the first
-        (2, 0.6, [0, 0.5, 0, 0, 0]),  # of the two kept, the first has two thirds
+        (2, 0.6, [0, 0.5, 0, 0, 0]),  # the first of the two kept has two thirds
         (2, 0.7, [0, 0.5, 0, 0.25, 0]),
     ],
 )
@@ -440,13 +440,13 @@ def test_a_top_k_of_one_samples_greedily() -> None:
         ("power-cosine", 0.0, [3, 3, 3, 3]),
     ],
 )
-def test_guidance_goes_as_its_schedule_says(schedule: Any, power: float, scales: list[float]) -> None:
+def test_guidance_follows_its_schedule(schedule: Any, power: float, scales: list[float]) -> None:
     guidance = SamplingOptions(cfg_scale=3.0, cfg_schedule=schedule, cfg_power=power)
     assert [guidance.guidance_at(i, 4) for i in range(4)] == pytest.approx(scales)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "power-cosine"])
-def test_scheduled_guidance_weighs_the_halves_of_teacher_forcing(schedule: Any) -> None:
+def test_scheduled_guidance_combines_the_logits_of_teacher_forcing(schedule: Any) -> None:
     model, seen = llamagen(), Seen()
     codes, starts = sample_with(model, None, LABELS, cfg_scale=3.0, cfg_schedule=schedule, cfg_power=2.0, observe=seen)
     conditional, unconditional = (
@@ -494,7 +494,7 @@ def test_known_tokens_are_kept_and_all_others_sampled_after_them(share: float, s
     assert torch.equal(codes[~keep], drawn[~keep])
 
 
-def test_an_image_all_of_which_is_known_comes_back_with_its_likelihood() -> None:
+def test_a_fully_known_image_is_returned_with_its_likelihood() -> None:
     model, seen = dpar(), Seen()
     known = torch.randint(V, (len(LABELS), N))
     codes, starts = sample_with(
@@ -504,7 +504,7 @@ def test_an_image_all_of_which_is_known_comes_back_with_its_likelihood() -> None
     torch.testing.assert_close(seen.logits(), own_log_probs(model, known, starts), atol=1e-4, rtol=0)
 
 
-def test_keeping_nothing_changes_nothing() -> None:
+def test_without_known_tokens_sampling_is_unchanged() -> None:
     model, known = llamagen(), torch.zeros(len(LABELS), N, dtype=torch.long)
     codes, _ = sample_with(model, None, LABELS, known=known, keep=known > 0)
     assert torch.equal(codes, sample_with(model, None, LABELS)[0])
@@ -524,14 +524,14 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("on_onednn", [True, False])
-def test_a_sample_costs_the_multiply_accumulates_that_are_counted(
+def test_sampling_costs_the_counted_multiply_accumulates(
     guided: bool, on_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if on_onednn and not available():
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr("dpar.cpu_kernels.available", lambda: on_onednn)
     for module in ("cpu_kernels", "steppers"):
-        monkeypatch.setattr(f"dpar.{module}.padded", lambda rows: rows)  # rows of padding are no part of the method
+        monkeypatch.setattr(f"dpar.{module}.padded", lambda rows: rows)  # padding rows are not part of the method
     model, entropy_model = dpar(encoder_layers=2), unconditional()
     threshold = usual_entropy(entropy_model)
     with Products() as products:
@@ -539,14 +539,14 @@ def test_a_sample_costs_the_multiply_accumulates_that_are_counted(
     patches = int(starts.sum()) / len(LABELS)
     assert 5 < patches < N
     counted = count(model.config, N / patches).sampling(count(entropy_model.config), guidance=guided)
-    # The column counts a forward pass; nothing ever reads the last token and the last patch, so they are not encoded.
+    # The column counts a forward pass; sampling does not encode the last token and the last patch.
     block = sum(p.numel() for p in model.encoder_layers()[0].block.parameters() if p.ndim == 2)
     in_last_patch = sum(N - int(row.nonzero().max()) for row in starts) / len(LABELS)
     unread = model.config.encoder_layers * (block + (2 + 2 * in_last_patch) * model.config.width**2)
     assert products.done / len(LABELS) == pytest.approx(counted - unread, rel=1e-9)
 
 
-def test_sampling_leaves_no_gradients_and_no_trace_in_the_model() -> None:
+def test_sampling_leaves_no_gradients_and_does_not_change_the_model() -> None:
     model = dpar()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     codes, _ = sample_with(model, None, LABELS, static_length=2.0)
@@ -575,7 +575,7 @@ def test_sampling_leaves_no_gradients_and_no_trace_in_the_model() -> None:
         ({"known": torch.zeros(3, N).long(), "keep": torch.zeros(4, N).bool()}, r"known is \(3, 15\); \(4, 15\)"),
         ({"known": torch.zeros(4, N).long(), "keep": torch.zeros(4, 9).bool()}, r"keep is \(4, 9\)"),
         ({"known": torch.zeros(4, N).long(), "keep": torch.zeros(4, N)}, "keep is torch.float32; bool"),
-        ({"known": torch.full((4, N), V), "keep": torch.ones(4, N).bool()}, "known codes reach from 19 to 19"),
+        ({"known": torch.full((4, N), V), "keep": torch.ones(4, N).bool()}, "known codes range from 19 to 19"),
         ({"indices": [0, 1]}, "2 indices for 4 labels"),
         ({"indices": [3]}, "1 indices for 4 labels"),
     ],
@@ -590,11 +590,11 @@ def test_settings_out_of_range_are_refused(settings_: dict[str, Any], fault: str
     [
         (torch.zeros(0, dtype=torch.long), r"labels are \(0,\)"),
         (torch.zeros(2, 2, dtype=torch.long), r"labels are \(2, 2\)"),
-        (torch.tensor([0, -1]), "labels reach from -1 to 0; this model has classes 0 to 2, and 3 for none"),
-        (torch.tensor([1, 4]), "labels reach from 1 to 4"),
+        (torch.tensor([0, -1]), "labels range from -1 to 0; this model has classes 0 to 2, and 3 for no class"),
+        (torch.tensor([1, 4]), "labels range from 1 to 4"),
     ],
 )
-def test_labels_that_the_model_does_not_have_are_refused(labels: Tensor, fault: str) -> None:
+def test_labels_out_of_range_are_refused(labels: Tensor, fault: str) -> None:
     with pytest.raises(ModelError, match=fault):
         sample_with(llamagen(), None, labels)
 
@@ -619,7 +619,7 @@ def test_dpar_without_a_rule_or_a_threshold_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("codebook_size", V + 1), ("grid_height", HEIGHT + 1), ("grid_width", WIDTH + 1)]
 )
-def test_an_entropy_model_of_other_tokens_is_refused(name: str, value: int) -> None:
+def test_an_entropy_model_for_other_tokens_is_refused(name: str, value: int) -> None:
     other = llamagen(**{name: value})
     assert dataclasses.asdict(other.config)[name] == value
     with pytest.raises(ModelError, match=f"the entropy model's {name} is {value}, the model's {value - 1}"):
@@ -634,6 +634,6 @@ def test_an_entropy_model_of_other_tokens_is_refused(name: str, value: int) -> N
         ({"threshold": math.nan}, "threshold is not a number"),
     ],
 )
-def test_a_rule_that_cannot_be_meant_is_refused(settings_: dict[str, Any], fault: str) -> None:
+def test_an_invalid_rule_is_refused(settings_: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         sample_with(dpar(), None, LABELS, **settings_)

@@ -49,7 +49,7 @@ def labels_of(images: int) -> Tensor:
 
 
 class Sizes:
-    """The numbers of images that the patch transformer ran on."""
+    """Records the numbers of images on which the patch transformer ran."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.used: list[tuple[int, int]] = []  # begun, size
@@ -76,7 +76,7 @@ class Sizes:
     cfg_scale=st.sampled_from([1.0, 2.0]),
     top_p=st.sampled_from([1.0, 0.9]),
 )
-def test_static_steppers_sample_what_the_steppers_of_the_cpu_do_with_the_logits_of_teacher_forcing(
+def test_static_steppers_equal_cpu_steppers_and_teacher_forcing(
     seed: int,
     images: int,
     rule: PatchRule,
@@ -108,7 +108,7 @@ def test_static_steppers_sample_what_the_steppers_of_the_cpu_do_with_the_logits_
 
 @SOME
 @given(seed=st.integers(0, 1000), images=IMAGES, cfg_scale=st.sampled_from([1.0, 2.0]))
-def test_a_static_llamagen_samples_what_the_stepper_of_the_cpu_does_with_the_logits_of_teacher_forcing(
+def test_the_static_llamagen_stepper_equals_the_cpu_stepper_and_teacher_forcing(
     seed: int, images: int, cfg_scale: float
 ) -> None:
     model, labels, seen = llamagen(seed), labels_of(images), Seen()
@@ -142,14 +142,14 @@ def test_a_sampler_gives_the_same_images_after_other_batches(
 ) -> None:
     model, entropy_model, options = dpar(), unconditional(), SamplingOptions(cfg_scale=2.0 if guided else 1.0)
     kept = Sampler(model, entropy_model, static=True)
-    for images in sizes:  # larger and smaller ones than the steppers that are kept
+    for images in sizes:  # larger and smaller than the cached steppers
         found = kept.sample(labels_of(images), rule, options, batch=batch)
         fresh = Sampler(model, entropy_model, static=True).sample(labels_of(images), rule, options)
         assert torch.equal(found[0], fresh[0])
         assert torch.equal(found[1], fresh[1])
 
 
-def test_a_sampler_keeps_its_steppers_for_batches_that_fit_and_for_other_guidance_makes_new_ones() -> None:
+def test_a_sampler_reuses_its_steppers_for_batches_that_fit_but_not_for_other_guidance() -> None:
     sampler, rule = Sampler(dpar(), unconditional(), static=True), PatchRule(threshold=2.0)
     guided, plain = SamplingOptions(cfg_scale=2.0), SamplingOptions()
     sampler.sample(labels_of(8), rule, guided, batch=4)
@@ -161,7 +161,7 @@ def test_a_sampler_keeps_its_steppers_for_batches_that_fit_and_for_other_guidanc
 
 
 @pytest.mark.parametrize(("batch", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
-def test_the_patch_transformer_runs_on_the_next_size_and_no_other(
+def test_the_patch_transformer_runs_on_the_smallest_size_that_fits(
     batch: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, entropy_model = Sizes(monkeypatch), unconditional()
@@ -172,7 +172,7 @@ def test_the_patch_transformer_runs_on_the_next_size_and_no_other(
 
 
 @pytest.mark.parametrize("family", [dpar, llamagen])
-def test_steps_read_caches_as_far_as_they_are_filled_and_sample_what_the_cpu_does(
+def test_steps_read_only_the_filled_part_of_caches_and_equal_the_cpu(
     family: Callable[..., DPAR | LlamaGen],
 ) -> None:
     model, labels = family(grid_height=6, grid_width=8), labels_of(3)
@@ -185,7 +185,7 @@ def test_steps_read_caches_as_far_as_they_are_filled_and_sample_what_the_cpu_doe
     assert {("logits", 16), ("logits", 32), ("logits", 48)} <= stepper.graphs.warm
 
 
-def test_rows_of_padding_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_rows_have_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     model, entropy_model, labels = dpar(encoder_layers=2), unconditional(), labels_of(7)
     rule, options = PatchRule(threshold=usual_entropy(entropy_model)), SamplingOptions(cfg_scale=2.0)
 
@@ -201,7 +201,7 @@ def test_rows_of_padding_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(padded[2], exact[2], atol=1e-5, rtol=0)
 
 
-def test_one_token_a_step_attends_as_the_whole_sequence_does() -> None:
+def test_attention_token_by_token_equals_that_of_the_sequence() -> None:
     q, k, v = tokens(5, 40)
     cache = StaticCache(5, 40, HEADS, HEAD_DIM, CPU, torch.float32)
     places = [cache.together_at(torch.tensor([i]), cache.length(i)) for i in range(40)]
@@ -211,8 +211,8 @@ def test_one_token_a_step_attends_as_the_whole_sequence_does() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(walk=st.lists(st.sets(st.integers(0, 4), min_size=1), min_size=1, max_size=40), padding=st.integers(0, 3))
-def test_rows_at_places_of_their_own_attend_to_their_own_past(walk: list[set[int]], padding: int) -> None:
-    q, k, v = tokens(6, 40)  # of which the last row is padding's
+def test_rows_at_different_positions_attend_to_their_own_past(walk: list[set[int]], padding: int) -> None:
+    q, k, v = tokens(6, 40)  # the last row is padding
     whole, at, cache = causal(q, k, v), torch.zeros(6).long(), StaticCache(6, 40, HEADS, HEAD_DIM, CPU, torch.float32)
     for chosen in walk:
         rows = torch.tensor([*sorted(chosen), *[5] * padding])
@@ -226,7 +226,7 @@ def test_rows_at_places_of_their_own_attend_to_their_own_past(walk: list[set[int
 
 @SOME
 @given(rule=RULES, seed=st.integers(0, 1000))
-def test_the_rule_on_a_device_decides_as_the_rule_on_the_host(rule: PatchRule, seed: int) -> None:
+def test_the_rule_on_a_device_equals_the_rule_on_the_host(rule: PatchRule, seed: int) -> None:
     entropies = torch.rand(7, N, generator=torch.Generator().manual_seed(seed)) * 3
     on_device, on_host = StaticPatcher(rule, 7, N, WIDTH, CPU), OnlinePatcher(rule, 7, N, WIDTH)
     starts = []
@@ -240,7 +240,7 @@ def test_the_rule_on_a_device_decides_as_the_rule_on_the_host(rule: PatchRule, s
         assert max(end - begin for begin, end in pairwise(begins)) <= longest
 
 
-def test_the_longest_patch_is_no_longer_than_it_must_be() -> None:
+def test_the_longest_patch_is_bounded_by_limit_row_or_image() -> None:
     assert longest_patch(PatchRule(threshold=2.0), 256, 16) == 4
     assert longest_patch(PatchRule(threshold=2.0, max_length=None), 256, 16) == 16
     assert longest_patch(PatchRule(threshold=2.0, max_length=None, row_reset=False), 256, 16) == 256
@@ -249,12 +249,12 @@ def test_the_longest_patch_is_no_longer_than_it_must_be() -> None:
 
 
 @pytest.mark.parametrize("family", ["dpar", "llamagen"])
-def test_half_linears_give_the_numbers_of_autocast(family: str) -> None:
+def test_half_linears_equal_autocast(family: str) -> None:
     model: Any = dpar() if family == "dpar" else llamagen()
     half = half_linears(model, torch.bfloat16)
     assert all(isinstance(m, HalfLinear) for m in half.modules() if isinstance(m, torch.nn.Linear))
     assert half.tok_embeddings.weight is model.tok_embeddings.weight
-    assert model.output.weight.dtype == torch.float32  # the model is left as it is
+    assert model.output.weight.dtype == torch.float32  # the model is unchanged
     codes, extra = torch.randint(V, (3, N)), (torch.ones(3, N, dtype=torch.bool),) if family == "dpar" else ()
     with torch.no_grad():
         found = half(codes, None, *extra)
@@ -264,7 +264,7 @@ def test_half_linears_give_the_numbers_of_autocast(family: str) -> None:
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
 
 
-def test_under_autocast_static_steppers_hold_weights_and_caches_in_bfloat16_and_sample_near_teacher_forcing() -> None:
+def test_under_autocast_static_steppers_use_bfloat16_and_are_close_to_teacher_forcing() -> None:
     model, entropy_model, labels, seen = dpar(), unconditional(), labels_of(4), Seen()
     sampler = Sampler(model, entropy_model, static=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -276,7 +276,7 @@ def test_under_autocast_static_steppers_hold_weights_and_caches_in_bfloat16_and_
 
 
 class FakeGraph:
-    """Stands for a CUDA graph: its capture is counted, its replay runs what was captured."""
+    """Replaces a CUDA graph: counts captures, and runs the captured function on replay."""
 
     def __init__(self, step: Any) -> None:
         self.replay = step
@@ -302,7 +302,7 @@ def test_a_step_warms_up_is_captured_once_and_takes_effect_once_per_run(monkeypa
         assert len(captured) == (0 if runs == 1 else 2)
 
 
-def test_graphs_call_steps_as_they_are_on_a_cpu_and_when_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_call_steps_directly_on_a_cpu_and_when_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Graphs, "_capture", lambda *_: pytest.fail("captured"))
     for graphs in (Graphs(CPU), Graphs(torch.device("cuda"), enabled=False)):
         done: list[int] = []
@@ -315,7 +315,7 @@ def test_graphs_call_steps_as_they_are_on_a_cpu_and_when_switched_off(monkeypatc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("family", ["dpar", "llamagen"])
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
-def test_graphs_on_a_gpu_sample_what_plain_steps_do_and_what_the_cpu_does(family: str, cfg_scale: float) -> None:
+def test_graphs_on_a_gpu_equal_plain_steps_and_the_cpu(family: str, cfg_scale: float) -> None:
     model: DPAR | LlamaGen = dpar() if family == "dpar" else llamagen()
     entropy_model, labels = unconditional(), labels_of(6)
     rule, options = PatchRule(threshold=usual_entropy(entropy_model)), SamplingOptions(cfg_scale=cfg_scale)

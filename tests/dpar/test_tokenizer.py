@@ -31,7 +31,7 @@ def images(batch: int = 2, height: int = 16, width: int = 16) -> Tensor:
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 24)])
 @torch.no_grad()
-def test_images_become_one_code_a_square_of_pixels_and_come_back_in_shape(
+def test_images_have_one_code_per_square_of_pixels_and_decode_to_their_shape(
     tokenizer: VQTokenizer, height: int, width: int
 ) -> None:
     assert CONFIG.downsampling == 4
@@ -45,14 +45,14 @@ def test_images_become_one_code_a_square_of_pixels_and_come_back_in_shape(
 
 
 @torch.no_grad()
-def test_the_grid_tells_a_wide_image_from_a_tall_one(tokenizer: VQTokenizer) -> None:
+def test_the_grid_distinguishes_wide_and_tall_images(tokenizer: VQTokenizer) -> None:
     codes = torch.arange(12).unsqueeze(0)
     assert tokenizer.decode(codes, (2, 6)).shape == (1, 3, 8, 24)
     assert tokenizer.decode(codes, (6, 2)).shape == (1, 3, 24, 8)
 
 
 @torch.no_grad()
-def test_a_square_grid_needs_no_naming(tokenizer: VQTokenizer) -> None:
+def test_a_square_grid_is_the_default(tokenizer: VQTokenizer) -> None:
     codes = tokenizer.encode(images())
     assert torch.equal(tokenizer.decode(codes), tokenizer.decode(codes, (4, 4)))
 
@@ -74,7 +74,7 @@ def test_training_and_encoding_choose_the_same_codes(tokenizer: VQTokenizer) -> 
 
 
 @torch.no_grad()
-def test_nearest_is_the_largest_cosine_over_chunks_too() -> None:
+def test_nearest_has_the_largest_cosine_across_chunks() -> None:
     torch.manual_seed(0)
     quantiser = Quantiser(32, 4)
     latent = torch.randn(3, 4, 40, 50)  # 6000 rows: more than one chunk
@@ -120,7 +120,7 @@ def test_pixels_are_scaled_clamped_and_cut_to_integers() -> None:
     assert pixels[0, 0, :, 0].tolist() == [int(min(max(127.5 * x + 128, 0), 255)) for x in values]
 
 
-def test_all_pixel_values_come_back() -> None:
+def test_all_pixel_values_survive_a_round_trip() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
     floats = from_uint8(pixels)
     assert floats.shape == (1, 3, 16, 16)
@@ -162,7 +162,7 @@ def test_codes_that_do_not_fill_the_grid_are_refused(tokenizer: VQTokenizer) -> 
         ("channel_multipliers", (1, 0), r"channel_multipliers is \(1, 0\)"),
     ],
 )
-def test_sizes_that_no_tokenizer_has_are_refused(name: str, value: object, fault: str) -> None:
+def test_invalid_sizes_of_a_tokenizer_are_refused(name: str, value: object, fault: str) -> None:
     with pytest.raises(ModelError, match=fault):
         tokenizer_preset("vq-16", **{name: value})
 
@@ -208,7 +208,7 @@ def test_restarting_a_codebook_in_full_use_changes_nothing() -> None:
     assert torch.equal(quantiser.embedding.weight, before)
 
 
-def test_restarting_is_repeatable_by_its_generator() -> None:
+def test_restarting_is_determined_by_its_generator() -> None:
     first, second = Quantiser(16, 4), Quantiser(16, 4)
     latent = torch.randn(2, 4, 3, 3)
     for quantiser in (first, second):
@@ -236,15 +236,15 @@ def test_the_loss_is_the_weighted_sum_of_finite_parts() -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_losses_of_weight_zero_are_left_out() -> None:
+def test_losses_of_weight_zero_are_not_computed() -> None:
     assert set(loss_parts(VQLoss(LossWeights()))[1]) == {"reconstruction", "codebook", "commitment"}
 
 
-def test_the_adversarial_loss_waits_until_it_is_told_to_begin() -> None:
+def test_the_adversarial_loss_is_zero_before_its_start() -> None:
     assert "adversarial" not in loss_parts(VQLoss(LossWeights(adversarial=1.0)), adversarial=False)[1]
 
 
-def test_the_entropy_penalty_is_least_for_sharp_and_even_use() -> None:
+def test_the_entropy_penalty_is_least_for_confident_and_uniform_use() -> None:
     sharp_and_even = entropy_penalty(torch.eye(8))
     assert sharp_and_even.item() == pytest.approx(-math.log(8), abs=1e-3)
     collapsed = torch.zeros(8, 8)
@@ -253,7 +253,7 @@ def test_the_entropy_penalty_is_least_for_sharp_and_even_use() -> None:
     assert entropy_penalty(torch.zeros(8, 8)).item() == pytest.approx(0, abs=1e-3)
 
 
-def test_the_entropy_penalty_has_finite_gradients_for_codes_that_nothing_is_near() -> None:
+def test_the_entropy_penalty_has_finite_gradients_for_unused_codes() -> None:
     similarity = torch.full((6, 8), -1.0)
     similarity[:, 0] = 1.0
     similarity[:3, 1] = 0.999
@@ -264,12 +264,12 @@ def test_the_entropy_penalty_has_finite_gradients_for_codes_that_nothing_is_near
     assert similarity.grad.abs().max() > 0
 
 
-def test_the_discriminators_loss_is_the_hinge_and_trains_it_alone() -> None:
+def test_the_discriminators_loss_is_the_hinge_and_trains_only_the_discriminator() -> None:
     torch.manual_seed(0)
     loss = VQLoss(LossWeights(adversarial=1.0))
     assert loss.discriminator is not None
     real, fake = images(2, 32, 32), (images(2, 32, 32) * 0.5).requires_grad_()
-    loss.discriminator.eval()  # so that batch norms give the same again
+    loss.discriminator.eval()  # so that batch norms are deterministic
     value = loss.discriminator_loss(real, fake)
     margins = [1 - loss.discriminator(real), 1 + loss.discriminator(fake)]
     assert value.item() == pytest.approx(sum(m.clamp(min=0).mean().item() for m in margins) / 2, rel=1e-5)
@@ -278,7 +278,7 @@ def test_the_discriminators_loss_is_the_hinge_and_trains_it_alone() -> None:
     assert all(p.grad is not None for p in loss.discriminator.parameters())
 
 
-def test_a_few_steps_teach_the_discriminator_to_tell() -> None:
+def test_a_few_steps_train_the_discriminator_to_distinguish_images() -> None:
     torch.manual_seed(0)
     loss = VQLoss(LossWeights(adversarial=1.0))
     loss.discriminator = Discriminator(channels=8, layers=2)

@@ -1,4 +1,4 @@
-"""What tests of sampling and scoring start from: images, weights, artifacts and runs, all tiny; and real processes."""
+"""Inputs of the tests of sampling and scoring: tiny images, weights, artifacts and runs; and real processes."""
 
 import multiprocessing
 import os
@@ -45,14 +45,14 @@ def save_photos(folder: Path, classes: tuple[str, ...], a_class: int) -> None:
 
 
 def save_patches(home: Path, photos: Path, codes: Path, patches: Path) -> None:
-    """Codes and patches of photos, by the tokenizer and the entropy model in ``home``."""
+    """Save codes and patches of the photos, by the tokenizer and the entropy model in ``home``."""
     settings = TokenizeSettings(tokenizer=str(home / "vq"), image_size=SIZE, shard_size=4, **CPU)
     tokenize(str(photos), codes, settings, QUIET)
     patchify(codes, patches, PatchifySettings(entropy_model=str(home / "entropy"), **RULE, **CPU), QUIET)
 
 
 def save_home(home: Path, classes: tuple[str, ...], a_class: int) -> None:
-    """``photos/``, ``vq/``, ``entropy/``, ``codes/`` and ``patches/``."""
+    """Save ``photos/``, ``vq/``, ``entropy/``, ``codes/`` and ``patches/``."""
     save_photos(home / "photos", classes, a_class)
     torch.manual_seed(0)
     VQTokenizer(VQ).save_pretrained(home / "vq")
@@ -64,7 +64,7 @@ def save_home(home: Path, classes: tuple[str, ...], a_class: int) -> None:
 
 
 def save_run(run: Path, data: Path, model: str, seed: int = 3, std: float = 0.2) -> None:
-    """A run as `dpar train` leaves it, of a model that is sure of something, so that samples depend on their inputs."""
+    """Save a run as `dpar train` does, of a model with non-uniform outputs, so that samples depend on their inputs."""
     manifest = Manifest.read(data)
     config = preset(
         model,
@@ -86,12 +86,12 @@ def save_run(run: Path, data: Path, model: str, seed: int = 3, std: float = 0.2)
 
 
 def save_inception(folder: Path) -> Path:
-    """A file of seeded random weights of torch-fidelity's Inception, which stand in for the published ones."""
+    """Save random weights of torch-fidelity's Inception in place of the published ones."""
     pytest.importorskip("torch_fidelity")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Newborn(FeatureExtractorInceptionV3):
-        """Keeps the weights that it is made with: there is no other way around its download."""
+        """Keeps its initial weights, to avoid the download."""
 
         def load_state_dict(self, *_: Any) -> None:
             pass
@@ -107,7 +107,7 @@ def save_inception(folder: Path) -> Path:
 
 
 def save_dino(folder: Path) -> Path:
-    """A file of seeded random weights as Meta publishes DINOv2's, of the smallest size."""
+    """Save random weights of the smallest DINOv2 in Meta's format."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
@@ -119,7 +119,7 @@ BUNDLE_CLASSES = ("bird", "cat", "fish")
 
 
 def save_bundles(home: Path) -> Path:
-    """`save_home` with a run of DPAR and one of LlamaGen, and a bundle of each."""
+    """Call `save_home` and add a run of DPAR, one of LlamaGen, and a bundle of each."""
     save_home(home, BUNDLE_CLASSES, a_class=2)
     save_run(home / "dpar", home / "patches", "dpar-tiny")
     save_run(home / "llama", home / "codes", "llamagen-tiny", std=0.05)
@@ -129,14 +129,14 @@ def save_bundles(home: Path) -> Path:
 
 
 def everything(out: Path) -> dict[str, bytes]:
-    """All files below a directory, but for its empty locks."""
+    """Return all files below a directory except empty locks."""
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.stat().st_size}
 
 
 def start(
     work: Callable[[], object], rank: int = 0, world_size: int = 1, fresh: bool = False
 ) -> multiprocessing.process.BaseProcess:
-    """A process that does the work as one of ``torchrun``'s would; work that calls backward needs a ``fresh`` one."""
+    """Start a process that does the work as a process of ``torchrun``; work that calls backward needs ``fresh``."""
     context = multiprocessing.get_context("spawn") if fresh else multiprocessing.get_context("fork")
     process = context.Process(target=_work_as, args=(work, rank, world_size))
     process.start()
@@ -150,7 +150,7 @@ def _work_as(work: Callable[[], object], rank: int, world_size: int) -> None:
 
 
 def killed_again_and_again(work: Callable[[], object], out: Path, kills: int, fresh: bool = False) -> int:
-    """Kills the work each time it has left a new file or two in ``out``, then lets it end; gives the kills that hit."""
+    """Kill the work whenever it has written a few files in ``out``, then let it finish; return the number of kills."""
     chance, hits = random.Random(0), 0
     for _ in range(kills):
         seen = files(out)
@@ -170,5 +170,5 @@ def killed_again_and_again(work: Callable[[], object], out: Path, kills: int, fr
 
 
 def files(out: Path) -> set[str]:
-    """Names of finished and unfinished files, some of which a process at work takes away while it is looked."""
+    """Return names of finished and unfinished files, some of which a running process may remove meanwhile."""
     return {os.path.join(root, name) for root, _, names in os.walk(out) for name in names if ".locks" not in root}

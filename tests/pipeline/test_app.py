@@ -1,4 +1,4 @@
-"""`dpar app` below the page: what its tabs do, as functions; and how it starts."""
+"""`dpar app` without its page: the functions behind the tabs, and its start."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_a_picture_is_shown_with_its_patches_and_its_entropies(model: Model) -> 
 @pytest.mark.parametrize(
     ("threshold", "max_length", "row_reset"), [(0.0, 4, True), (3.2, 0, False), (9.0, 3, False), (9.0, 0, True)]
 )
-def test_sliders_place_patches_of_stored_entropies_without_the_model(
+def test_sliders_recompute_patches_from_stored_entropies(
     home: Path, photo: Image.Image, threshold: float, max_length: int, row_reset: bool
 ) -> None:
     model = load_model(str(home / "dpar-bundle"), SETTINGS)
@@ -91,7 +91,7 @@ def test_sliders_place_patches_of_stored_entropies_without_the_model(
 
 def test_editing_samples_what_is_painted_and_reports_what_is_kept(model: Model, photo: Image.Image) -> None:
     layer = Image.new("RGBA", photo.size, (0, 0, 0, 0))
-    layer.paste((255, 0, 0, 255), (0, 10, 10, 12))  # of 10 × 12 pixels, of which the middle 10 rows are used
+    layer.paste((255, 0, 0, 255), (0, 10, 10, 12))  # 10 × 12 pixels, cropped to the middle 10 rows
     mask = mask_of_layers([None, layer], photo.size)
     assert mask.getextrema() == (0, 255)
     by_mask = edit(model, photo, 1, 2, Choices(seed=3), mask=mask)
@@ -105,7 +105,7 @@ def test_editing_samples_what_is_painted_and_reports_what_is_kept(model: Model, 
     ("labels", "each", "values", "message"),
     [
         ([], 1, {}, "choose at least one class"),
-        ([0, 1, 2], 30, {}, "90 pictures at once; there can be from 1 to 64"),
+        ([0, 1, 2], 30, {}, "90 pictures were requested; from 1 to 64 are possible"),
         ([7], 1, {}, "no class 7; they are 0 to 2"),
         ([0], 1, {"seed": None}, "seed is empty; give a number"),
         ([0], 1, {"seed": -1}, "the seed is -1; it must be from 0 to"),
@@ -141,7 +141,7 @@ def test_compute_saved_is_the_difference_to_a_llamagen_of_the_same_depth_and_wid
     assert guided.total == pytest.approx(1 - expected)
 
 
-def test_a_session_stops_its_own_job_only() -> None:
+def test_a_session_can_stop_only_its_own_job() -> None:
     jobs, started = Jobs(), threading.Event()
     outcome: list[str] = []
 
@@ -197,7 +197,7 @@ def test_a_run_is_loaded_with_its_moving_average(home: Path, tmp_path: Path) -> 
     assert pixels([average[0].image]) != pixels([last[0].image])
 
 
-def test_a_built_in_bundle_is_taken_like_any_other(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_built_in_bundle_is_loaded_like_any_other(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(locations.BUILTIN, "builtin:test", str((home / "dpar-bundle").absolute()))
     assert load_model("builtin:test", SETTINGS).pipe.class_names == BUNDLE_CLASSES
     assert locations.weights_path("builtin:test", "tokenizer") == str(home / "dpar-bundle" / "tokenizer")
@@ -212,14 +212,14 @@ def test_a_llamagen_samples_and_has_no_patches_to_show(home: Path) -> None:
     assert "no patches" in " ".join(model.patches_text(float(N), guided=True))
 
 
-def test_a_port_that_is_taken_is_one_message(home: Path) -> None:
+def test_a_port_in_use_is_one_message(home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StageError, match=f"cannot listen at 127.0.0.1, port {port}: Address already in use"):
             serve(str(home / "dpar-bundle"), AppSettings(port=port), ready=print)
 
 
-def test_without_gradio_one_message_names_the_extra(home: Path, tmp_path: Path) -> None:
+def test_missing_gradio_is_one_message_with_the_extra(home: Path, tmp_path: Path) -> None:
     (tmp_path / "gradio.py").write_text("raise ImportError('not installed')")
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "COLUMNS": "300"}
     command = [sys.executable, "-m", "dpar", "app", str(home / "dpar-bundle")]

@@ -1,4 +1,4 @@
-"""The page of `dpar app`, served by a real process: through Gradio's client, and in a browser if there is one."""
+"""The page of `dpar app`, served by a real process: through Gradio's client, and in a browser if installed."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def model(home: Path) -> Model:
 
 SAMPLING = (2.0, 1.0, 0, 1.0, 3.1, 4)  # guidance, temperature, top-k, top-p, threshold, seed
 WIDTHS = (1280, 420)  # pixels: a screen and a phone
-PATIENCE = 240_000  # milliseconds, of a busy machine
+PATIENCE = 240_000  # milliseconds, for a busy machine
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -50,7 +50,7 @@ def free_port() -> int:
 
 
 def start_app(bundle: Path, temporary: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
-    """`dpar app` in a process of its own, and the address that it prints."""
+    """Start `dpar app` in a new process and return it with the address that it prints."""
     pytest.importorskip("gradio", reason="the extra app is not installed")
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary), "COLUMNS": "300"}
     command = [sys.executable, "-m", "dpar", "app", str(bundle), "--port", str(free_port()), "--device", "cpu"]
@@ -104,7 +104,7 @@ def test_the_page_edits_an_image(client: Any, home: Path) -> None:
     from gradio_client import handle_file
 
     drawing = {"background": handle_file(str(home / "photos" / "cat" / "1.png")), "layers": [], "composite": None}
-    status, gallery, *_ = client.predict(True, drawing, "Keep the upper rows", 2, 1, 2, *SAMPLING, api_name="/edit")
+    status, gallery, *_ = client.predict(True, drawing, "Keep the top rows", 2, 1, 2, *SAMPLING, api_name="/edit")
     assert f"{2 * SIDE} of {N} tokens kept" in status
     assert len(gallery["value"]) == 2
 
@@ -145,7 +145,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(params=WIDTHS)
 def page(request: Any, browser: Any, app: str) -> Iterator[Any]:
-    """The page in a new browser session, which ends without errors, requests elsewhere or sideways scrolling."""
+    """The page in a new browser session, checked for errors, foreign requests and sideways scrolling at the end."""
     context = browser.new_context(viewport={"width": request.param, "height": 900})
     context.set_default_timeout(PATIENCE)
     page, problems = context.new_page(), list[str]()
@@ -195,12 +195,12 @@ def test_patchify_in_a_browser(page: Any) -> None:
     wait_for_text(page, f"^{N} patches$")
 
 
-@pytest.mark.parametrize("mode", ["Keep the upper rows", "Draw what is sampled"])
+@pytest.mark.parametrize("mode", ["Keep the top rows", "Draw the part to sample"])
 def test_edit_in_a_browser(page: Any, mode: str) -> None:
     page.get_by_role("tab", name="Edit").click()
     shown(page, ".gallery-item").first.click()
     page.get_by_text(mode).click()
-    if mode == "Draw what is sampled":
+    if mode == "Draw the part to sample":
         page.get_by_label("Brush").first.click()
         box = shown(page, "canvas").first.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)

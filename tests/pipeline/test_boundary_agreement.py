@@ -31,14 +31,14 @@ def chosen(home: Path, models: tuple[str, str] = ("large", "small"), **values: A
 
 
 def starts(home: Path, model: str, threshold: float, out: Path) -> NDArray[np.bool_]:
-    """Boundaries of view ``i`` of image ``i`` as `dpar patchify` writes them."""
+    """Return the boundaries of view ``i`` of image ``i`` as `dpar patchify` writes them."""
     run(home / "codes", out, entropy_model=str(home / model), threshold=threshold)
     found = open_artifact(out).gather(*np.divmod(np.arange(2 * ROWS), 2)).starts
     assert found is not None
     return found
 
 
-def test_the_numbers_are_those_of_the_boundaries_that_patchify_writes(home: Path, tmp_path: Path) -> None:
+def test_agreement_is_computed_on_the_boundaries_of_patchify(home: Path, tmp_path: Path) -> None:
     found = compare(home / "codes", tmp_path / "out", chosen(home, threshold=2.0), QUIET)
     first, second = (starts(home, model, 2.0, tmp_path / model) for model in ("large", "small"))
     assert [model["mean_length"] for model in found["models"]] == [first.size / first.sum(), second.size / second.sum()]
@@ -68,7 +68,7 @@ def test_a_model_agrees_with_itself(home: Path, tmp_path: Path) -> None:
     assert found["entropy_correlation"] == pytest.approx(1.0)
 
 
-def test_each_model_gets_the_threshold_that_gives_the_wanted_length(home: Path, tmp_path: Path) -> None:
+def test_each_model_gets_the_threshold_for_the_requested_length(home: Path, tmp_path: Path) -> None:
     found = compare(home / "codes", tmp_path / "out", chosen(home, target_length=1.5), QUIET)
     one, other = found["models"]
     assert one["threshold"] != other["threshold"]
@@ -111,12 +111,12 @@ def test_a_model_whose_entropies_are_all_equal_has_no_correlation(home: Path, tm
     found = compare(home / "codes", tmp_path / "out", settings, QUIET)
     assert found["entropy_correlation"] is None
     assert json.loads((tmp_path / "out" / COMPARISON).read_text()) == found
-    assert "entropies correlate at no number" in lines(found)[-1]
+    assert "entropy correlation undefined" in lines(found)[-1]
 
 
 @pytest.mark.parametrize(
     "wrong", [{"entropy_model": "e"}, {"strategy": "static", "static_length": 2.0, "threshold": None}]
 )
-def test_settings_that_do_not_go_with_a_comparison_are_refused(wrong: dict[str, Any]) -> None:
+def test_settings_incompatible_with_a_comparison_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(StageError, match="--compare"):
         PatchifySettings(**{"compare": ("a", "b"), "threshold": 1.0, **wrong})

@@ -1,4 +1,4 @@
-"""`dpar eval`: what makes scores comparable. Intervals, how each was measured, the protocol, sFID, FD-DINOv2."""
+"""Comparable scores of `dpar eval`: intervals, records of the measurement, the protocol, sFID, FD-DINOv2."""
 
 import csv
 import json
@@ -80,7 +80,7 @@ def test_bits_and_distances_have_intervals_in_json_csv_and_markdown(home: Path, 
     assert float(row[f"{DISTANCE}_interval_high"]) == interval["high"]
 
 
-def test_without_a_bootstrap_there_are_the_same_scores_and_no_intervals(home: Path, tmp_path: Path) -> None:
+def test_without_a_bootstrap_scores_are_the_same_and_have_no_intervals(home: Path, tmp_path: Path) -> None:
     with_intervals = run(home, tmp_path / "with")
     without = run(home, tmp_path / "without", bootstrap=0)
     assert without["bits_per_token"] == with_intervals["bits_per_token"]
@@ -90,7 +90,7 @@ def test_without_a_bootstrap_there_are_the_same_scores_and_no_intervals(home: Pa
     assert "In brackets" not in (tmp_path / "without/results.md").read_text()
 
 
-def test_every_score_says_how_it_was_measured(home: Path, tmp_path: Path) -> None:
+def test_every_score_records_how_it_was_measured(home: Path, tmp_path: Path) -> None:
     found = run(home, tmp_path / "scores", labels="balanced")
     measures = {measure["score"]: measure for measure in found["measures"]}
     assert set(measures) == {DISTANCE, "tokenizer KID", "tokenizer_precision", "tokenizer_recall"}
@@ -144,7 +144,7 @@ def test_sfid_is_the_distance_on_seven_channels_of_the_layer_that_adm_reads(
     assert measures["inception_score"]["reference"] is None
 
 
-def test_dinov2_is_a_further_network_beside_the_first(home: Path, tmp_path: Path, dino: Path) -> None:
+def test_dinov2_is_scored_in_addition_to_features(home: Path, tmp_path: Path, dino: Path) -> None:
     found = run(home, tmp_path / "scores", dinov2_weights=dino, bootstrap=0)
     (cell,) = found["cells"]
     assert cell["distance"] == DISTANCE
@@ -162,7 +162,7 @@ def test_dinov2_is_a_further_network_beside_the_first(home: Path, tmp_path: Path
         assert "KID-DINOv2" in next(csv.reader(file))
 
 
-def test_stored_statistics_of_one_network_leave_their_images_to_another(home: Path, tmp_path: Path, dino: Path) -> None:
+def test_networks_without_stored_statistics_use_the_images(home: Path, tmp_path: Path, dino: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (11, SIZE, SIZE, 3), np.uint8)
     record = np.array(json.dumps({"features": "tokenizer", "images": 5000}))
     np.savez(tmp_path / "both.npz", images, mu=np.zeros(64), sigma=np.eye(64), provenance=record)
@@ -197,7 +197,7 @@ def test_samples_stand_above_their_nearest_training_images(home: Path, tmp_path:
     assert (tmp_path / "scores/cells/cfg-1.5/nearest.png").is_file()
 
 
-def test_without_the_training_artifact_there_is_a_message_and_no_sheet(
+def test_a_missing_training_artifact_is_a_message_and_no_sheet(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(home / "run", tmp_path / "run")
@@ -213,7 +213,7 @@ def test_without_the_training_artifact_there_is_a_message_and_no_sheet(
     assert not (tmp_path / "more").exists()
 
 
-def test_the_papers_protocol_fixes_what_is_not_given_and_lists_what_differs(
+def test_the_papers_protocol_sets_missing_options_and_lists_deviations(
     home: Path, tmp_path: Path, inception: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paper = EvalSettings(reference=Path("r"), protocol="paper")

@@ -1,4 +1,4 @@
-"""LlamaGen's files in the pipeline: converted, pushed, as tokenizer, as entropy model, scored and sampled from."""
+"""LlamaGen's files in the pipeline: conversion, upload, and use as tokenizer, entropy model and generator."""
 
 import hashlib
 import shutil
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``vq.pt`` and ``gpt.pt`` in LlamaGen's format, photographs, and ``codes`` that the former made of them."""
+    """``vq.pt`` and ``gpt.pt`` in LlamaGen's format, photographs, and their ``codes``."""
     home = tmp_path_factory.mktemp("home")
     torch.save({"model": state_of(VQTokenizer(VQ), 0) | {"quantize.codebook_used": torch.ones(65536)}}, home / "vq.pt")
     write(home / "gpt.pt", "llamagen", SIZES, state_of(LlamaGen(GPT), 1))
@@ -78,7 +78,7 @@ def assert_equal_bytes(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> No
 
 
 def dpar(*arguments: object, status: int = 0) -> str:
-    """Runs the command in this process and gives what it printed."""
+    """Run the command in this process and return its output."""
     import cli
 
     done = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200"})
@@ -112,7 +112,7 @@ def test_a_file_becomes_a_directory_and_the_same_file_again_byte_for_byte(tmp_pa
         assert LlamaGen.from_pretrained(tmp_path / name).config == GPT
 
 
-def test_the_command_says_what_was_converted_and_the_card_says_from_what(home: Path, tmp_path: Path) -> None:
+def test_the_command_prints_the_conversion_and_the_card_records_its_source(home: Path, tmp_path: Path) -> None:
     said = dpar("convert", home / "gpt.pt", tmp_path / "gpt")
     parameters = sum(p.numel() for p in LlamaGen(GPT).parameters())
     assert "LlamaGen's GPT: 2 layers of width 32, 2 heads, 4×4 tokens of 32 codes, 3 classes" in said
@@ -121,7 +121,7 @@ def test_the_command_says_what_was_converted_and_the_card_says_from_what(home: P
     assert f"Converted from `gpt.pt`, SHA-256 `{digest}`" in (tmp_path / "gpt" / "README.md").read_text()
 
 
-def test_what_is_there_already_is_kept(home: Path, tmp_path: Path) -> None:
+def test_an_existing_equal_output_is_kept(home: Path, tmp_path: Path) -> None:
     write(tmp_path / "other.pt", "llamagen", SIZES, state_of(LlamaGen(GPT), 9))
     for name in ("out", "out.pt"):
         run_convert(home / "gpt.pt", tmp_path / name)
@@ -150,8 +150,8 @@ def test_a_dpar_becomes_a_file_of_its_authors_and_a_directory_again(tmp_path: Pa
     assert original == copy
 
 
-def test_a_hub_takes_directories_only(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"--push-to takes a directory"):
+def test_only_directories_are_pushed_to_a_hub(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"--push-to needs a directory"):
         convert(str(home / "gpt.pt"), tmp_path / "b.pt", ConvertSettings(push_to="me/gpt"), QUIET)
     assert not list(tmp_path.glob("*.pt*"))
 
@@ -161,7 +161,7 @@ def test_a_hub_takes_directories_only(home: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Hub at which nobody answers; gives the folder where downloads would lie."""
+    """Make the Hub unreachable and return the folder of cached downloads."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -170,16 +170,16 @@ def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_a_hub_that_cannot_be_reached_is_one_message_and_the_directory_is_whole(home: Path, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_one_message_and_the_directory_is_complete(home: Path, tmp_path: Path) -> None:
     said = dpar("convert", home / "vq.pt", tmp_path / "vq", "--push-to", "me/vq", status=1)
     assert len(said.strip().splitlines()) == 1
-    assert "vq is written, but me/vq on the Hub did not take it" in said
+    assert "vq is written, but the upload to me/vq failed" in said
     assert VQTokenizer.from_pretrained(tmp_path / "vq").config == VQ
 
 
-def test_what_was_pushed_loads_by_its_name(home: Path, tmp_path: Path, no_hub: Path) -> None:
+def test_pushed_weights_load_by_name(home: Path, tmp_path: Path, no_hub: Path) -> None:
     run_convert(home / "gpt.pt", tmp_path / "gpt")
-    cached = no_hub / "models--me--gpt"  # where a download of me/gpt lies
+    cached = no_hub / "models--me--gpt"  # the cached download of me/gpt
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("0" * 40)
     shutil.copytree(tmp_path / "gpt", cached / "snapshots" / ("0" * 40))
@@ -187,7 +187,7 @@ def test_what_was_pushed_loads_by_its_name(home: Path, tmp_path: Path, no_hub: P
     assert "LlamaGen's GPT: 2 layers" in dpar("convert", "me/gpt", tmp_path / "again")
     original, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("gpt", "again"))
     assert original == again
-    with pytest.raises(ValueError, match="me/other is not a local directory, nor could the Hub be read"):
+    with pytest.raises(ValueError, match="me/other is not a local directory, and the Hub could not be read"):
         LlamaGen.from_pretrained("me/other")
 
 
@@ -199,7 +199,7 @@ def test_a_tokenizer_file_makes_codes_and_is_recorded_by_path_and_digest(home: P
     assert open_artifact(home / "codes").manifest.tokenizer == {"path": str(home / "vq.pt"), "fingerprint": digest}
 
 
-def test_a_gpt_file_where_a_tokenizer_is_needed_is_refused(home: Path, tmp_path: Path) -> None:
+def test_a_gpt_file_as_tokenizer_is_refused(home: Path, tmp_path: Path) -> None:
     said = dpar("tokenize", home / "photos", tmp_path / "o", "--tokenizer", home / "gpt.pt", status=1)
     assert "gpt.pt is LlamaGen's GPT" in said
     assert "LlamaGen's VQ tokenizer is needed here" in said
@@ -215,7 +215,7 @@ def entropy(home: Path) -> Path:
     return home / "entropy"
 
 
-def test_the_entropy_model_of_a_checkpoint_is_the_checkpoint_at_its_guidance_class(home: Path, entropy: Path) -> None:
+def test_the_entropy_model_of_a_checkpoint_uses_its_guidance_class(home: Path, entropy: Path) -> None:
     conditional = LlamaGen.from_pretrained(home / "gpt.pt")
     model = load_entropy_model(str(entropy))
     assert model.config.classes == 0
@@ -228,7 +228,7 @@ def test_the_entropy_model_of_a_checkpoint_is_the_checkpoint_at_its_guidance_cla
     assert record["settings"]["from_llamagen"] == {"path": str(home / "gpt.pt"), "fingerprint": digest}
 
 
-def test_patchify_uses_it_like_a_trained_one(home: Path, entropy: Path, tmp_path: Path) -> None:
+def test_patchify_accepts_an_entropy_model_from_llamagen(home: Path, entropy: Path, tmp_path: Path) -> None:
     settings = PatchifySettings(entropy_model=str(entropy), target_length=1.6, **CPU)
     manifest = patchify(home / "codes", tmp_path / "patches", settings, QUIET)
     assert manifest is not None
@@ -241,7 +241,7 @@ def test_patchify_uses_it_like_a_trained_one(home: Path, entropy: Path, tmp_path
     np.testing.assert_allclose(rows.entropy[:, 0, 1:], expected[:, 1:], rtol=0, atol=2e-3)
 
 
-def test_it_can_be_made_again_but_not_of_another_checkpoint(home: Path, entropy: Path, tmp_path: Path) -> None:
+def test_converting_again_is_accepted_only_for_the_same_checkpoint(home: Path, entropy: Path, tmp_path: Path) -> None:
     before = (entropy / "model" / "model.safetensors").read_bytes()
     train_entropy(home / "codes", entropy, EntropySettings(from_llamagen=str(home / "gpt.pt")), QUIET)
     assert (entropy / "model" / "model.safetensors").read_bytes() == before
@@ -269,10 +269,10 @@ def test_a_checkpoint_for_another_grid_or_codebook_is_refused_with_both_sides(
     assert not (tmp_path / "out").exists()
 
 
-def test_training_options_beside_a_checkpoint_are_wrong_usage(home: Path, tmp_path: Path) -> None:
+def test_training_options_with_a_checkpoint_are_wrong_usage(home: Path, tmp_path: Path) -> None:
     options = ("--from-llamagen", home / "gpt.pt", "--device", "cpu", "--steps", 5, "--lr", 0.1)
     said = dpar("entropy", home / "codes", tmp_path / "o", *options, status=2)
-    assert "--from-llamagen trains nothing; leave out --steps, --lr" in said
+    assert "--from-llamagen trains nothing; omit --steps, --lr" in said
     assert not (tmp_path / "o").exists()
 
 

@@ -1,4 +1,4 @@
-"""Full and read-only disks and a source that goes away, with real file systems and real processes."""
+"""Full and read-only disks and a source that disappears, with real file systems and processes."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images, a tokenizer, and what an undisturbed run makes of them."""
+    """Images, a tokenizer, and the artifact of an undisturbed run."""
     home = tmp_path_factory.mktemp("made")
     rng = np.random.default_rng(0)
     for i in range(IMAGES):
@@ -64,7 +64,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def check_only_whole_shards(out: Path, home: Path) -> int:
-    """How many shards there are; each must be whole, and nothing half-written may lie beside them."""
+    """Return the number of shards; require that each is complete and that there are no partial files."""
     assert not (out / MANIFEST).exists()
     assert not list(out.glob("*.part"))
     whole = files(home / "undisturbed")
@@ -82,7 +82,7 @@ def check_one_message(said: str, *parts: str) -> None:
 
 
 def in_own_mounts(script: str) -> None:
-    """Runs a shell script that may mount file systems nobody else sees; skips the test where that is forbidden."""
+    """Run a shell script that may mount private file systems; skip the test where that is forbidden."""
     probe = "mkdir -p /tmp && mount -t tmpfs tmpfs /tmp"
     if shutil.which("unshare") is None:
         pytest.skip("there is no unshare")
@@ -95,7 +95,7 @@ def in_own_mounts(script: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_full_disk_is_one_message_and_with_more_room_the_same_command_goes_on(home: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_message_and_the_same_command_resumes(home: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     again = shlex.join(command(home, disk / "a"))
@@ -118,7 +118,7 @@ def test_a_full_disk_is_one_message_and_with_more_room_the_same_command_goes_on(
     assert files(tmp_path / "mended") == files(home / "undisturbed")
 
 
-def test_a_read_only_output_is_one_message_and_nothing_is_begun(home: Path, tmp_path: Path) -> None:
+def test_a_read_only_output_is_one_message_before_any_work(home: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     again = shlex.join(command(home, disk / "a"))
@@ -140,7 +140,7 @@ def test_a_read_only_output_is_one_message_and_nothing_is_begun(home: Path, tmp_
     assert files(tmp_path / "mended") == files(home / "undisturbed")
 
 
-def test_a_source_that_vanishes_stops_the_stage_and_once_it_is_back_the_same_command_goes_on(
+def test_a_missing_source_stops_the_stage_and_the_same_command_resumes_when_it_is_back(
     home: Path, tmp_path: Path
 ) -> None:
     out, photos, away = tmp_path / "a", home / "photos", home / "away"

@@ -72,7 +72,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images, a tokenizer, an entropy model, artifacts, and runs of both families that know a little."""
+    """Images, a tokenizer, an entropy model, artifacts, and slightly trained runs of both families."""
     home = tmp_path_factory.mktemp("made")
     save_home(home, CLASSES, a_class=5)
     for model in ("dpar-tiny", "llamagen-tiny"):
@@ -86,7 +86,7 @@ def run(home: Path, out: Path, model: str = "dpar-tiny", **values: Any) -> dict[
 
 
 def build_patches(out: Path, codes: np.ndarray, labels: np.ndarray, starts: np.ndarray) -> Path:
-    """A patches artifact of these sequences, (n, N) each."""
+    """Write a patches artifact of these sequences, (n, N) each."""
     build = ArtifactBuild(out, settings={}, n_shards=1, container="arrow")
     rows = Rows(
         keys=[str(i) for i in range(len(codes))],
@@ -117,7 +117,7 @@ def build_patches(out: Path, codes: np.ndarray, labels: np.ndarray, starts: np.n
 
 
 @pytest.mark.parametrize("model", ["dpar-tiny", "llamagen-tiny"])
-def test_bits_per_token_of_a_model_that_knows_nothing_are_log2_of_the_codebook(
+def test_bits_per_token_of_an_untrained_model_are_log2_of_the_codebook_size(
     home: Path, tmp_path: Path, model: str
 ) -> None:
     save_run(tmp_path / model, home / "patches", model, std=0.0)
@@ -128,7 +128,7 @@ def test_bits_per_token_of_a_model_that_knows_nothing_are_log2_of_the_codebook(
 
 
 @pytest.mark.parametrize("family", ["dpar-tiny", "llamagen-tiny"])
-def test_bits_per_token_of_a_sample_are_what_its_sampling_cost(home: Path, tmp_path: Path, family: str) -> None:
+def test_bits_per_token_of_a_sample_equal_its_sampling_likelihood(home: Path, tmp_path: Path, family: str) -> None:
     kind: Any = DPAR if family.startswith("dpar") else LlamaGen
     model = kind.from_pretrained(home / family / "model")
     torch.manual_seed(1)
@@ -199,7 +199,7 @@ def test_scores_are_written_as_numbers_tables_a_plot_and_sheets(home: Path, tmp_
     )
 
 
-def test_a_cells_distance_is_that_of_its_decoded_codes_from_the_originals(home: Path, tmp_path: Path) -> None:
+def test_the_distance_of_a_cell_is_between_decoded_codes_and_originals(home: Path, tmp_path: Path) -> None:
     cell = run(home, tmp_path / "scores", samples=8)["cells"][0]
     tokenizer = VQTokenizer.from_pretrained(home / "vq")
     extract = TokenizerFeatures(tokenizer, "")
@@ -213,7 +213,7 @@ def test_a_cells_distance_is_that_of_its_decoded_codes_from_the_originals(home: 
     assert (cell["tokenizer_precision"], cell["tokenizer_recall"]) == precision_recall(a, b)
 
 
-def test_the_tokenizers_quality_is_that_of_its_reconstructions(home: Path, tmp_path: Path) -> None:
+def test_the_tokenizers_scores_are_those_of_its_reconstructions(home: Path, tmp_path: Path) -> None:
     artifact = open_artifact(home / "codes")
     rows = np.arange(len(artifact))
     codes = artifact.gather(rows, np.zeros_like(rows)).codes
@@ -239,7 +239,7 @@ def test_a_finished_cell_is_not_sampled_again(home: Path, tmp_path: Path) -> Non
     out = tmp_path / "scores"
     first = run(home, out)
     sheet = out / "cells" / "cfg-1.5" / "samples.png"
-    sheet.unlink()  # it would come back if the cell were sampled
+    sheet.unlink()  # sampling the cell would write it again
     assert run(home, out) == first
     more = run(home, out, cfg_scale=(1.5, 2.0))
     assert not sheet.exists()
@@ -318,7 +318,7 @@ def test_thresholds_that_differ_in_the_seventh_digit_are_two_rows(home: Path, tm
     assert [row["threshold"] for row in found["held_out"]] == [3.0, 3.0000001]
 
 
-def test_held_out_images_stored_with_another_threshold_are_cut_by_the_runs_own(home: Path, tmp_path: Path) -> None:
+def test_held_out_images_are_patchified_with_the_runs_threshold(home: Path, tmp_path: Path) -> None:
     patchify(home / "patches", tmp_path / "moved", PatchifySettings(threshold=9.0, max_length=0, **CPU), QUIET)
     same, moved = (
         run(home, tmp_path / f"of-{name}", reference=folder, samples=0)
@@ -344,11 +344,13 @@ def test_without_entropies_of_the_runs_entropy_model_a_threshold_is_one_message(
     )
     for name, why in (("static", "it holds no entropies"), ("foreign", r"its entropies are of .*other \(\w{12}\)")):
         for given in ({"threshold": (3.0,)}, {"max_length": (2,)}, {"row_reset": False}):
-            with pytest.raises(StageError, match=f"{name} cannot be cut by --threshold, .*{why}, and the run's"):
+            with pytest.raises(
+                StageError, match=f"{name} cannot be patchified with --threshold, .*{why}, and the run's"
+            ):
                 run(home, tmp_path / "scores", reference=tmp_path / name, samples=0, **given)
         settings = EvalSettings(reference=tmp_path / name, samples=0, **CPU)
         found = evaluate(home / "dpar-tiny", tmp_path / f"of-{name}", settings)
-        assert "bits per token are by the boundaries stored in" in capsys.readouterr().err.replace("\n", " ")
+        assert "bits per token use the boundaries stored in" in capsys.readouterr().err.replace("\n", " ")
         expected = bits_per_token(
             DPAR.from_pretrained(home / "dpar-tiny" / "model"),
             open_artifact(tmp_path / name),
@@ -359,7 +361,7 @@ def test_without_entropies_of_the_runs_entropy_model_a_threshold_is_one_message(
     assert not (tmp_path / "scores").exists()
 
 
-def test_a_static_run_has_one_row_of_its_length_whatever_the_held_out_boundaries(home: Path, tmp_path: Path) -> None:
+def test_a_static_run_has_one_row_of_its_length_for_any_held_out_boundaries(home: Path, tmp_path: Path) -> None:
     static = PatchifySettings(strategy="static", static_length=1.8, **CPU)
     patchify(home / "patches", tmp_path / "static", static, QUIET)
     save_run(tmp_path / "run", tmp_path / "static", "dpar-tiny", std=0.05)
@@ -371,7 +373,7 @@ def test_a_static_run_has_one_row_of_its_length_whatever_the_held_out_boundaries
     assert found["bits_per_token"] == pytest.approx(expected.bits_per_token, abs=1e-6)
 
 
-def test_every_cell_and_table_says_how_its_samples_were_drawn_and_looked_at(home: Path, tmp_path: Path) -> None:
+def test_every_cell_and_table_records_sampling_and_feature_settings(home: Path, tmp_path: Path) -> None:
     found = run(home, tmp_path / "scores", samples=4, labels="balanced", decode_precision="bf16", cfg_scale=(1.0, 2.0))
     for cell in found["cells"]:
         assert (cell["samples"], cell["labels"], cell["features"]) == (4, "balanced", "tokenizer")
@@ -380,7 +382,7 @@ def test_every_cell_and_table_says_how_its_samples_were_drawn_and_looked_at(home
     assert line in (tmp_path / "scores" / "results.md").read_text(encoding="utf-8")
 
 
-def test_weights_that_are_not_numbers_are_one_message(home: Path, tmp_path: Path) -> None:
+def test_nan_weights_are_one_message(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "dpar-tiny", tmp_path / "run")
     model = DPAR.from_pretrained(tmp_path / "run" / "model")
     nn.init.constant_(model.output.weight, float("nan"))
@@ -390,7 +392,7 @@ def test_weights_that_are_not_numbers_are_one_message(home: Path, tmp_path: Path
     assert not (tmp_path / "scores" / "likelihood" / "newest.json").exists()
 
 
-def test_text_in_tables_is_no_formula_and_no_escape_code(tmp_path: Path) -> None:
+def test_text_in_tables_has_no_formulas_and_no_escape_codes(tmp_path: Path) -> None:
     cell: dict[str, Any] = {
         "name": "=1+1",
         "checkpoint": "\x1b[31m|red",
@@ -430,7 +432,7 @@ def test_checkpoints_make_a_table_against_training_flops(home: Path, tmp_path: P
         run(tmp_path, tmp_path / "scores", "run", reference=home / "patches", checkpoint=names, samples=4)
 
 
-def test_a_runs_own_checkpoints_are_scored_as_the_weights_that_they_hold(home: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_a_run_are_scored_like_their_weights(home: Path, tmp_path: Path) -> None:
     training = TrainSettings(model="dpar-tiny", steps=2, batch=4, lr=0.01, checkpoint_every=1, keep=2, **CPU)
     train(home / "patches", tmp_path / "run", training, QUIET)
     one: dict[str, Any] = {"reference": home / "patches", "samples": 2}
@@ -444,7 +446,7 @@ def test_a_runs_own_checkpoints_are_scored_as_the_weights_that_they_hold(home: P
 
 
 @pytest.mark.slow
-def test_kills_and_other_processes_leave_the_numbers_of_an_undisturbed_run(home: Path, tmp_path: Path) -> None:
+def test_kills_and_several_processes_do_not_change_the_scores(home: Path, tmp_path: Path) -> None:
     many: dict[str, Any] = {"cfg_scale": (1.0, 2.0), "shard_size": 2, "samples": 10}
 
     def numbers(out: Path) -> dict[str, Any]:
@@ -479,7 +481,7 @@ def test_results_of_other_weights_or_settings_are_refused_and_kept(home: Path, t
         evaluate(home / "dpar-tiny", out, settings, QUIET)
 
 
-def test_a_folder_with_something_else_is_refused(home: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(StageError, match="holds something else"):
         run(home, tmp_path)
@@ -491,12 +493,12 @@ def test_a_reference_of_another_tokenizer_is_refused_with_both(home: Path, tmp_p
     shutil.copytree(home / "entropy", tmp_path / "entropy")
     save_patches(tmp_path, home / "photos", tmp_path / "codes", tmp_path / "patches")
     ours, theirs = (dpar.fingerprint(folder / "vq")[:12] for folder in (home, tmp_path))
-    with pytest.raises(StageError, match=f"made by tokenizer {theirs}, the run's training data by {ours}"):
+    with pytest.raises(StageError, match=f"made with tokenizer {theirs}, the run's training data with {ours}"):
         run(home, tmp_path / "scores", reference=tmp_path / "patches")
     assert not (tmp_path / "scores").exists()
 
 
-def test_without_the_originals_there_are_likelihood_and_samples_but_no_distance(home: Path, tmp_path: Path) -> None:
+def test_without_originals_there_is_a_likelihood_but_no_distance(home: Path, tmp_path: Path) -> None:
     save_photos(tmp_path / "photos", CLASSES, a_class=2)
     save_patches(home, tmp_path / "photos", tmp_path / "codes", tmp_path / "patches")
     shutil.rmtree(tmp_path / "photos")
@@ -508,13 +510,13 @@ def test_without_the_originals_there_are_likelihood_and_samples_but_no_distance(
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "entropy"])
-def test_what_is_no_run_of_train_is_refused(home: Path, tmp_path: Path, kind: str) -> None:
+def test_anything_but_a_run_of_train_is_refused(home: Path, tmp_path: Path, kind: str) -> None:
     with pytest.raises(StageError, match=r"is not a run: it has no run\.json"):
         run(home, tmp_path / "a", "codes")
     (tmp_path / "run").mkdir()
     record = {"format_version": FORMAT_VERSIONS[kind], "kind": kind, "settings": {}, "inputs": {}}
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-    with pytest.raises(StageError, match=f"a run of `dpar {kind}`; one of `dpar train` is needed"):
+    with pytest.raises(StageError, match=f"a run of `dpar {kind}`; a run of `dpar train` is needed"):
         evaluate(tmp_path / "run", tmp_path / "a", EvalSettings(reference=home / "patches", **CPU), QUIET)
 
 
@@ -528,7 +530,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return frechet_distance(Statistics.of(a), Statistics.of(b))
 
 
-def test_the_distance_of_a_set_from_itself_is_zero_and_moved_is_the_square_of_the_move() -> None:
+def test_the_distance_is_zero_for_equal_sets_and_the_square_of_a_shift() -> None:
     a = features(0)
     assert distance(a, a) == pytest.approx(0, abs=1e-6)
     assert distance(a, a[::-1]) == pytest.approx(0, abs=1e-6)
@@ -536,7 +538,7 @@ def test_the_distance_of_a_set_from_itself_is_zero_and_moved_is_the_square_of_th
 
 
 @pytest.mark.parametrize("d", [1, 48])
-def test_the_distance_is_the_number_of_torch_fidelitys_formula(d: int) -> None:
+def test_the_distance_equals_torch_fidelitys(d: int) -> None:
     fid = pytest.importorskip("torch_fidelity.metric_fid")
     a, b = features(0, d=d), features(1, n=300, d=d)
     statistics = [{"mu": x.mean(axis=0), "sigma": np.atleast_2d(np.cov(x, rowvar=False))} for x in (a, b)]
@@ -545,7 +547,7 @@ def test_the_distance_is_the_number_of_torch_fidelitys_formula(d: int) -> None:
     assert distance(a, b) > 0.1
 
 
-def test_the_distance_is_the_number_of_the_matrix_square_root() -> None:
+def test_the_distance_equals_that_of_the_matrix_square_root() -> None:
     from scipy.linalg import sqrtm
 
     a, b = features(2), features(3)
@@ -561,7 +563,7 @@ def test_features_of_the_tokenizer_do_not_depend_on_the_batch_size(home: Path) -
     np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_larger_samples_are_brought_to_256_px_as_llamagens_script_does(home: Path, inception: Path) -> None:
+def test_larger_samples_are_resized_to_256_px_as_in_llamagens_script(home: Path, inception: Path) -> None:
     tokenizer = VQTokenizer.from_pretrained(home / "vq")
     codes = np.random.default_rng(0).integers(0, V, (2, N))
     with torch.no_grad():
@@ -622,7 +624,7 @@ def test_the_four_scores_are_torch_fidelitys_own_on_the_same_folders_and_weights
     assert cell["reference_images"] == 9
 
 
-def test_too_few_images_for_a_score_leave_it_out() -> None:
+def test_scores_that_need_more_images_are_omitted() -> None:
     pytest.importorskip("torch_fidelity")
     few, more = features(0, n=3).astype(np.float32), features(1, n=9).astype(np.float32)
     assert precision_recall(few, more) is None
@@ -656,7 +658,7 @@ def test_a_folder_an_npz_its_statistics_and_saved_ones_are_the_same_reference(ho
     assert "tokenizer_precision" not in found["statistics.npz"]
 
 
-def test_a_reference_needs_no_held_out_artifact_and_then_there_are_no_bits(home: Path, tmp_path: Path) -> None:
+def test_a_reference_without_held_out_artifact_gives_no_bits_per_token(home: Path, tmp_path: Path) -> None:
     found = run(home, tmp_path / "scores", reference=write_images(tmp_path / "folder", 3, 8), samples=4)
     assert "bits_per_token" not in found
     assert found["cells"][0]["bits_per_token"] is None
@@ -696,7 +698,7 @@ def test_bad_references_are_one_message_before_anything_is_sampled(home: Path, t
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "empty").mkdir()
     for name, says in {
-        "mixed": r"odd.png is 8×9 pixels, .* 8×8; the images of a reference must have one size",
+        "mixed": r"odd.png is 8×9 pixels, .* 8×8; the images of a reference must have the same size",
         "grey": r"grey.png is not in colour \(mode L\)",
         "grey.npz": r"arr_0 is \(4, 8, 8, 1\) uint8; colour images",
         "floats.npz": r"arr_0 is \(4, 8, 8, 3\) float32; colour images",
@@ -718,7 +720,7 @@ def test_bad_references_are_one_message_before_anything_is_sampled(home: Path, t
         "negative-statistics.npz": "sigma is not a covariance: it has a negative number on its diagonal",
         "provenance.npz": "its provenance is damaged",
         "pipe.npz": "pipe.npz is not a regular file",
-        "text.npz": "is no .npz file",
+        "text.npz": "is not an .npz file",
         "empty": "holds 0 images",
         "gone": "does not exist",
     }.items():
@@ -727,7 +729,7 @@ def test_bad_references_are_one_message_before_anything_is_sampled(home: Path, t
     assert not (tmp_path / "scores").exists()
 
 
-def test_a_reference_of_one_image_serves_bits_per_token_alone(home: Path, tmp_path: Path) -> None:
+def test_a_reference_of_one_image_gives_only_bits_per_token(home: Path, tmp_path: Path) -> None:
     save_photos(tmp_path / "photos", CLASSES[:1], a_class=1)
     settings = TokenizeSettings(tokenizer=str(home / "vq"), image_size=SIZE, **CPU)
     tokenize(str(tmp_path / "photos"), tmp_path / "codes", settings, QUIET)
@@ -740,24 +742,22 @@ def test_a_reference_of_one_image_serves_bits_per_token_alone(home: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["", "saved", "."])
-def test_a_place_for_the_reference_that_could_not_be_one_is_wrong_usage(name: str) -> None:
+def test_an_invalid_path_to_save_the_reference_is_wrong_usage(name: str) -> None:
     with pytest.raises(StageError, match=r"--save-reference is .*; it must be a file that ends in \.npz"):
         EvalSettings(reference=Path("r"), save_reference=Path(name))
 
 
-def test_few_images_are_said_to_make_the_distance_too_large(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_few_images_give_a_warning_about_bias(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = EvalSettings(reference=home / "patches", cfg_scale=(1.5,), samples=4, **CPU)
     evaluate(home / "dpar-tiny", tmp_path / "scores", settings)
     said = capsys.readouterr().err
     assert said.count("images are few for 64 features") == 1
     assert "10 reference and 4 samples images are few for 64 features" in said
-    assert "none is FID" in said
+    assert "are not FID" in said
 
 
 class Trap:
-    """Pickled, it is a call: whoever unpickles it without restraint makes the file."""
+    """Unpickling it without restrictions creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -767,7 +767,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch"])
-def test_a_weights_file_with_code_in_it_is_refused_not_run(home: Path, tmp_path: Path, how: str) -> None:
+def test_code_in_a_weights_file_is_refused_not_executed(home: Path, tmp_path: Path, how: str) -> None:
     pytest.importorskip("torch_fidelity")
     held = {"Conv2d_1a_3x3.conv.weight": Trap(tmp_path / "sprung")}
     weights = tmp_path / "inception.pth"
@@ -780,7 +780,7 @@ def test_a_weights_file_with_code_in_it_is_refused_not_run(home: Path, tmp_path:
     assert not (tmp_path / "sprung").exists()
 
 
-def test_inception_weights_that_are_something_else_are_one_message(home: Path, tmp_path: Path) -> None:
+def test_invalid_inception_weights_are_one_message(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch_fidelity")
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
     for name in ("other.pth", "missing.pth"):

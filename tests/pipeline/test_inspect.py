@@ -40,7 +40,7 @@ QUIET = Progress(quiet=True)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images and a tokenizer, to make artifacts from."""
+    """A folder of images and a tokenizer."""
     home = tmp_path_factory.mktemp("made")
     rng = np.random.default_rng(0)
     for name in CLASSES:
@@ -61,7 +61,7 @@ def build(
     n_views: int = 2,
     strategy: str = "entropy",
 ) -> tuple[Path, Rows]:
-    """An artifact of random codes and entropies in two shards, and all its rows."""
+    """Build an artifact of random codes and entropies in two shards; return it with its rows."""
     source = open_indexed(str(made / "photos"))
     rng = np.random.default_rng(1)
     shape = (len(source), n_views, N)
@@ -136,9 +136,7 @@ def look(artifact: Path, out: Path | None = None, **settings: Any) -> dict[str, 
 
 
 @pytest.mark.parametrize("container", ["arrow", "webdataset"])
-def test_numbers_of_patches_are_those_counted_one_patch_at_a_time(
-    made: Path, tmp_path: Path, container: Container
-) -> None:
+def test_numbers_of_patches_equal_a_plain_count(made: Path, tmp_path: Path, container: Container) -> None:
     artifact, rows = build(made, tmp_path / "a", container=container)
     found = look(artifact, threshold=(1.0,))
     assert rows.starts is not None
@@ -200,7 +198,7 @@ def test_entropy_quantiles_are_exact() -> None:
     assert entropy_quantiles(counts, [0, 0.1, 0.5, 1]) == expected.tolist()
 
 
-def test_patch_lengths_do_not_run_on_into_the_next_image() -> None:
+def test_patches_end_at_the_end_of_an_image() -> None:
     starts = np.array([[1, 0, 0], [1, 1, 0]], bool)
     assert patch_lengths(starts).tolist() == [3, 1, 2]
     assert patch_lengths(np.zeros((0, 3), bool)).tolist() == []
@@ -246,7 +244,7 @@ def test_keys_and_classes_choose_what_is_drawn(made: Path, tmp_path: Path) -> No
     assert "<h2>bird/" not in page
 
 
-def test_reconstructions_of_codes_stand_beside_their_originals_with_their_quality(made: Path, tmp_path: Path) -> None:
+def test_reconstructions_are_shown_next_to_originals_with_their_psnr(made: Path, tmp_path: Path) -> None:
     artifact, _ = build(made, tmp_path / "a", kind="codes")
     found = look(artifact, tmp_path / "look", images=2)
     assert found["pictures"][-1] == "reconstructions.png"
@@ -260,7 +258,7 @@ def test_without_their_source_images_are_drawn_without_originals_and_a_note_says
     shutil.rmtree(here / "photos")
     found = look(artifact, tmp_path / "look", images=1)
     assert found["pictures"] == ["000-decoded.png", "000-entropy.png", "000-patches-0.png", "patches.png"]
-    assert "not there any more" in found["notes"][0]
+    assert "no longer available" in found["notes"][0]
     assert "Originals are not shown" in (tmp_path / "look" / "index.html").read_text(encoding="utf-8")
 
 
@@ -282,7 +280,7 @@ def test_static_patches_list_no_most_compressible_classes(made: Path, tmp_path: 
     assert "ompressible" not in (tmp_path / "look" / "index.html").read_text(encoding="utf-8")
 
 
-def test_originals_are_pixel_for_pixel_what_was_tokenized(made: Path, tmp_path: Path) -> None:
+def test_originals_equal_the_tokenized_pixels(made: Path, tmp_path: Path) -> None:
     artifact, rows = build(made, tmp_path / "a")
     manifest = open_artifact(artifact).manifest
     source = open_indexed(str(made / "photos"))
@@ -294,7 +292,7 @@ def test_originals_are_pixel_for_pixel_what_was_tokenized(made: Path, tmp_path: 
 
 def test_an_image_that_has_left_the_source_is_named(made: Path, tmp_path: Path) -> None:
     manifest = open_artifact(build(made, tmp_path / "a", kind="codes")[0]).manifest
-    with pytest.raises(StageError, match=r"1 of 2 images are not in their source any more, the first 'cat/99\.png'"):
+    with pytest.raises(StageError, match=r"1 of 2 images are no longer in their source, the first 'cat/99\.png'"):
         load_originals(manifest, ["cat/99.png", "cat/1.png"], [0, 0])
 
 
@@ -315,7 +313,7 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(made: Path, tmp_pat
         look(artifact, tmp_path / "look", tokenizer=str(tmp_path / "other"))
 
 
-def test_a_moved_tokenizer_can_be_named_and_none_is_needed_to_draw_nothing(made: Path, tmp_path: Path) -> None:
+def test_a_moved_tokenizer_can_be_given_and_statistics_need_none(made: Path, tmp_path: Path) -> None:
     home = tmp_path / "copy"
     shutil.copytree(made, home)
     artifact, _ = build(home, tmp_path / "a")
@@ -333,16 +331,14 @@ def test_verify_names_every_damaged_shard(made: Path, tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"1 of 2 shards.*00001\.arrow.*run the command that made it again"):
+    with pytest.raises(ArtifactError, match=r"1 of 2 shards.*00001\.arrow.*rerun the command that made it"):
         look(artifact, verify=True)
     (artifact / "00000.arrow").unlink()
     with pytest.raises(ArtifactError, match=r"2 of 2 shards.*00000\.arrow.*00001\.arrow"):
         look(artifact, verify=True)
 
 
-def test_patches_without_statistics_of_their_classes_are_refused_with_what_makes_them(
-    made: Path, tmp_path: Path
-) -> None:
+def test_patches_without_class_statistics_are_refused_with_a_remedy(made: Path, tmp_path: Path) -> None:
     artifact, _ = build(made, tmp_path / "a")
     manifest = json.loads((artifact / "manifest.json").read_text())
     del manifest["statistics"]["classes"]
@@ -351,7 +347,7 @@ def test_patches_without_statistics_of_their_classes_are_refused_with_what_makes
         look(artifact)
 
 
-def test_unknown_keys_and_classes_are_named_with_what_is_near(made: Path, tmp_path: Path) -> None:
+def test_unknown_keys_and_classes_are_refused_with_near_matches(made: Path, tmp_path: Path) -> None:
     artifact, _ = build(made, tmp_path / "a")
     with pytest.raises(StageError, match=r"no image 'cat/9\.png'.*did you mean 'cat/"):
         look(artifact, tmp_path / "look", keys=("cat/9.png",))
@@ -369,7 +365,7 @@ def test_nothing_is_written_into_an_artifact_or_over_a_file(made: Path, tmp_path
         look(artifact, tmp_path / "file")
 
 
-def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
+def test_anything_but_an_artifact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not an artifact"):
         look(tmp_path)
 
@@ -383,17 +379,17 @@ def test_tables_have_as_many_cells_in_a_row_as_in_the_header(made: Path, tmp_pat
 
 
 @pytest.mark.parametrize("wrong", [{"images": -1}, {"batch": 0}, {"threshold": (float("nan"),)}])
-def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(StageError):
         InspectSettings(**wrong)
 
 
 FORGED: dict[str, tuple[dict[str, Any], str]] = {
     "a threshold of words": ({"settings": {"threshold": "7"}}, "field settings.threshold is '7', expected a finite"),
-    "an endless limit": ({"settings": {"max_length": -1}}, "field settings makes no patch rule: max_length is -1"),
+    "an endless limit": ({"settings": {"max_length": -1}}, "field settings is not a patch rule: max_length is -1"),
     "a static rule without a length": (
         {"settings": {"strategy": "static"}},
-        "makes no patch rule: a static rule needs",
+        "is not a patch rule: a static rule needs",
     ),
     "settings of codes in a list": ({"settings": {"codes_settings": []}}, "settings.codes_settings is [], expected"),
     "lengths in a list": ({"statistics": {"lengths": [1]}}, "field statistics.lengths is [1], expected an object"),
@@ -413,9 +409,7 @@ FORGED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("forged", FORGED)
-def test_a_manifest_whose_settings_or_statistics_are_of_another_type_is_one_message(
-    made: Path, tmp_path: Path, forged: str
-) -> None:
+def test_settings_or_statistics_of_a_wrong_type_are_one_message(made: Path, tmp_path: Path, forged: str) -> None:
     changes, says = FORGED[forged]
     path = build(made, tmp_path / "a")[0] / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))

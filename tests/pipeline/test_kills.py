@@ -1,4 +1,4 @@
-"""A small campaign of kills in every test run; `python -m tests.kill_campaign --kills 100` is the long one."""
+"""A short kill campaign in every test run; `python -m tests.kill_campaign --kills 100` is the long one."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +18,7 @@ SHARDS = 120
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Stage, Start], Report]:
-    """What campaigns of each kind saw; two run at the same time, in folders of their own."""
+    """The reports of the campaigns; two run at the same time, in separate folders."""
     home = prepare(tmp_path_factory.mktemp("home"), SHARDS)
     folder = tmp_path_factory.mktemp("victims")
     with ThreadPoolExecutor(2) as pool:
@@ -28,7 +28,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Stage, Start
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
-def test_after_kills_at_random_moments_every_byte_is_that_of_an_undisturbed_run(
+def test_after_kills_at_random_moments_the_output_equals_that_of_an_undisturbed_run(
     reports: dict[tuple[Stage, Start], Report], kind: tuple[Stage, Start]
 ) -> None:
     report = reports[kind]

@@ -55,7 +55,7 @@ def save_model(path: Path, seed: int = 0, std: float = 0.4, **sizes: Any) -> Pat
 def build_codes(
     out: Path, sizes: tuple[int, ...] = SIZES, container: Container = "arrow", first: int = 0, views: int = VIEWS
 ) -> Path:
-    """Random codes; image ``i`` of shard ``s`` has the same ones in any artifact that holds it."""
+    """Build an artifact of random codes; image ``i`` of shard ``s`` has the same codes in any artifact."""
     settings = {"data": "photos", "image_size": 16}
     build = ArtifactBuild(out, settings=settings, n_shards=len(sizes), container=container)
     for index in build.todo():
@@ -105,7 +105,7 @@ def run(codes: Path, out: Path, **values: Any) -> Manifest:
 
 
 class Said(Progress):
-    """Keeps what a stage says."""
+    """Records the messages of a stage."""
 
     def __init__(self) -> None:
         super().__init__(Console(file=io.StringIO(), width=1000), quiet=False)
@@ -116,7 +116,7 @@ class Said(Progress):
 
 
 class Interrupt(Progress):
-    """The user presses Ctrl-C while the second shard is at work."""
+    """Presses Ctrl-C during the second shard."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
@@ -164,9 +164,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_entropies_are_those_of_the_models_teacher_forced_logits(
-    home: Path, tmp_path: Path, container: Container
-) -> None:
+def test_entropies_are_computed_from_teacher_forced_logits(home: Path, tmp_path: Path, container: Container) -> None:
     manifest = run(home / container, tmp_path / "a", entropy_model=str(home / "entropy"), threshold=2.5)
     rows, codes = everything(tmp_path / "a"), everything(home / container)
     assert manifest.container == container
@@ -195,7 +193,7 @@ def test_entropies_do_not_depend_on_batch_size_or_on_other_images(home: Path, tm
 
 @pytest.mark.parametrize("max_length", [0, 1, 3])
 @pytest.mark.parametrize("row_reset", [False, True])
-def test_boundaries_are_the_rule_on_stored_entropies(
+def test_boundaries_follow_the_rule_on_stored_entropies(
     home: Path, tmp_path: Path, max_length: int, row_reset: bool
 ) -> None:
     rule = {"threshold": 3.0, "max_length": max_length, "row_reset": row_reset}
@@ -206,9 +204,7 @@ def test_boundaries_are_the_rule_on_stored_entropies(
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_statistics_are_the_numbers_counted_one_patch_at_a_time(
-    home: Path, tmp_path: Path, container: Container
-) -> None:
+def test_statistics_equal_a_plain_count(home: Path, tmp_path: Path, container: Container) -> None:
     found = run(home / container, tmp_path / "a", entropy_model=str(home / "entropy"), threshold=2.5).statistics
     lengths: dict[str, int] = {}
     counts: dict[str, int] = {}
@@ -243,7 +239,7 @@ def test_statistics_are_the_numbers_counted_one_patch_at_a_time(
     assert found == expected
 
 
-def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:
+def test_statistics_of_parts_add_up_to_those_of_all() -> None:
     rng = np.random.default_rng(0)
     starts = rng.random((50, 3, N)) < 0.6
     starts[..., 0] = True
@@ -315,7 +311,7 @@ def test_a_target_length_out_of_reach_is_refused_with_the_range(
 
 
 @pytest.mark.parametrize(("row_reset", "target"), [(True, 4.7), (False, 11.0)])
-def test_without_a_limit_lengths_reach_to_a_row_and_to_the_whole_image(
+def test_without_a_limit_patches_reach_to_the_end_of_a_row_or_of_the_image(
     home: Path, tmp_path: Path, row_reset: bool, target: float
 ) -> None:
     rule = {"target_length": target, "max_length": 0, "row_reset": row_reset}
@@ -323,7 +319,7 @@ def test_without_a_limit_lengths_reach_to_a_row_and_to_the_whole_image(
     assert manifest.statistics["mean_length"] == pytest.approx(target, rel=0.05)
 
 
-def test_a_target_length_of_one_is_refused_with_the_option_that_means_it(home: Path, tmp_path: Path) -> None:
+def test_a_target_length_of_one_is_refused_with_the_option_to_use(home: Path, tmp_path: Path) -> None:
     model = str(home / "entropy")
     with pytest.raises(StageError, match=r"--target-length 1 makes every token its own patch; --max-length 1"):
         run(home / "arrow", tmp_path / "a", entropy_model=model, target_length=1.0)
@@ -338,7 +334,7 @@ def test_a_target_length_of_one_is_refused_with_the_option_that_means_it(home: P
     st.booleans(),
     st.floats(1, 3),
 )
-def test_no_threshold_comes_nearer_to_the_target_than_the_one_found(
+def test_no_other_threshold_is_closer_to_the_target_length(
     seed: int, levels: int, max_length: int | None, row_reset: bool, target: float
 ) -> None:
     entropy = (np.random.default_rng(seed).integers(1, levels + 1, (3, N)) / 2).astype(np.float16)
@@ -357,28 +353,26 @@ def test_no_threshold_comes_nearer_to_the_target_than_the_one_found(
     assert found.deviation(target) == pytest.approx(min(abs(one / target - 1) for one in reachable))
 
 
-def test_a_sample_unlike_the_rest_is_said_with_the_threshold_that_would_do(home: Path, tmp_path: Path) -> None:
+def test_an_unrepresentative_sample_is_reported_with_a_better_threshold(home: Path, tmp_path: Path) -> None:
     said = Said()
     run(home / "arrow", tmp_path / "a", progress=said, entropy_model=str(home / "entropy"), target_length=2.0, sample=1)
-    match = re.search(r"the sample of 1 was not like the rest\..* --threshold ([\d.]+)` moves", said.text)
+    match = re.search(r"the sample of 1 was not representative\..* --threshold ([\d.]+)` moves", said.text)
     assert match, said.text
     moved = run(tmp_path / "a", tmp_path / "b", threshold=float(match[1]))
     assert moved.statistics["mean_length"] == pytest.approx(2.0, rel=0.01)
 
 
-def test_a_target_length_between_two_that_can_be_is_said_to_have_no_nearer_threshold(
-    home: Path, tmp_path: Path
-) -> None:
+def test_an_unreachable_target_length_is_reported(home: Path, tmp_path: Path) -> None:
     build_codes(tmp_path / "codes", sizes=(1,), views=1)
     said = Said()
     run(tmp_path / "codes", tmp_path / "a", progress=said, entropy_model=str(home / "entropy"), target_length=2.1)
     # 24 tokens in 11 or in 12 patches
-    assert "3.9% from --target-length 2.1; no threshold comes nearer, the next one gives 2.000" in said.text
+    assert "3.9% from --target-length 2.1; no threshold comes closer, the next one gives 2.000" in said.text
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("rule", [{"threshold": 2.7, "max_length": 0}, {"target_length": 1.5}])
-def test_moving_boundaries_needs_no_model_and_equals_patchifying_the_codes_anew(
+def test_changing_boundaries_needs_no_model_and_equals_patchifying_again(
     home: Path, tmp_path: Path, container: Container, rule: dict[str, Any]
 ) -> None:
     shutil.copytree(home / "entropy", tmp_path / "model")
@@ -389,7 +383,7 @@ def test_moving_boundaries_needs_no_model_and_equals_patchifying_the_codes_anew(
     assert files(tmp_path / "moved") == files(tmp_path / "anew")
 
 
-def test_codes_without_an_entropy_model_are_refused_with_what_to_name(home: Path, tmp_path: Path) -> None:
+def test_codes_without_an_entropy_model_are_refused_with_a_remedy(home: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match="holds no entropies; name the entropy model with --entropy-model"):
         run(home / "arrow", tmp_path / "a", threshold=3.0)
 
@@ -404,7 +398,7 @@ def test_static_patches_need_no_model_and_have_their_length(home: Path, tmp_path
     assert manifest.settings["static_length"] == length
 
 
-def test_static_patches_keep_the_entropies_that_are_there(home: Path, tmp_path: Path) -> None:
+def test_static_patches_keep_stored_entropies(home: Path, tmp_path: Path) -> None:
     run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=3.0)
     run(tmp_path / "a", tmp_path / "b", strategy="static", static_length=2.0)
     run(tmp_path / "b", tmp_path / "c", threshold=3.0)
@@ -420,13 +414,13 @@ def test_entropy_patches_of_static_ones_without_entropies_are_refused(home: Path
 
 
 def test_a_threshold_that_makes_every_token_a_patch_is_refused_with_the_range(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"--threshold 0\.1 makes every token its own patch.* reach from .* nats"):
+    with pytest.raises(StageError, match=r"--threshold 0\.1 makes every token its own patch.* range from .* nats"):
         run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=0.1)
     manifest = run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=0.1, max_length=1)
     assert manifest.statistics["mean_length"] == 1
 
 
-def test_a_model_that_cannot_tell_tokens_apart_is_one_message(home: Path, tmp_path: Path) -> None:
+def test_a_model_with_constant_entropies_is_one_message(home: Path, tmp_path: Path) -> None:
     LlamaGen(LlamaGen.from_pretrained(home / "entropy").config).save_pretrained(tmp_path / "new")  # its head is zero
     with pytest.raises(StageError, match=r"--target-length 2 cannot be reached"):
         run(home / "arrow", tmp_path / "a", entropy_model=str(tmp_path / "new"), target_length=2.0)
@@ -449,7 +443,7 @@ def test_an_entropy_model_of_other_codes_is_refused_with_both_sides(
 
 
 def save_entropy_run(run: Path, tokenizer: dict[str, str], seed: int = 0) -> Path:
-    """A run as `dpar entropy` leaves it, trained on codes of ``tokenizer``."""
+    """Save a run as `dpar entropy` does, trained on codes of ``tokenizer``."""
     save_model(run / "model", seed)
     record = {"format_version": 2, "kind": "entropy", "settings": {}, "inputs": {"tokenizer": tokenizer}}
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
@@ -468,7 +462,7 @@ def test_an_entropy_model_of_another_tokenizer_is_refused_with_both(home: Path, 
     assert run(home / "arrow", tmp_path / "out", entropy_model=str(tmp_path / "new"), threshold=2.0).rows == sum(SIZES)
 
 
-def test_an_entropy_model_of_the_same_tokenizer_is_taken_wherever_that_lies(home: Path, tmp_path: Path) -> None:
+def test_an_entropy_model_of_the_same_tokenizer_is_accepted_at_any_path(home: Path, tmp_path: Path) -> None:
     moved = {"path": "elsewhere/vq", "fingerprint": TOKENIZER["fingerprint"]}
     entropy = save_entropy_run(tmp_path / "run", moved)
     assert run(home / "arrow", tmp_path / "out", entropy_model=str(entropy), threshold=2.0).rows == sum(SIZES)
@@ -500,7 +494,7 @@ def test_a_patches_artifact_is_converted_between_containers_and_back(home: Path,
     assert files(tmp_path / "c") == files(tmp_path / "a")
 
 
-def test_what_made_the_codes_is_handed_on(home: Path, tmp_path: Path) -> None:
+def test_patches_keep_the_record_of_their_codes(home: Path, tmp_path: Path) -> None:
     codes = open_artifact(home / "arrow").manifest
     found = run(home / "arrow", tmp_path / "a", entropy_model=str(home / "entropy"), threshold=3.0)
     for name in ("grid", "codebook_size", "views", "class_names", "rows", "source", "tokenizer", "left_out"):
@@ -510,7 +504,7 @@ def test_what_made_the_codes_is_handed_on(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", [{"threshold": 3.0}, {"target_length": 1.81}])
-def test_any_rank_of_several_makes_the_bytes_of_one(
+def test_any_single_rank_writes_the_same_bytes(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: dict[str, Any]
 ) -> None:
     settings = PatchifySettings(entropy_model=str(home / "entropy"), device="cpu", precision="fp32", **rule)
@@ -522,9 +516,7 @@ def test_any_rank_of_several_makes_the_bytes_of_one(
 
 
 @pytest.mark.parametrize("processes", [2, 7])
-def test_processes_started_by_hand_on_one_folder_make_the_bytes_of_one(
-    home: Path, tmp_path: Path, processes: int
-) -> None:
+def test_processes_started_by_hand_write_the_same_bytes_as_one(home: Path, tmp_path: Path, processes: int) -> None:
     codes = build_codes(tmp_path / "codes", sizes=(9, 4, 0, 8, 7, 3, 11, 5, 6))
     model = str(home / "entropy")
     settings = PatchifySettings(entropy_model=model, target_length=1.81, device="cpu", precision="fp32")
@@ -540,16 +532,14 @@ def test_processes_started_by_hand_on_one_folder_make_the_bytes_of_one(
     assert files(tmp_path / "all") == files(tmp_path / "one")
 
 
-def test_a_process_that_leaves_shards_to_others_says_how_many_and_going_on_does_not_sample_again(
-    home: Path, tmp_path: Path
-) -> None:
+def test_a_process_reports_shards_left_to_others_and_resuming_does_not_sample_again(home: Path, tmp_path: Path) -> None:
     model = str(home / "entropy")
     settings = PatchifySettings(entropy_model=model, target_length=1.81, device="cpu", precision="fp32")
     whole = patchify(home / "arrow", tmp_path / "one", settings, QUIET)
     assert whole is not None
     other = ArtifactBuild(tmp_path / "two", settings=whole.settings, n_shards=3, container="arrow")
     work = other.todo()
-    assert next(work) == 0  # another process is at the first shard
+    assert next(work) == 0  # another process works on the first shard
     said = Said()
     assert patchify(home / "arrow", tmp_path / "two", settings, said) is None
     assert "on a sample" in said.text
@@ -560,7 +550,7 @@ def test_a_process_that_leaves_shards_to_others_says_how_many_and_going_on_does_
     assert "on a sample" not in said.text
     assert files(tmp_path / "two") == files(tmp_path / "one")
     said = Said()
-    assert patchify(home / "arrow", tmp_path / "two", settings, said) is not None  # finished, it does not either
+    assert patchify(home / "arrow", tmp_path / "two", settings, said) is not None  # now finished
     assert "on a sample" not in said.text
 
 
@@ -576,7 +566,7 @@ def test_a_damaged_shard_of_the_input_is_named_before_anything_is_written(home: 
     run(tmp_path / "codes", tmp_path / "a", strategy="static", static_length=2.0, verify=False)
 
 
-def test_ctrl_c_ends_within_a_batch_and_running_again_makes_the_same_bytes(home: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_within_a_batch_and_resuming_gives_the_same_bytes(home: Path, tmp_path: Path) -> None:
     model: dict[str, Any] = {"entropy_model": str(home / "entropy"), "threshold": 3.0, "batch": 1}
     with pytest.raises(Stopped, match="Finished shards are kept"):
         run(home / "arrow", tmp_path / "a", progress=Interrupt(), **model)

@@ -51,7 +51,7 @@ def test_features_do_not_depend_on_the_label(home: Path, model: str) -> None:
     loaded = load(home, model)
     one, two = (features(loaded, b, 2, "fp32") for b in (batch, other))
     np.testing.assert_array_equal(one, two)
-    assert one.std(axis=0).max() > 1e-3  # they do depend on the image
+    assert one.std(axis=0).max() > 1e-3  # features depend on the image
 
 
 def test_llamagens_features_are_a_layers_outputs_averaged_over_tokens(home: Path) -> None:
@@ -87,7 +87,7 @@ def test_dpars_features_are_averaged_over_the_patches_of_each_image(home: Path) 
     assert np.abs(features(model, batch, 2, "fp32") - found).max() > 1e-3
 
 
-def test_the_classifier_separates_what_a_line_separates_and_no_more() -> None:
+def test_the_classifier_separates_only_linearly_separable_classes() -> None:
     rng = np.random.default_rng(0)
     labels = torch.arange(600) % 6
     centres = rng.normal(size=(6, 5)) * 6
@@ -102,7 +102,7 @@ def test_the_classifier_separates_what_a_line_separates_and_no_more() -> None:
     assert 0.6 < found["top5"] < 1.0
 
 
-def test_accuracies_count_the_right_class_among_the_likeliest() -> None:
+def test_accuracies_are_top_1_and_top_5() -> None:
     head = torch.nn.Linear(7, 7, bias=False)
     with torch.no_grad():
         head.weight.copy_(torch.eye(7))
@@ -111,7 +111,7 @@ def test_accuracies_count_the_right_class_among_the_likeliest() -> None:
 
 
 @pytest.mark.parametrize("model", ["dpar-tiny", "llamagen-tiny"])
-def test_a_probe_writes_accuracies_and_what_made_them(home: Path, tmp_path: Path, model: str) -> None:
+def test_a_probe_writes_accuracies_and_settings(home: Path, tmp_path: Path, model: str) -> None:
     found = run(home, tmp_path / "probe", model)
     assert json.loads((tmp_path / "probe" / "probe.json").read_text(encoding="utf-8")) == found
     assert found["test"] == found["train"]  # the same artifact is both
@@ -120,13 +120,13 @@ def test_a_probe_writes_accuracies_and_what_made_them(home: Path, tmp_path: Path
     assert run(home, tmp_path / "probe", model) == found
 
 
-def test_a_probe_that_is_killed_goes_on_to_the_same_numbers(home: Path, tmp_path: Path) -> None:
+def test_a_killed_probe_resumes_to_the_same_numbers(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "whole")
     killed_again_and_again(partial(run, home, tmp_path / "killed"), tmp_path / "killed", kills=3, fresh=True)
     assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
 
 
-def test_other_settings_and_what_does_not_fit_are_refused(home: Path, tmp_path: Path) -> None:
+def test_other_settings_and_incompatible_artifacts_are_refused(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "probe")
     with pytest.raises(StageError, match="holds features of other weights, images or settings"):
         run(home, tmp_path / "probe", layer=1)

@@ -56,7 +56,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images, a tokenizer, an entropy model, patches, and runs of DPAR on both strategies and of LlamaGen."""
+    """Images, a tokenizer, an entropy model, patches, and runs of LlamaGen and of DPAR with both strategies."""
     home = tmp_path_factory.mktemp("made")
     save_home(home, CLASSES, a_class=2)
     static = PatchifySettings(strategy="static", static_length=1.81, **CPU)
@@ -82,7 +82,7 @@ def pictures(out: Path) -> list[str]:
     return sorted(path.relative_to(out / "images").as_posix() for path in out.glob("images/*/*.png"))
 
 
-def test_pictures_of_every_class_land_in_the_output(home: Path, tmp_path: Path) -> None:
+def test_pictures_of_every_class_are_written(home: Path, tmp_path: Path) -> None:
     made = run(home, tmp_path / "out", per_class=3, shard_size=4)
     numbers = [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert pictures(tmp_path / "out") == [f"{FOLDERS[i // 3]}/{i:06d}.png" for i in numbers]
@@ -134,7 +134,7 @@ def test_an_unknown_class_is_refused_with_the_nearest(home: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("model", ["dpar", "static", "llama"])
-def test_an_image_does_not_depend_on_what_else_is_in_the_batch(home: Path, tmp_path: Path, model: str) -> None:
+def test_an_image_does_not_depend_on_the_rest_of_the_batch(home: Path, tmp_path: Path, model: str) -> None:
     run(home, tmp_path / "whole", model, batch=32, per_class=3)
     run(home, tmp_path / "parts", model, batch=2, per_class=3)
     whole, parts = held(tmp_path / "whole"), held(tmp_path / "parts")
@@ -150,7 +150,7 @@ def test_another_seed_gives_other_images_and_the_same_seed_the_same(home: Path, 
     assert (held(tmp_path / "a")["codes"] != held(tmp_path / "c")["codes"]).any(axis=1).all()
 
 
-def test_codes_and_boundaries_are_the_librarys_under_the_training_datas_rule(home: Path, tmp_path: Path) -> None:
+def test_codes_and_boundaries_equal_the_librarys_under_the_training_rule(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "out", cfg_scale=1.7)
     codes, starts = sample(
         DPAR.from_pretrained(home / "dpar" / "model"),
@@ -165,7 +165,7 @@ def test_codes_and_boundaries_are_the_librarys_under_the_training_datas_rule(hom
 
 def test_the_rule_can_be_set_for_sampling(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "coarse", threshold=9.0, max_length=0)
-    assert (held(tmp_path / "coarse")["starts"].sum(axis=1) == SIDE + 1).all()  # token 1 and the rows alone
+    assert (held(tmp_path / "coarse")["starts"].sum(axis=1) == SIDE + 1).all()  # only token 1 and the rows
     run(home, tmp_path / "one", threshold=9.0, max_length=0, row_reset=False)
     assert (held(tmp_path / "one")["starts"].sum(axis=1) == 2).all()  # tokens 0 and 1
     run(home, tmp_path / "fine", max_length=1)
@@ -182,7 +182,7 @@ def test_a_static_run_needs_no_entropy_model_and_has_its_own_boundaries(home: Pa
 
 @pytest.fixture
 def moved(home: Path, tmp_path: Path) -> Iterator[Path]:
-    """A place that the tokenizer and the entropy model have moved to, for as long as a test lasts."""
+    """A folder to which the tokenizer and the entropy model are moved during a test."""
     for name in ("vq", "entropy"):
         shutil.move(home / name, tmp_path / name)
     yield tmp_path
@@ -196,7 +196,7 @@ def test_a_llamagen_run_needs_no_entropy_model(home: Path, moved: Path) -> None:
 
 
 @pytest.mark.parametrize(("option", "other"), [("tokenizer", "entropy_model"), ("entropy_model", "tokenizer")])
-def test_a_part_that_has_moved_is_asked_for_by_its_option(home: Path, moved: Path, option: str, other: str) -> None:
+def test_a_moved_part_is_refused_with_the_option_to_use(home: Path, moved: Path, option: str, other: str) -> None:
     places = {"tokenizer": str(moved / "vq"), "entropy_model": str(moved / "entropy")}
     flag = "--" + option.replace("_", "-")
     with pytest.raises(StageError, match=rf"no model at .*If it has moved, name it with {flag}"):
@@ -212,11 +212,11 @@ def test_a_part_with_other_weights_is_refused_with_both_fingerprints(home: Path,
     torch.manual_seed(9)
     kind(kind.from_pretrained(source).config).save_pretrained(tmp_path / "other")
     theirs, ours = (dpar.fingerprint(path)[:12] for path in (tmp_path / "other", source))
-    with pytest.raises(StageError, match=f"has weights {theirs}, but {ours} made the codes"):
+    with pytest.raises(StageError, match=f"has weights {theirs}, but {ours} are needed"):
         run(home, tmp_path / "out", **{option: str(tmp_path / "other")})
 
 
-def test_ten_kills_leave_the_files_of_an_undisturbed_run(home: Path, tmp_path: Path) -> None:
+def test_ten_kills_do_not_change_the_files(home: Path, tmp_path: Path) -> None:
     many: dict[str, Any] = {"per_class": 8, "shard_size": 2, "npz": True}
     hits = killed_again_and_again(lambda: run(home, tmp_path / "killed", **many), tmp_path / "killed", kills=10)
     run(home, tmp_path / "whole", **many)
@@ -224,7 +224,7 @@ def test_ten_kills_leave_the_files_of_an_undisturbed_run(home: Path, tmp_path: P
     assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
 
 
-def test_two_processes_leave_the_files_of_one(home: Path, tmp_path: Path) -> None:
+def test_two_processes_write_the_same_files_as_one(home: Path, tmp_path: Path) -> None:
     many: dict[str, Any] = {"per_class": 4, "shard_size": 2, "npz": True}
     both = [start(lambda: run(home, tmp_path / "two", **many), rank, 2) for rank in (0, 1)]
     for process in both:
@@ -245,7 +245,7 @@ def test_sampling_and_editing_run_on_a_gpu(home: Path, tmp_path: Path, model: st
     np.testing.assert_array_equal(held(tmp_path / "edit")["codes"][0, :SIDE], codes_of(home, image)[:SIDE])
 
 
-def test_npz_is_what_adms_suite_reads_whatever_else_is_written(home: Path, tmp_path: Path) -> None:
+def test_npz_has_the_format_of_adms_suite_with_any_other_output(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "both", npz=True, per_class=3, shard_size=4)
     run(home, tmp_path / "alone", npz=True, png=False, per_class=3, shard_size=4)
     both, alone = ((tmp_path / name / "samples.npz").read_bytes() for name in ("both", "alone"))
@@ -260,7 +260,7 @@ def test_npz_is_what_adms_suite_reads_whatever_else_is_written(home: Path, tmp_p
         np.testing.assert_array_equal(images[i], np.asarray(Image.open(tmp_path / "both" / "images" / name)))
 
 
-def test_pictures_can_be_asked_for_after_the_codes(home: Path, tmp_path: Path) -> None:
+def test_pictures_can_be_added_after_the_codes(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "out", png=False)
     codes = (tmp_path / "out" / "codes" / "00000.arrow").stat().st_mtime_ns
     run(home, tmp_path / "out", npz=True)
@@ -269,7 +269,7 @@ def test_pictures_can_be_asked_for_after_the_codes(home: Path, tmp_path: Path) -
     assert (tmp_path / "out" / "codes" / "00000.arrow").stat().st_mtime_ns == codes
 
 
-def test_a_count_is_spread_over_the_classes_alike_or_by_the_seed(home: Path, tmp_path: Path) -> None:
+def test_a_count_is_spread_over_the_classes_evenly_or_at_random(home: Path, tmp_path: Path) -> None:
     labels = {}
     kinds: dict[str, dict[str, Any]] = {"even": {}, "a": {"labels": "random"}, "b": {"labels": "random", "seed": 1}}
     for name, more in kinds.items():
@@ -281,7 +281,7 @@ def test_a_count_is_spread_over_the_classes_alike_or_by_the_seed(home: Path, tmp
     assert 5 < labels["a"].count(0) < 35
 
 
-def test_the_first_images_of_a_longer_run_are_those_of_a_shorter(home: Path, tmp_path: Path) -> None:
+def test_the_first_images_of_a_longer_run_equal_those_of_a_shorter_one(home: Path, tmp_path: Path) -> None:
     for name, count in (("short", 5), ("long", 8)):
         run(home, tmp_path / name, per_class=None, count=count, shard_size=3, png=False)
     short, long = held(tmp_path / "short"), held(tmp_path / "long")
@@ -290,7 +290,7 @@ def test_the_first_images_of_a_longer_run_are_those_of_a_shorter(home: Path, tmp
 
 
 @pytest.mark.parametrize("schedule", ["linear", "power-cosine"])
-def test_guidance_schedules_are_the_librarys(home: Path, tmp_path: Path, schedule: Any) -> None:
+def test_guidance_schedules_equal_the_librarys(home: Path, tmp_path: Path, schedule: Any) -> None:
     run(home, tmp_path / "out", cfg_scale=3.0, cfg_schedule=schedule, cfg_power=2.0, per_class=1, png=False)
     codes, _ = sample(
         DPAR.from_pretrained(home / "dpar" / "model"),
@@ -305,7 +305,7 @@ def test_guidance_schedules_are_the_librarys(home: Path, tmp_path: Path, schedul
 @pytest.mark.parametrize(
     ("name", "label"), [("n01440764 tench", 1), ("n01440764", 1), ("tench", 1), ("1", 1), ("crane", None)]
 )
-def test_a_class_goes_by_its_wordnet_id_its_words_or_its_number(name: str, label: int | None) -> None:
+def test_a_class_is_named_by_wordnet_id_words_or_number(name: str, label: int | None) -> None:
     names = ("n01443537 goldfish", "n01440764 tench", "n02012849 crane", "n03126707 crane")
     if label is None:
         with pytest.raises(StageError, match="the name of 2 classes"):
@@ -326,7 +326,7 @@ def codes_of(home: Path, image: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("model", ["dpar", "static", "llama"])
-def test_rows_that_are_kept_stay_exactly_and_the_rest_is_sampled(home: Path, tmp_path: Path, model: str) -> None:
+def test_kept_rows_are_unchanged_and_the_rest_is_sampled(home: Path, tmp_path: Path, model: str) -> None:
     image = write_image(tmp_path / "image.png", (13, 9))
     edit: dict[str, Any] = {"image": image, "keep_rows": 2, "classes": ("fish",), "per_class": 3}
     run(home, tmp_path / "out", model, **edit)
@@ -350,7 +350,7 @@ def test_a_token_with_any_masked_pixel_is_sampled_and_no_other(home: Path, tmp_p
     assert np.flatnonzero(changed).tolist() == [SIDE + 2]
 
 
-def test_editing_refuses_what_it_cannot_mean_before_it_samples(home: Path, tmp_path: Path) -> None:
+def test_invalid_edits_are_refused_before_sampling(home: Path, tmp_path: Path) -> None:
     image = write_image(tmp_path / "image.png", (13, 9))
     other = write_image(tmp_path / "other.png", (9, 13))
     black = tmp_path / "black.png"
@@ -374,12 +374,12 @@ def test_editing_refuses_what_it_cannot_mean_before_it_samples(home: Path, tmp_p
         ({"cfg_scale": 0.0}, "--cfg-scale is 0"),
         ({"per_class": 2, "count": 3}, "one of --per-class and --count"),
         ({"labels": "random"}, "--labels random needs --count"),
-        ({"mask": Path("m.png")}, "belong to --image"),
+        ({"mask": Path("m.png")}, "need --image"),
         ({"image": Path("i.png"), "classes": ("a",)}, "one of --mask and --keep-rows"),
         ({"image": Path("i.png"), "keep_rows": 1}, "needs one --classes"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(values: dict[str, Any], says: str) -> None:
+def test_invalid_settings_are_refused(values: dict[str, Any], says: str) -> None:
     with pytest.raises(StageError, match=says):
         SampleSettings(**values)
 
@@ -391,7 +391,7 @@ def authors_file(home: Path) -> Path:
     return home / "dpar.pt"
 
 
-def test_an_authors_checkpoint_samples_as_its_run_does(home: Path, authors_file: Path, tmp_path: Path) -> None:
+def test_an_authors_checkpoint_samples_the_images_of_its_run(home: Path, authors_file: Path, tmp_path: Path) -> None:
     parts = {"tokenizer": str(home / "vq"), "entropy_model": str(home / "entropy")}
     run(home, tmp_path / "run", classes=("1",))
     run(home, tmp_path / "file", authors_file.name, classes=("1",), **parts, **RULE)
@@ -404,10 +404,10 @@ def test_an_authors_checkpoint_samples_as_its_run_does(home: Path, authors_file:
     [
         ("tokenizer", "does not say which tokenizer decodes its codes; name it with --tokenizer"),
         ("entropy_model", "does not say which entropy model places its patches; name it with --entropy-model"),
-        ("threshold", r"do not say above which entropy a patch starts; give --threshold \(nats\)"),
+        ("threshold", r"do not record an entropy threshold; give --threshold \(nats\)"),
     ],
 )
-def test_what_an_authors_checkpoint_does_not_say_is_asked_for(
+def test_settings_missing_from_an_authors_checkpoint_are_asked_for(
     home: Path, authors_file: Path, tmp_path: Path, missing: str, says: str
 ) -> None:
     given = {"tokenizer": str(home / "vq"), "entropy_model": str(home / "entropy"), "threshold": 3.1}
@@ -422,7 +422,7 @@ def test_a_threshold_for_llamagen_is_refused(home: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("what", "value"), [("codebook_size", 2 * V), ("grid_height", 2 * SIDE)])
-def test_an_entropy_model_of_other_tokens_is_refused(home: Path, tmp_path: Path, what: str, value: int) -> None:
+def test_an_entropy_model_for_other_tokens_is_refused(home: Path, tmp_path: Path, what: str, value: int) -> None:
     config = LlamaGen.from_pretrained(home / "entropy").config
     other: dict[str, Any] = {what: value}
     LlamaGen(dataclasses.replace(config, **other)).save_pretrained(tmp_path / "entropy")
@@ -435,7 +435,7 @@ def test_an_entropy_model_of_other_tokens_is_refused(home: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_inside_a_run_are_sampled_with_what_the_run_knows(home: Path, tmp_path: Path) -> None:
+def test_weights_inside_a_run_use_the_runs_record(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "dpar", tmp_path / "dpar")
     model = DPAR.from_pretrained(tmp_path / "dpar" / "model")
     torch.nn.init.normal_(model.output.weight, std=0.1)
@@ -449,7 +449,7 @@ def test_weights_inside_a_run_are_sampled_with_what_the_run_knows(home: Path, tm
 def test_a_run_without_weights_yet_is_one_message(home: Path, tmp_path: Path) -> None:
     record = json.loads((home / "dpar" / "run.json").read_text(encoding="utf-8"))
     RunFolder(tmp_path / "new", record["kind"], record["settings"], record["inputs"]).close()
-    with pytest.raises(ModelError, match=f"the run {tmp_path}/new has no weights yet: its first checkpoint is still"):
+    with pytest.raises(ModelError, match=f"the run {tmp_path}/new has no weights yet: it has not written"):
         sample_pictures(tmp_path / "new", tmp_path / "out", SampleSettings(**CPU), QUIET)
 
 
@@ -461,19 +461,19 @@ def test_a_run_whose_first_weights_are_being_written_is_one_message(home: Path, 
         sample_pictures(tmp_path / "dpar", tmp_path / "out", SampleSettings(**CPU), QUIET)
 
 
-def test_what_is_no_run_is_refused_with_the_command_that_makes_one(home: Path, tmp_path: Path) -> None:
+def test_anything_but_a_run_is_refused_with_the_command_to_make_one(home: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"codes is not a run: it has no run\.json\. `dpar train` makes one"):
         run(home, tmp_path / "out", "codes")
 
 
-def test_pictures_do_not_go_among_other_files(home: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(StageError, match="holds something else"):
         run(home, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_other_settings_are_refused_and_replace_everything_only_if_asked(home: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused_and_overwrite_replaces_everything(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "out", per_class=3, npz=True)
     before = everything(tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"images was 9 and is now 1.*--overwrite"):
@@ -484,7 +484,7 @@ def test_other_settings_are_refused_and_replace_everything_only_if_asked(home: P
     assert not (tmp_path / "out" / "samples.npz").exists()
 
 
-def test_the_nearest_training_image_of_a_copy_is_the_copied_one(home: Path) -> None:
+def test_the_nearest_training_image_of_a_copy_is_its_original(home: Path) -> None:
     generator = Generator.load(home / "dpar", SampleSettings(**CPU))
     training = open_training(home / "patches", generator, "--show-nearest")
     rows = np.array([3, 0])

@@ -1,4 +1,4 @@
-"""Settings that no machine can serve are refused before anything is read or written."""
+"""Impossible settings are refused before anything is read or written."""
 
 import dataclasses
 from typing import Any
@@ -24,9 +24,7 @@ from pipeline.settings.training import TrainSettings, TrainTokenizerSettings
         (TrainTokenizerSettings, {"image_size": 10**9}, "--image-size is 1000000000; it must be at most 65536"),
     ],
 )
-def test_numbers_beyond_any_use_are_refused_with_the_bound(
-    settings: type[Any], values: dict[str, Any], says: str
-) -> None:
+def test_extreme_numbers_are_refused_with_the_bound(settings: type[Any], values: dict[str, Any], says: str) -> None:
     with pytest.raises(StageError, match=says):
         settings(**values)
 

@@ -47,7 +47,7 @@ def picture(rng: np.random.Generator) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer, a folder of sound images, and one with two that cannot be used."""
+    """A tokenizer, a folder of usable images, and one with two unusable images."""
     home = tmp_path_factory.mktemp("made")
     rng = np.random.default_rng(0)
     for folder in ("photos", "mixed"):
@@ -78,7 +78,7 @@ def run(home: Path, out: Path, data: str = "photos", **values: Any) -> Manifest:
 
 
 def command(home: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
-    """``dpar tokenize`` of the sound images, one a shard, in a process of its own."""
+    """Start ``dpar tokenize`` on the usable images in a new process, one image per shard."""
     options = ["--tokenizer", str(home / "vq"), "--image-size", str(SIZE), "--shard-size", "1", "--device", "cpu"]
     return subprocess.Popen(
         [sys.executable, "-m", "dpar", "tokenize", str(home / "many"), str(out), *options],
@@ -92,7 +92,7 @@ def command(home: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def many(home: Path) -> Path:
-    """What an undisturbed run makes of enough images to be stopped among."""
+    """The artifact of an undisturbed run with enough images for a run to be stopped."""
     rng = np.random.default_rng(1)
     for name in CLASSES:
         (home / "many" / name).mkdir(parents=True)
@@ -118,7 +118,7 @@ def wait_for_shards(out: Path, count: int, process: subprocess.Popen[str]) -> No
 
 @pytest.mark.parametrize("container", ["arrow", "webdataset"])
 @pytest.mark.parametrize(("kind", "crop_range"), [("center", (1.0,)), ("ten-crop", (1.1, 1.05))])
-def test_codes_are_those_of_the_tokenizer_on_each_crop(
+def test_codes_equal_the_tokenizers_on_each_crop(
     home: Path, tmp_path: Path, container: str, kind: Any, crop_range: tuple[float, ...]
 ) -> None:
     manifest = run(home, tmp_path / "a", views=kind, crop_range=crop_range, container=container, batch=7)
@@ -163,7 +163,7 @@ def test_images_that_cannot_be_used_are_left_out_counted_and_listed_with_reasons
     assert keys == [f"{name}/{i}.png" for name in CLASSES for i in range(A_CLASS)]
 
 
-def test_what_the_listing_rejects_is_left_out_too(home: Path, tmp_path: Path) -> None:
+def test_files_rejected_by_the_listing_are_left_out_too(home: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     (data / "empty").mkdir(parents=True)
     (data / "cat").mkdir()
@@ -185,7 +185,7 @@ def test_strict_stops_at_the_first_image_that_cannot_be_used(home: Path, tmp_pat
     assert run(home, tmp_path / "a", "mixed").left_out == 2  # resumes without it
 
 
-def test_strict_refuses_what_an_earlier_run_without_it_left_out(home: Path, tmp_path: Path) -> None:
+def test_strict_refuses_images_that_an_earlier_run_left_out(home: Path, tmp_path: Path) -> None:
     made = run(home, tmp_path / "a", "mixed")
     with pytest.raises(StageError, match=r"2 images cannot be used.*left_out\.tsv has the reasons"):
         run(home, tmp_path / "a", "mixed", strict=True)
@@ -193,7 +193,7 @@ def test_strict_refuses_what_an_earlier_run_without_it_left_out(home: Path, tmp_
     assert run(home, tmp_path / "b") == run(home, tmp_path / "b", strict=True)
 
 
-def test_a_shard_that_another_process_holds_is_left_to_it_and_named(home: Path, tmp_path: Path) -> None:
+def test_a_shard_claimed_by_another_process_is_skipped_and_named(home: Path, tmp_path: Path) -> None:
     (tmp_path / "a" / BUILD).mkdir(parents=True)
     claims = Claims(tmp_path / "a" / BUILD)
     assert claims.claim(1)
@@ -222,7 +222,7 @@ def test_each_tar_of_a_stream_is_a_shard_and_numbers_name_its_classes(home: Path
     assert [[*artifact.shard_rows(index).labels] for index in range(2)] == [[0, 2], [1, 0, 0]]
 
 
-def test_memory_holds_the_crops_that_wait_and_not_those_of_a_shard(
+def test_memory_holds_only_waiting_crops_not_a_full_shard(
     home: Path, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.sources.crop_stream.BYTES_AHEAD", 2**20)
@@ -236,7 +236,7 @@ def test_memory_holds_the_crops_that_wait_and_not_those_of_a_shard(
     assert peak < images * bytes_each * 0.6
 
 
-def test_the_number_of_threads_of_torch_is_as_before_afterwards(home: Path, tmp_path: Path) -> None:
+def test_the_number_of_threads_of_torch_is_restored(home: Path, tmp_path: Path) -> None:
     torch.set_num_threads(3)
     try:
         run(home, tmp_path / "a")
@@ -254,9 +254,7 @@ def test_a_source_without_a_single_usable_image_is_one_message_with_reasons(home
             tokenize(str(tmp_path / "data"), tmp_path / "a", chosen(home), QUIET)
 
 
-def test_an_image_size_the_tokenizer_cannot_take_is_refused_before_anything_is_written(
-    home: Path, tmp_path: Path
-) -> None:
+def test_an_invalid_image_size_is_refused_before_anything_is_written(home: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match="--image-size is 15; this tokenizer needs a multiple of 2"):
         run(home, tmp_path / "a", image_size=15)
     assert not (tmp_path / "a").exists()
@@ -293,7 +291,7 @@ def test_a_picture_replaced_between_a_stop_and_the_next_run_is_noticed(home: Pat
 
 
 class Stopping(Progress):
-    """Stops the run at its third image, when the first is written."""
+    """Stops the run at its third image, after the first is written."""
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
@@ -310,7 +308,7 @@ class Stopping(Progress):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_bytes_of_an_undisturbed_one(home: Path, many: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(home: Path, many: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     process = command(home, out)
     wait_for_shards(out, 3, process)
@@ -326,7 +324,7 @@ def test_a_killed_run_goes_on_to_the_bytes_of_an_undisturbed_one(home: Path, man
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_130_and_says_what_is_kept_and_how_to_go_on(home: Path, many: Path, tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_130_and_says_how_to_resume(home: Path, many: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     process = command(home, out)
     wait_for_shards(out, 2, process)
@@ -341,7 +339,7 @@ def test_ctrl_c_ends_with_130_and_says_what_is_kept_and_how_to_go_on(home: Path,
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_bytes_of_one(home: Path, many: Path, tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes_as_one(home: Path, many: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     started = [command(home, out, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in range(2)]
     for process in started:

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def untrained() -> DPAR:
-    """The model that ``chosen()`` trains, with other weights."""
+    """Build the model of ``chosen()`` with other weights."""
     config = preset("dpar-tiny", codebook_size=V, grid_height=4, grid_width=4, classes=2)
     assert isinstance(config, DPARConfig)
     return DPAR(config)
@@ -55,7 +55,7 @@ def patches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("made") / "patches")
 
 
-def test_going_on_from_a_checkpoint_gives_the_same_bytes(patches: Path, tmp_path: Path) -> None:
+def test_resuming_from_a_checkpoint_gives_the_same_bytes(patches: Path, tmp_path: Path) -> None:
     settings = {"steps": 6, "checkpoint_every": 2}
     run(patches, tmp_path / "a", **settings)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -66,7 +66,7 @@ def test_going_on_from_a_checkpoint_gives_the_same_bytes(patches: Path, tmp_path
 
 
 @pytest.mark.parametrize("left", [0, 7, 1000, -1000])
-def test_a_checkpoint_that_is_cut_short_gives_way_to_the_one_before(patches: Path, tmp_path: Path, left: int) -> None:
+def test_a_truncated_checkpoint_is_skipped_for_the_previous_one(patches: Path, tmp_path: Path, left: int) -> None:
     settings = {"steps": 4, "checkpoint_every": 2}
     run(patches, tmp_path / "a", **settings)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -77,9 +77,7 @@ def test_a_checkpoint_that_is_cut_short_gives_way_to_the_one_before(patches: Pat
     assert results(tmp_path / "b") == results(tmp_path / "a")
 
 
-def test_a_run_stopped_before_its_first_checkpoint_begins_anew_in_its_metrics_too(
-    patches: Path, tmp_path: Path
-) -> None:
+def test_a_run_stopped_before_its_first_checkpoint_restarts_with_its_metrics(patches: Path, tmp_path: Path) -> None:
     run(patches, tmp_path / "a")
     before, whole = digests(tmp_path / "a"), results(tmp_path / "a")
     for path in (tmp_path / "a" / "checkpoints").iterdir():
@@ -89,7 +87,7 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_anew_in_its_metrics_to
     assert results(tmp_path / "a") == whole
 
 
-def test_a_line_of_metrics_that_a_kill_cut_short_is_forgotten(patches: Path, tmp_path: Path) -> None:
+def test_a_truncated_line_of_metrics_is_dropped(patches: Path, tmp_path: Path) -> None:
     settings = {"steps": 4, "checkpoint_every": 2}
     run(patches, tmp_path / "a", **settings)
     whole = results(tmp_path / "a")
@@ -127,7 +125,7 @@ def test_other_settings_or_data_over_a_run_are_refused_with_both_values(patches:
     assert digests(tmp_path / "a") == before
 
 
-def test_more_steps_train_on_to_the_weights_of_one_long_run_and_fewer_are_refused(
+def test_more_steps_continue_to_the_weights_of_one_long_run_and_fewer_are_refused(
     patches: Path, tmp_path: Path
 ) -> None:
     run(patches, tmp_path / "a", steps=2)
@@ -144,12 +142,12 @@ def test_more_steps_train_on_to_the_weights_of_one_long_run_and_fewer_are_refuse
         run(patches, tmp_path / "a", steps=3)
 
 
-def test_settings_that_do_not_decide_the_result_may_change(patches: Path, tmp_path: Path) -> None:
+def test_settings_that_do_not_affect_the_result_may_change(patches: Path, tmp_path: Path) -> None:
     run(patches, tmp_path / "a", steps=1)
     run(patches, tmp_path / "a", steps=1, log_every=3, micro_batch=2, checkpoint_every=9, eval_every=5)
 
 
-def test_a_folder_that_a_kill_left_before_the_first_record_is_taken(patches: Path, tmp_path: Path) -> None:
+def test_a_folder_killed_before_the_first_record_is_accepted(patches: Path, tmp_path: Path) -> None:
     (tmp_path / "a" / "checkpoints").mkdir(parents=True)
     (tmp_path / "a" / "run.json.4711.part").write_text("{")
     run(patches, tmp_path / "a", steps=1)
@@ -159,7 +157,7 @@ def test_a_folder_that_a_kill_left_before_the_first_record_is_taken(patches: Pat
         run(patches, tmp_path / "b", steps=1)
 
 
-def test_a_folder_with_something_else_is_refused_and_untouched(patches: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(patches: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(StageError, match="holds something else"):
         run(patches, tmp_path)
@@ -185,7 +183,7 @@ def test_llamagen_trains_on_codes_and_the_entropy_model_on_codes_without_classes
     assert found["loss"] < np.log(V) - 0.2
     model = LlamaGen.from_pretrained(tmp_path / "entropy" / "model")
     assert model.config.classes == 0
-    with pytest.raises(StageError, match="the entropy model is of LlamaGen's family"):
+    with pytest.raises(StageError, match="the entropy model must be a LlamaGen"):
         train_entropy(codes, tmp_path / "b", EntropySettings(model="dpar-tiny"), QUIET)
 
 
@@ -207,7 +205,7 @@ def test_weights_decay_on_matrices_only(patches: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("micro", [1, 3, 4])
 @pytest.mark.parametrize("model", ["dpar-tiny", "llamagen-tiny"])
-def test_micro_batches_give_the_step_of_the_whole_batch(patches: Path, tmp_path: Path, micro: int, model: str) -> None:
+def test_micro_batches_give_the_step_of_the_full_batch(patches: Path, tmp_path: Path, micro: int, model: str) -> None:
     settings = {"model": model, "steps": 3, "batch": 8, "lr": 1e-5, **EXACT}
     run(patches, tmp_path / "whole", **settings)
     run(patches, tmp_path / "parts", micro_batch=micro, **settings)
@@ -226,13 +224,13 @@ def test_validation_is_the_likelihood_of_the_held_out_artifact(patches: Path, tm
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"tokenizer": "1" * 64}, "was made by tokenizer 111111111111, the training data by 000000000000"),
+        ({"tokenizer": "1" * 64}, "was made with tokenizer 111111111111, the training data with 000000000000"),
         ({"grid": (4, 5)}, "its grid is 4×5, the model's 4×4"),
         ({"classes": 3}, "its number of classes is 3, the model's 2"),
         ({"kind": "codes"}, "`dpar patchify`"),
     ],
 )
-def test_a_held_out_artifact_that_does_not_fit_is_refused_before_anything_is_written(
+def test_an_incompatible_held_out_artifact_is_refused_before_anything_is_written(
     patches: Path, tmp_path: Path, other: dict[str, Any], says: str
 ) -> None:
     held_out = build(tmp_path / "other", **other)
@@ -242,9 +240,9 @@ def test_a_held_out_artifact_that_does_not_fit_is_refused_before_anything_is_wri
     assert not (tmp_path / "a").exists()
 
 
-def test_codes_where_dpar_needs_patches_are_refused_with_the_command_that_makes_them(tmp_path: Path) -> None:
+def test_codes_for_dpar_are_refused_with_the_command_to_make_patches(tmp_path: Path) -> None:
     codes = build(tmp_path / "codes", kind="codes")
-    with pytest.raises(StageError, match=f"{codes} holds codes.*DPAR needs patches, which `dpar patchify` makes"):
+    with pytest.raises(StageError, match=f"{codes} holds codes.*DPAR needs patches, as `dpar patchify` writes them"):
         run(codes, tmp_path / "a")
 
 
@@ -253,18 +251,18 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(StageError, match="--batch 4 does not divide by the 3 processes"):
+    with pytest.raises(StageError, match="--batch 4 is not divisible by the 3 processes"):
         run(patches, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
-def test_ten_steps_in_a_row_that_are_not_finite_end_the_run_and_leave_only_sound_checkpoints(
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run_and_keep_only_valid_checkpoints(
     patches: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "a"
     settings = {"steps": 200, "lr": 1e6, "checkpoint_every": 1, "weight_decay": 0.5}
     ended = []
-    for _ in range(2):  # the second goes on from the newest checkpoint, to the same end
+    for _ in range(2):  # the second resumes from the newest checkpoint and fails the same way
         with pytest.raises(
             StageError,
             match=rf"10 steps in a row, to step \d+, gave .* lower --lr \(it is 1e\+06\).*{out}/checkpoints",
@@ -306,7 +304,7 @@ def test_held_out_data_with_other_classes_of_the_same_number_is_refused() -> Non
         check_same_classes(("ape", "bee"), ("ape", "boa"), "patches", "held-out")
 
 
-def test_the_average_is_that_of_its_definition_and_lies_beside_the_weights(patches: Path, tmp_path: Path) -> None:
+def test_the_moving_average_follows_its_definition_and_is_saved(patches: Path, tmp_path: Path) -> None:
     out, decay = tmp_path / "a", 0.75
     torch.manual_seed(chosen().seed)
     expected = untrained().state_dict()
@@ -320,7 +318,7 @@ def test_the_average_is_that_of_its_definition_and_lies_beside_the_weights(patch
     assert any(not torch.equal(average[name], value) for name, value in weights(out).items())
 
 
-def test_other_settings_go_on_with_override_and_are_recorded_with_the_step(patches: Path, tmp_path: Path) -> None:
+def test_override_accepts_other_settings_and_records_them_with_the_step(patches: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     run(patches, out, steps=2)
     run(patches, out, steps=4, lr=5e-4, ema=0.5, override=True)
@@ -329,7 +327,7 @@ def test_other_settings_go_on_with_override_and_are_recorded_with_the_step(patch
     assert record["settings"]["lr"] == 5e-4
     assert [start["step"] for start in record["history"]] == [0, 2]
     assert record["history"][1]["changed"] == {"ema": [0.0, 0.5], "lr": [0.001, 0.0005], "steps": [2, 4]}
-    run(patches, out, steps=4, lr=5e-4, ema=0.5)  # these are the run's settings now
+    run(patches, out, steps=4, lr=5e-4, ema=0.5)  # the settings of the last run are recorded
     with pytest.raises(StageError, match=r"model was 'dpar-tiny' and is now 'llamagen-tiny'\. Name another output$"):
         run(patches, out, steps=4, lr=5e-4, ema=0.5, model="llamagen-tiny", override=True)
 
@@ -339,7 +337,7 @@ def test_a_run_starts_from_given_weights(patches: Path, tmp_path: Path) -> None:
     run(patches, tmp_path / "b", steps=1, lr=0.0, init=str(tmp_path / "a"))
     assert largest_difference(tmp_path / "a", tmp_path / "b") == 0
     shutil.rmtree(tmp_path / "a")
-    run(patches, tmp_path / "b", steps=1, lr=0.0, init=str(tmp_path / "a"))  # not needed to go on
+    run(patches, tmp_path / "b", steps=1, lr=0.0, init=str(tmp_path / "a"))  # not needed to resume
 
 
 @pytest.mark.parametrize(
@@ -349,7 +347,7 @@ def test_a_run_starts_from_given_weights(patches: Path, tmp_path: Path) -> None:
         ({"grid": (2, 8)}, "grid_height 2 is not 4; grid_width 8 is not 4"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_before_anything_is_written(
+def test_incompatible_weights_are_refused_before_anything_is_written(
     patches: Path, tmp_path: Path, other: dict[str, Any], says: str
 ) -> None:
     run(build(tmp_path / "other", **other), tmp_path / "a", steps=1)
@@ -380,7 +378,7 @@ def test_a_tracker_whose_package_is_missing_is_refused_before_anything_is_writte
     assert not (tmp_path / "a").exists()
 
 
-def test_the_run_says_how_it_computes_and_how_fast(patches: Path, tmp_path: Path) -> None:
+def test_the_run_records_device_precision_and_speed(patches: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     run(patches, out, steps=2)
     resolved = json.loads((out / "run.json").read_text())["resolved"]
@@ -396,7 +394,7 @@ def test_the_run_says_how_it_computes_and_how_fast(patches: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("choice", [{"checkpoint_layers": True}, {"precision": "bf16"}])
-def test_other_ways_to_compute_give_nearly_the_same_losses(
+def test_other_backends_and_precisions_give_nearly_the_same_losses(
     patches: Path, tmp_path: Path, choice: dict[str, Any]
 ) -> None:
     run(patches, tmp_path / "a", steps=3)
@@ -418,7 +416,7 @@ def test_a_run_does_not_resume_under_other_set_fields(patches: Path, tmp_path: P
         run(patches, tmp_path / "run", set=("width=32", "heads=2"), steps=1)
 
 
-def test_runs_without_set_record_no_such_setting(patches: Path, tmp_path: Path) -> None:
+def test_runs_without_set_do_not_record_it(patches: Path, tmp_path: Path) -> None:
     run(patches, tmp_path / "run", steps=1)
     assert "set" not in json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["settings"]
 
@@ -432,7 +430,7 @@ def test_runs_without_set_record_no_such_setting(patches: Path, tmp_path: Path) 
         ("patch_query=median", "it must be one of max, mean"),
         ("offset_embedding=1", "it must be true or false"),
         ("classes=3", "classes follows from the data"),
-        ("dropout=0.2", "it has an option of its own, --dropout"),
+        ("dropout=0.2", "use --dropout instead"),
         ("patch_layers=0", "patch_layers is 0; it must be at least 1"),
     ],
 )

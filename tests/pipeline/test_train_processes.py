@@ -1,4 +1,4 @@
-"""Two processes of one run: the numbers of one process, whichever way they share the model."""
+"""Two processes of one run give the numbers of one process, with DDP and with FSDP."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def patches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same_numbers(one: Path, other: Path) -> None:
-    """Losses, held-out scores and weights, both kinds, within the rounding of float32 sums in another order."""
+    """Compare losses, held-out scores, weights and their average, up to float32 rounding of reordered sums."""
     names = (
         "step",
         "loss",
@@ -55,9 +55,7 @@ def same_numbers(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_with_half_the_batch_each_give_the_numbers_of_one_by_copies_and_by_shares(
-    patches: Path, tmp_path: Path
-) -> None:
+def test_two_processes_with_ddp_and_with_fsdp_give_the_numbers_of_one(patches: Path, tmp_path: Path) -> None:
     held_out = build(tmp_path / "held out", seed=5)
     settings: dict[str, Any] = {
         "steps": 4,
@@ -79,7 +77,7 @@ def test_two_processes_with_half_the_batch_each_give_the_numbers_of_one_by_copie
         same_numbers(tmp_path / "one", tmp_path / name)
         assert saved(tmp_path / name) == ["step-00000002", "step-00000004"]
         assert json.loads((tmp_path / name / "run.json").read_text())["resolved"]["processes"] == 2
-    # and each goes on with what another number of processes, or the other way to share, has left
+    # each resumes from a checkpoint of another number of processes or of the other mode
     for name in ("one", "copies", "shares"):
         shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000004")
         shutil.copytree(tmp_path / name, tmp_path / f"{name} anew")
@@ -106,7 +104,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(patches: Path, tmp_p
 
 
 def torchrun(patches: Path, out: Path, module: str = "torch.distributed.run", **values: Any) -> Any:
-    """``dpar train`` in two processes that torchrun, or ours, starts."""
+    """Run ``dpar train`` in two processes started by torchrun or by `dpar-torchrun`."""
     launcher = [sys.executable, "-m", module, "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
         [*launcher, "-m", "dpar", "train", str(patches), str(out), *options(chosen(**values))],
@@ -122,7 +120,7 @@ def torchrun(patches: Path, out: Path, module: str = "torch.distributed.run", **
 def test_an_error_of_all_processes_or_of_the_first_is_printed_once(patches: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     run(patches, out, steps=1)
-    for values in ({"steps": 1, "lr": 5e-4}, {"steps": 1, "batch": 3}):  # found by the first one; by all
+    for values in ({"steps": 1, "lr": 5e-4}, {"steps": 1, "batch": 3}):  # found by the first process; by all
         process = torchrun(patches, out, **values)
         _, errors = process.communicate(timeout=180)
         assert process.returncode == 1
@@ -131,9 +129,7 @@ def test_an_error_of_all_processes_or_of_the_first_is_printed_once(patches: Path
 
 
 @pytest.mark.slow
-def test_a_share_that_one_process_finds_changed_makes_all_resume_from_the_checkpoint_before(
-    patches: Path, tmp_path: Path
-) -> None:
+def test_a_changed_share_makes_all_processes_resume_from_the_previous_checkpoint(patches: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     settings: dict[str, Any] = {"steps": 2, "checkpoint_every": 1, "fsdp": True}
     ends(together(patches, out, **settings))
@@ -148,7 +144,7 @@ def test_a_share_that_one_process_finds_changed_makes_all_resume_from_the_checkp
 
 
 @pytest.mark.slow
-def test_a_second_command_on_a_run_is_refused_and_a_killed_one_blocks_nothing(patches: Path, tmp_path: Path) -> None:
+def test_a_second_command_on_a_run_is_refused_and_a_killed_one_does_not_block(patches: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     first = command(patches, out, steps=500, checkpoint_every=1000)
     while first.poll() is None and lines_of(out) < 1:
@@ -163,7 +159,7 @@ def test_a_second_command_on_a_run_is_refused_and_a_killed_one_blocks_nothing(pa
 
 
 @pytest.mark.slow
-def test_dpar_torchrun_ends_with_the_status_of_the_signal_or_the_error_and_no_traceback(
+def test_dpar_torchrun_exits_with_the_status_of_the_signal_or_error_and_no_traceback(
     patches: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "a"
@@ -184,7 +180,7 @@ def test_dpar_torchrun_ends_with_the_status_of_the_signal_or_the_error_and_no_tr
 
 
 @pytest.mark.slow
-def test_one_process_prints_the_summary_and_only_one_holds_the_run(patches: Path, tmp_path: Path) -> None:
+def test_one_process_prints_the_summary_and_locks_the_run(patches: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     process = torchrun(patches, out, steps=2)
     printed, errors = process.communicate(timeout=180)

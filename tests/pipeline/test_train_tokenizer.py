@@ -25,7 +25,7 @@ SMALL = TrainTokenizerSettings(
 
 
 def error(weights: Path) -> float:
-    """Mean squared reconstruction error on crops of held-out photographs."""
+    """Return the mean squared reconstruction error on crops of held-out photographs."""
     source = open_indexed("builtin:photos", split="validation", classes=("cat", "coffee"))
     pixels = np.concatenate([views(source.load(i), 16, "center", (1.0,)) for i in range(len(source))])
     images = from_uint8(torch.from_numpy(pixels))
@@ -34,14 +34,14 @@ def error(weights: Path) -> float:
         return float((tokenizer.decode(tokenizer.encode(images)) - images).square().mean())
 
 
-def test_training_lowers_the_error_on_images_it_has_not_seen(tmp_path: Path) -> None:
+def test_training_lowers_the_error_on_held_out_images(tmp_path: Path) -> None:
     short = train_tokenizer("builtin:photos", tmp_path / "short", dataclasses.replace(SMALL, steps=1), QUIET)
     long = train_tokenizer("builtin:photos", tmp_path / "long", dataclasses.replace(SMALL, steps=120), QUIET)
     assert error(long) < 0.7 * error(short)
 
 
 @pytest.mark.slow
-def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     settings = dataclasses.replace(SMALL, steps=60, restart_every=7, checkpoint_every=13)
     train_tokenizer("builtin:photos", tmp_path / "whole", settings, QUIET)
     options = [
@@ -61,7 +61,7 @@ def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
     assert one == other
 
 
-def test_more_steps_train_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+def test_more_steps_continue_from_the_last_checkpoint(tmp_path: Path) -> None:
     train_tokenizer("builtin:photos", tmp_path / "vq", dataclasses.replace(SMALL, steps=2), QUIET)
     train_tokenizer("builtin:photos", tmp_path / "vq", dataclasses.replace(SMALL, steps=3), QUIET)
     assert [line["step"] for line in read_metrics(tmp_path / "vq")] == [2, 3]

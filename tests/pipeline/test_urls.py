@@ -34,7 +34,7 @@ from tests.shards.test_writer import run as write
 from tests.web import WebServer
 
 PLAIN: dict[str, Any] = {"container": "webdataset", "sizes": (9, 0, 8, 5, 4, 3, 6, 7, 2, 9, 1)}  # two windows of shards
-EPOCH: dict[str, Any] = {"steps": 7, "batch": 8, "sheet": 0}  # and a little more
+EPOCH: dict[str, Any] = {"steps": 7, "batch": 8, "sheet": 0}  # a little more than an epoch
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """The address of an S3 server with one bucket; s3fs finds it, and credentials, in the environment."""
+    """The address of an S3 server with one bucket; s3fs finds it and the credentials in the environment."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -93,9 +93,7 @@ def dpar(*arguments: object) -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_give_from_bucket_to_bucket_the_bytes_and_losses_of_a_local_run(
-    tmp_path: Path, bucket: Url
-) -> None:
+def test_commands_on_a_bucket_equal_those_of_a_local_run(tmp_path: Path, bucket: Url) -> None:
     rng = np.random.default_rng(0)
     for i in range(20):
         folder = tmp_path / "photos" / "ab"[i % 2]
@@ -125,7 +123,7 @@ def test_the_commands_give_from_bucket_to_bucket_the_bytes_and_losses_of_a_local
 
 
 @pytest.mark.slow
-def test_writers_to_a_bucket_that_are_killed_leave_no_partial_shard_and_the_bytes_of_an_undisturbed_run(
+def test_killed_writers_to_a_bucket_leave_no_partial_shard_and_resume_to_the_same_bytes(
     tmp_path: Path, bucket: Url
 ) -> None:
     write(tmp_path / "a")
@@ -155,7 +153,7 @@ def test_a_missing_bucket_is_one_message_for_readers_and_writers(tmp_path: Path,
         opened(gone)
 
 
-def test_a_bucket_that_is_not_allowed_is_one_message_for_readers_and_writers(bucket: Url, endpoint: str) -> None:
+def test_a_forbidden_bucket_is_one_message_for_readers_and_writers(bucket: Url, endpoint: str) -> None:
     def require_keys(after: bytes) -> None:
         request = urllib.request.Request(f"{endpoint}/moto-api/reset-auth", after, {"Content-Type": "text/plain"})
         urllib.request.urlopen(request).close()
@@ -180,7 +178,7 @@ def test_a_bucket_that_is_not_allowed_is_one_message_for_readers_and_writers(buc
 def test_a_bucket_in_another_region_is_one_message(
     endpoint: str, monkeypatch: pytest.MonkeyPatch, status: int, code: str, message: str
 ) -> None:
-    """moto accepts every region, so a server stands in that answers as S3 does."""
+    """moto accepts every region, so this uses a server that answers like S3."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -208,12 +206,12 @@ def test_a_bucket_in_another_region_is_one_message(
 
 def test_training_refuses_an_artifact_that_is_still_being_written(tmp_path: Path, bucket: Url) -> None:
     opened(bucket)
-    with pytest.raises(ArtifactError, match=f"^{bucket} is not finished: run the command that makes it again"):
+    with pytest.raises(ArtifactError, match=f"^{bucket} is not finished: rerun the command that makes it"):
         train(bucket, tmp_path / "run")
 
 
 @pytest.mark.parametrize("arguments", [("train", "a", "s3://b/run"), ("train", "a", "run", "--cache", "s3://b/c")])
-def test_a_url_where_only_a_folder_is_possible_is_wrong_usage(arguments: tuple[str, ...]) -> None:
+def test_a_url_in_place_of_a_local_folder_is_wrong_usage(arguments: tuple[str, ...]) -> None:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
     assert f"{arguments[-1]} is a URL; only a path on this machine is possible here" in " ".join(done.output.split())
@@ -232,15 +230,13 @@ def test_training_over_connections_that_break_gives_the_losses_of_a_local_run(tm
 
 
 @pytest.mark.slow
-def test_a_shard_that_stays_away_ends_training_with_its_name_and_the_run_resumes(
-    tmp_path: Path, web: WebServer
-) -> None:
+def test_an_unavailable_shard_ends_training_with_its_name_and_the_run_resumes(tmp_path: Path, web: WebServer) -> None:
     build(web.folder / "patches", **PLAIN)
     url = location(f"{web.url}/patches")
     settings: dict[str, Any] = {**EPOCH, "checkpoint_every": 2}
     train(web.folder / "patches", tmp_path / "local", **settings)
     web.refused = "/patches/00003.tar"
-    with pytest.raises(ArtifactError, match=rf"{url}/00003\.tar cannot be read: 5 tries failed"):
+    with pytest.raises(ArtifactError, match=rf"{url}/00003\.tar cannot be read after 5 tries"):
         train(url, tmp_path / "remote", **settings)
     assert lines_of(tmp_path / "remote") < EPOCH["steps"]
     web.refused = None

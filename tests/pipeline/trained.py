@@ -1,4 +1,4 @@
-"""What the tests of training share: a small patches artifact, runs on it in this process and in others."""
+"""Shared by the tests of training: a small patches artifact, and runs on it in this process and in others."""
 
 import dataclasses
 import hashlib
@@ -40,7 +40,7 @@ def build(
     container: Container = "arrow",
     sizes: tuple[int, ...] = SIZES,
 ) -> Place:
-    """Codes that count up by their class, a few of them wrong."""
+    """Build an artifact of codes that count up by their class, a few of them wrong."""
     settings = {"strategy": "entropy", "threshold": 2.0, "max_length": 4, "row_reset": True, "static_length": None}
     maker = ArtifactBuild(out, settings=settings, n_shards=len(sizes), container=container)
     rng = np.random.default_rng(seed)
@@ -98,7 +98,7 @@ def run(patches: Location, out: Path, **values: Any) -> dict[str, Any]:
 
 
 def options(settings: TrainSettings) -> list[str]:
-    """The settings that are not the default, as options of the command line."""
+    """Return the settings that are not the default as command-line options."""
     found: list[str] = []
     for field in dataclasses.fields(settings):
         value, option = getattr(settings, field.name), "--" + field.name.replace("_", "-")
@@ -111,7 +111,7 @@ def options(settings: TrainSettings) -> list[str]:
 
 
 def command(patches: Location, out: Path, environment: dict[str, str] | None = None, **values: Any) -> Any:
-    """``dpar train`` in a process of its own, with the settings of ``chosen(**values)``."""
+    """Start ``dpar train`` in a new process, with the settings of ``chosen(**values)``."""
     return subprocess.Popen(
         [sys.executable, "-m", "dpar", "train", str(patches), str(out), *options(chosen(**values))],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500", **(environment or {})},
@@ -123,7 +123,7 @@ def command(patches: Location, out: Path, environment: dict[str, str] | None = N
 
 
 def together(patches: Location, out: Path, n: int = 2, **values: Any) -> list[Any]:
-    """The ``n`` processes of one run, as ``torchrun`` would start them."""
+    """Start the ``n`` processes of one run as ``torchrun`` does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -134,7 +134,7 @@ def together(patches: Location, out: Path, n: int = 2, **values: Any) -> list[An
 
 
 def ends(processes: list[Any], status: int = 0) -> list[str]:
-    """Waits for processes, which must end with ``status``; gives what each said."""
+    """Wait for processes, which must end with ``status``, and return their output."""
     said = [process.communicate(timeout=180) for process in processes]
     assert [process.returncode for process in processes] == [status] * len(processes), said
     return [error for _, error in said]
@@ -153,7 +153,7 @@ def weights(out: Path, kind: str = "model") -> dict[str, torch.Tensor]:
 
 
 def digests(out: Path) -> dict[str, str]:
-    """Of every tensor in every safetensors file of a run: weights and checkpoints."""
+    """Return a digest of every tensor in the safetensors files of a run: weights and checkpoints."""
     found = {}
     for path in out.rglob("*.safetensors"):
         for name, tensor in load_file(path).items():
@@ -163,7 +163,7 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def saved(out: Path) -> list[str]:
-    """Names of a run's checkpoints."""
+    """Return the names of a run's checkpoints."""
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 

@@ -18,7 +18,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 
 def rows_of(folder: Path, batches: list[Sample]) -> list[int]:
-    """The row of each image of some batches; codes tell rows apart."""
+    """Return the row of each image of some batches, recognised by its codes."""
     artifact = open_artifact(folder)
     rows = np.repeat(np.arange(TOTAL), VIEWS)
     every = artifact.gather(rows, np.tile(np.arange(VIEWS), TOTAL)).codes
@@ -27,7 +27,7 @@ def rows_of(folder: Path, batches: list[Sample]) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_gives_every_image_once_an_epoch_with_its_label_and_boundaries(folder: Path, workers: int) -> None:
+def test_a_loader_gives_every_image_once_per_epoch_with_its_label_and_boundaries(folder: Path, workers: int) -> None:
     dataset = ArtifactDataset(folder, view=1)
     loader = DataLoader(dataset, batch_size=8, shuffle=True, num_workers=workers, collate_fn=collate)
     batches = list(loader)
@@ -42,7 +42,7 @@ def test_a_loader_gives_every_image_once_an_epoch_with_its_label_and_boundaries(
     assert (batches[0]["codes"].dtype, batches[0]["starts"].dtype) == (torch.int64, torch.bool)
 
 
-def test_views_are_drawn_anew_each_epoch_and_are_the_same_under_one_seed(folder: Path) -> None:
+def test_views_are_drawn_again_each_epoch_and_depend_on_the_seed(folder: Path) -> None:
     def epochs(seed: int) -> list[torch.Tensor]:
         loader = DataLoader(
             ArtifactDataset(folder), batch_size=TOTAL, num_workers=1, collate_fn=collate,
@@ -56,14 +56,14 @@ def test_views_are_drawn_anew_each_epoch_and_are_the_same_under_one_seed(folder:
         assert torch.equal(one, other)
 
 
-def test_an_image_or_a_view_that_is_not_there_is_an_error(folder: Path) -> None:
+def test_an_index_of_an_image_or_a_view_out_of_range_is_an_error(folder: Path) -> None:
     with pytest.raises(IndexError, match=f"there are {TOTAL} images"):
         ArtifactDataset(folder)[TOTAL]
     with pytest.raises(ValueError, match=r"view is 3; .* has views 0 to 2"):
         ArtifactDataset(folder, view=3)
 
 
-def test_a_dataset_can_be_sent_to_another_process(folder: Path) -> None:
+def test_a_dataset_can_be_pickled(folder: Path) -> None:
     dataset = ArtifactDataset(folder, view=0)
     dataset[0]  # its shards are open
     copy = pickle.loads(pickle.dumps(dataset))
@@ -86,7 +86,7 @@ def test_processes_and_workers_share_an_epoch_of_a_stream(folder: Path, workers:
         assert rows == expected.tolist()
 
 
-def test_another_epoch_of_a_stream_is_another_order_in_workers_that_persist_too(folder: Path) -> None:
+def test_epochs_of_a_stream_have_different_orders_in_persistent_workers_too(folder: Path) -> None:
     stream = StreamingDataset(folder, seed=5)
     loader = DataLoader(stream, batch_size=4, num_workers=1, persistent_workers=True, collate_fn=collate)
     orders = []
@@ -97,6 +97,6 @@ def test_another_epoch_of_a_stream_is_another_order_in_workers_that_persist_too(
     assert sorted(orders[1]) == list(range(TOTAL))
 
 
-def test_codes_without_boundaries_have_none_in_a_batch(tmp_path: Path) -> None:
+def test_batches_of_codes_have_no_boundaries(tmp_path: Path) -> None:
     dataset = ArtifactDataset(make(tmp_path / "codes", "arrow", kind="codes"))
     assert set(collate([dataset[0], dataset[1]])) == {"codes", "labels"}

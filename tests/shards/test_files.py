@@ -5,7 +5,7 @@ import pytest
 from shards.files import atomic_path, write_json, write_text
 
 
-def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failing_block_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "it.txt"
     path.write_text("before")
     with pytest.raises(FileNotFoundError), atomic_path(path) as part:
@@ -23,7 +23,7 @@ def test_the_file_is_replaced_only_at_the_end_of_the_block(tmp_path: Path) -> No
     assert path.read_text() == "after"
 
 
-def test_unlocked_writers_in_other_processes_have_other_temporary_files(tmp_path: Path) -> None:
+def test_writers_in_different_processes_have_different_temporary_files(tmp_path: Path) -> None:
     path = tmp_path / "it.txt"
     other = path.with_name("it.txt.1.part")
     other.write_text("of process 1")
@@ -32,7 +32,7 @@ def test_unlocked_writers_in_other_processes_have_other_temporary_files(tmp_path
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_json_files_hold_no_number_that_json_does_not_have(tmp_path: Path, value: float) -> None:
+def test_json_files_have_no_invalid_numbers(tmp_path: Path, value: float) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": 1.0, "b": None})
     before = path.read_bytes()

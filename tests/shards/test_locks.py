@@ -10,7 +10,7 @@ from shards.locks import FOLDER, Claims
 
 
 @pytest.mark.parametrize("piece", [7, "it.process", FOLDER])
-def test_a_piece_belongs_to_one_until_it_is_released(tmp_path: Path, piece: int | str) -> None:
+def test_a_piece_has_one_owner_until_it_is_released(tmp_path: Path, piece: int | str) -> None:
     first, second = Claims(tmp_path), Claims(tmp_path)
     assert first.claim(piece)
     assert not second.claim(piece)
@@ -18,7 +18,7 @@ def test_a_piece_belongs_to_one_until_it_is_released(tmp_path: Path, piece: int 
     assert second.claim(piece)
 
 
-def test_a_failed_claim_does_not_release_the_piece_of_the_same_object(tmp_path: Path) -> None:
+def test_a_failed_claim_does_not_release_an_earlier_one(tmp_path: Path) -> None:
     claims = Claims(tmp_path)
     assert claims.claim(1)
     with claims.claimed(1) as claimed:
@@ -33,7 +33,7 @@ def test_claims_that_are_dropped_are_released(tmp_path: Path) -> None:
     assert Claims(tmp_path).claim(1)
 
 
-def test_a_waiting_process_gets_the_piece_of_one_that_is_killed(tmp_path: Path) -> None:
+def test_a_waiting_process_gets_the_piece_of_a_killed_one(tmp_path: Path) -> None:
     def hang() -> None:
         claims = Claims(tmp_path)
         claims.claim(1)
@@ -51,7 +51,7 @@ def test_a_waiting_process_gets_the_piece_of_one_that_is_killed(tmp_path: Path) 
     victim.join()
 
 
-def test_without_file_locks_every_claim_succeeds_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_file_locks_claims_succeed_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(file: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

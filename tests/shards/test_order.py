@@ -18,7 +18,7 @@ def drawn(order: TrainingOrder, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 @given(**SIZES, seed=st.integers(0, 2**32))
 @settings(max_examples=25, deadline=None)
-def test_every_epoch_sees_every_row_once(rows: int, views: int, batch: int, seed: int) -> None:
+def test_every_epoch_has_every_row_once(rows: int, views: int, batch: int, seed: int) -> None:
     epochs = 3
     seen, _ = drawn(TrainingOrder(rows=rows, views=views, batch=batch, seed=seed), -(-epochs * rows // batch))
     for epoch in range(epochs):
@@ -27,17 +27,15 @@ def test_every_epoch_sees_every_row_once(rows: int, views: int, batch: int, seed
 
 @given(**SIZES, seed=st.integers(0, 100), steps=st.lists(st.integers(0, 200), min_size=1, max_size=6))
 @settings(max_examples=25, deadline=None)
-def test_a_batch_is_a_function_of_seed_and_step_alone(
-    rows: int, views: int, batch: int, seed: int, steps: list[int]
-) -> None:
+def test_a_batch_depends_only_on_seed_and_step(rows: int, views: int, batch: int, seed: int, steps: list[int]) -> None:
     worn = TrainingOrder(rows=rows, views=views, batch=batch, seed=seed)
-    for step in steps:  # whatever was asked for before
+    for step in steps:  # whatever was requested before
         fresh = TrainingOrder(rows=rows, views=views, batch=batch, seed=seed)
         for one, other in zip(worn.batch(step), fresh.batch(step), strict=True):
             np.testing.assert_array_equal(one, other)
 
 
-def test_batches_are_full_and_run_on_across_the_ends_of_epochs() -> None:
+def test_batches_are_full_and_continue_into_the_next_epoch() -> None:
     order = TrainingOrder(rows=10, views=2, batch=4, seed=0)
     assert all(len(part) == 4 for step in range(10) for part in order.batch(step))
     rows, _ = order.batch(2)  # the last two of the first epoch, the first two of the second
@@ -71,12 +69,12 @@ def test_every_view_of_a_row_comes_up_and_each_about_as_often() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_the_shares_of_all_processes_together_are_the_same_global_batch(processes: int) -> None:
+def test_the_shares_of_all_processes_form_the_same_global_batch(processes: int) -> None:
     whole = TrainingOrder(rows=11, views=3, batch=8, seed=5)
     share = 8 // processes
     for step in range(6):
         parts = []
-        for rank in range(processes):  # each process has an order of its own
+        for rank in range(processes):  # each process has its own order object
             mine = slice(rank * share, (rank + 1) * share)
             parts.append([part[mine] for part in TrainingOrder(rows=11, views=3, batch=8, seed=5).batch(step)])
         for i in range(2):
@@ -100,18 +98,18 @@ def test_sizes_below_one_are_refused(wrong: dict[str, int]) -> None:
 
 @given(size=st.integers(1, 5000), seed=st.integers(0, 2**64 - 1))
 @settings(max_examples=25, deadline=None)
-def test_a_keyed_permutation_is_one(size: int, seed: int) -> None:
+def test_a_keyed_permutation_is_a_permutation(size: int, seed: int) -> None:
     assert sorted(permuted(np.arange(size), size, draw_keys(seed))) == list(range(size))
 
 
-def test_a_keyed_permutation_is_the_same_whatever_is_asked_for() -> None:
+def test_a_keyed_permutation_does_not_depend_on_the_requested_part() -> None:
     keys = draw_keys(3, 1)
     whole = permuted(np.arange(1000), 1000, keys)
     few = np.array([999, 0, 5, 5])
     np.testing.assert_array_equal(permuted(few, 1000, keys), whole[few])
 
 
-def test_a_large_permutation_is_computed_where_it_is_asked_for() -> None:
+def test_a_large_permutation_is_computed_only_for_the_requested_part() -> None:
     size = 10**12
     found = permuted(np.arange(10_000), size, draw_keys(0))
     assert len(set(found.tolist())) == 10_000
@@ -139,7 +137,7 @@ def test_over_many_epochs_a_row_comes_at_every_position_equally_often(size: int)
     assert 1e-4 < chi2.sf(statistic, (size - 1) ** 2) < 1 - 1e-4
 
 
-def test_neighbours_in_an_epoch_have_nothing_to_do_with_each_other() -> None:
+def test_neighbours_in_an_epoch_are_independent() -> None:
     size = 100_003
     order = permuted(np.arange(size), size, draw_keys(11, 4)).astype(float)
     for lag in (1, 2, 64, 256, 317):  # 317: the network's base
@@ -148,13 +146,13 @@ def test_neighbours_in_an_epoch_have_nothing_to_do_with_each_other() -> None:
     assert chisquare(np.histogram(steps, bins=50, range=(0, size))[0]).pvalue > 1e-4
 
 
-def test_successive_epochs_have_nothing_to_do_with_each_other() -> None:
+def test_successive_epochs_are_independent() -> None:
     size = 100_003
     one, other = (permuted(np.arange(size), size, draw_keys(11, epoch)).astype(float) for epoch in (0, 1))
     assert abs(np.corrcoef(one, other)[0, 1]) < 5 / np.sqrt(size)
 
 
-def test_views_are_drawn_evenly_and_anew_each_epoch() -> None:
+def test_views_are_drawn_uniformly_and_again_each_epoch() -> None:
     order = TrainingOrder(rows=20_000, views=20, batch=1, seed=2)
     one, other = (order.views_of(epoch, np.arange(20_000)) for epoch in (0, 1))
     pairs = np.bincount(one * 20 + other, minlength=400)
@@ -167,7 +165,7 @@ SHARDS = st.lists(st.integers(0, 9), min_size=1, max_size=3 * WINDOW).filter(any
 
 @given(shards=SHARDS, views=st.integers(1, 4), batch=st.integers(1, 50), seed=st.integers(0, 2**32))
 @settings(max_examples=25, deadline=None)
-def test_streaming_sees_every_row_once_an_epoch(shards: list[int], views: int, batch: int, seed: int) -> None:
+def test_streaming_has_every_row_once_per_epoch(shards: list[int], views: int, batch: int, seed: int) -> None:
     order = StreamingOrder(shard_rows=shards, views=views, batch=batch, seed=seed)
     total = sum(shards)
     seen, drawn_views = drawn(order, -(-2 * total // batch))
@@ -178,7 +176,7 @@ def test_streaming_sees_every_row_once_an_epoch(shards: list[int], views: int, b
 
 @given(shards=SHARDS, batch=st.integers(1, 20), steps=st.lists(st.integers(0, 100), min_size=1, max_size=4))
 @settings(max_examples=25, deadline=None)
-def test_a_streamed_batch_is_a_function_of_seed_and_step_alone(shards: list[int], batch: int, steps: list[int]) -> None:
+def test_a_streamed_batch_depends_only_on_seed_and_step(shards: list[int], batch: int, steps: list[int]) -> None:
     worn = StreamingOrder(shard_rows=shards, views=3, batch=batch, seed=1)
     for step in steps:
         fresh = StreamingOrder(shard_rows=shards, views=3, batch=batch, seed=1)

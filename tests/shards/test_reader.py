@@ -82,7 +82,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("kind", ["codes", "patches"])
-def test_whole_shards_come_back_as_they_were_written(
+def test_shards_are_read_as_they_were_written(
     artifacts: dict[tuple[str, str], Artifact], container: Container, kind: Kind
 ) -> None:
     artifact = artifacts[container, kind]
@@ -102,7 +102,7 @@ def test_whole_shards_come_back_as_they_were_written(
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("kind", ["codes", "patches"])
 @given(picks=PICKS)
-def test_gathering_any_rows_and_views_equals_a_plain_loop_over_whole_shards(
+def test_gathering_rows_and_views_equals_a_plain_loop_over_shards(
     artifacts: dict[tuple[str, str], Artifact], container: Container, kind: Kind, picks: list[tuple[int, int]]
 ) -> None:
     artifact = artifacts[container, kind]
@@ -124,7 +124,7 @@ def test_gathering_any_rows_and_views_equals_a_plain_loop_over_whole_shards(
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_an_open_artifact_reads_on_after_its_files_are_unlinked(tmp_path: Path, container: Container) -> None:
+def test_an_open_artifact_stays_readable_after_its_files_are_unlinked(tmp_path: Path, container: Container) -> None:
     artifact = open_artifact(make(tmp_path / "a", container))
     shards: list[Shard] = [artifact.shard(index) for index in range(len(SIZES))]
     for path in (tmp_path / "a").glob("0*"):
@@ -178,8 +178,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard's size as text": (lambda path: change_shard(path, bytes=""), "shards[0].bytes is '', expected an integer"),
     "another version": (lambda path: change(path, format_version=99), "format version 99; this version reads 2"),
     "another kind": (lambda path: change(path, kind="pixels"), "kind is 'pixels', expected one of codes, patches"),
-    "an older rule": (lambda path: change(path, format_version=1), r"make the patches again with `dpar patchify`"),
-    "a row too many": (lambda path: change(path, rows=TOTAL + 1), f"hold {TOTAL} rows together, and it says"),
+    "an older rule": (
+        lambda path: change(path, format_version=1),
+        r"make the patches again from the codes, with `dpar patchify`",
+    ),
+    "a row too many": (lambda path: change(path, rows=TOTAL + 1), f"have {TOTAL} rows in total, not {TOTAL + 1}"),
     "a shard elsewhere": (lambda path: change_shard(path, name="../a/00000.arrow"), "is not a plain file name"),
     "a shard of a bad name": (lambda path: change_shard(path, name=".."), "is not a plain file name"),
     "a shard twice": (lambda path: change_shard(path, name="00001.arrow"), "a shard is listed twice"),
@@ -189,7 +192,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_manifest_that_cannot_be_read_is_named_with_what_is_wrong(tmp_path: Path, damage: str) -> None:
+def test_an_invalid_manifest_is_named_with_the_reason(tmp_path: Path, damage: str) -> None:
     harm, says = DAMAGE[damage]
     path = make(tmp_path / "a") / MANIFEST
     harm(path)
@@ -198,23 +201,23 @@ def test_a_manifest_that_cannot_be_read_is_named_with_what_is_wrong(tmp_path: Pa
     assert str(path) in str(refusal.value)
 
 
-def test_a_directory_that_is_not_there_or_no_artifact_is_named(tmp_path: Path) -> None:
+def test_a_missing_directory_or_one_without_artifact_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=rf"no artifact at {tmp_path}/a: there is no such directory"):
         open_artifact(tmp_path / "a")
     with pytest.raises(ArtifactError, match=rf"{tmp_path} is not an artifact: it has no manifest\.json"):
         open_artifact(tmp_path)
 
 
-def test_an_unfinished_build_says_how_to_go_on(tmp_path: Path) -> None:
+def test_an_unfinished_build_is_refused_with_how_to_resume(tmp_path: Path) -> None:
     ArtifactBuild(tmp_path / "a", settings={}, n_shards=2, container="arrow").add(0, shard_rows(0, "codes"))
-    with pytest.raises(ArtifactError, match=rf"{tmp_path}/a is not finished: run the command that makes it again"):
+    with pytest.raises(ArtifactError, match=rf"{tmp_path}/a is not finished: rerun the command that makes it"):
         open_artifact(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
     ("kind", "needed", "command"), [("codes", "patches", "patchify"), ("patches", "codes", "tokenize")]
 )
-def test_the_wrong_kind_is_refused_with_the_command_that_makes_the_right_one(
+def test_the_wrong_kind_is_refused_with_the_command_to_make_the_right_one(
     tmp_path: Path, kind: Kind, needed: Kind, command: str
 ) -> None:
     make(tmp_path / "a", kind=kind)
@@ -254,9 +257,7 @@ def test_a_shard_with_another_number_of_rows_is_refused_with_both_numbers(
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("harm", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"x" * len(data)])
-def test_a_shard_that_is_not_whole_is_one_message(
-    tmp_path: Path, container: Container, harm: Callable[[bytes], bytes]
-) -> None:
+def test_a_truncated_shard_is_one_message(tmp_path: Path, container: Container, harm: Callable[[bytes], bytes]) -> None:
     artifact = open_artifact(make(tmp_path / "a", container))
     (path,) = (tmp_path / "a").glob("00000.*")
     path.write_bytes(harm(path.read_bytes()))
@@ -265,9 +266,7 @@ def test_a_shard_that_is_not_whole_is_one_message(
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_shards_with_a_flipped_byte_or_gone_are_found_by_reading_every_byte(
-    tmp_path: Path, container: Container
-) -> None:
+def test_verification_finds_changed_and_missing_shards(tmp_path: Path, container: Container) -> None:
     artifact = open_artifact(make(tmp_path / "a", container))
     assert list(artifact.damaged()) == []
     first, _, third, _ = sorted((tmp_path / "a").glob("0*"))
@@ -293,10 +292,10 @@ def test_verification_names_all_damaged_shards_in_one_message(tmp_path: Path, co
     with pytest.raises(ArtifactError) as refusal:
         open_artifact(tmp_path / "a", verify=True)
     text = str(refusal.value)
-    assert text.startswith(f"3 of 4 shards of {tmp_path / 'a'} are damaged: {first.name} (its bytes")
+    assert text.startswith(f"3 of 4 shards of {tmp_path / 'a'} are damaged: {first.name} (its SHA-256")
     assert f"{second.name} (its size is" in text
     assert f"{third.name} (missing)" in text
-    assert "run the command that made it again" in text
+    assert "rerun the command that made it" in text
 
 
 def test_each_process_verifies_its_own_share(tmp_path: Path) -> None:
@@ -309,12 +308,12 @@ def test_each_process_verifies_its_own_share(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_a_shard_that_is_cut_off_while_it_is_read_is_one_message(tmp_path: Path, container: Container) -> None:
+def test_a_shard_truncated_while_it_is_read_is_one_message(tmp_path: Path, container: Container) -> None:
     artifact = open_artifact(make(tmp_path / "a", container))
     artifact.gather(np.array([0]), np.array([0]))
     (path,) = (tmp_path / "a").glob("00000.*")
     os.truncate(path, 10)
-    with pytest.raises(ArtifactError, match="has been cut off since it was opened"):
+    with pytest.raises(ArtifactError, match="was truncated after it was opened"):
         artifact.gather(np.array([0]), np.array([0]))
 
 
@@ -328,7 +327,7 @@ def test_a_shard_of_another_size_is_refused_without_reading_it(tmp_path: Path) -
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("values", [{"grid": [2, 6]}, {"views": 2}, {"kind": "codes", "format_version": 1, "views": 6}])
-def test_columns_that_are_not_as_the_manifest_says_are_refused(
+def test_columns_that_contradict_the_manifest_are_refused(
     tmp_path: Path, container: Container, values: dict[str, Any]
 ) -> None:
     change(make(tmp_path / "a", container) / MANIFEST, **values)
@@ -337,7 +336,7 @@ def test_columns_that_are_not_as_the_manifest_says_are_refused(
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_closing_the_shards_least_recently_used_changes_nothing(tmp_path: Path, container: Container) -> None:
+def test_closing_the_least_recently_used_shards_has_no_effect_on_reads(tmp_path: Path, container: Container) -> None:
     artifact = open_artifact(make(tmp_path / "a", container))
     rows, views = np.arange(TOTAL).repeat(3)[::-1], np.tile(np.arange(VIEWS), TOTAL)
     whole = artifact.gather(rows, views)
@@ -351,7 +350,7 @@ def test_closing_the_shards_least_recently_used_changes_nothing(tmp_path: Path, 
 
 @pytest.mark.parametrize("n", [8, 10, 13])
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_boundaries_of_a_view_are_found_wherever_their_bits_begin(tmp_path: Path, container: Container, n: int) -> None:
+def test_boundaries_of_a_view_are_unpacked_at_any_bit_offset(tmp_path: Path, container: Container, n: int) -> None:
     rng = np.random.default_rng(n)
     shape = (3, 5, n)
     rows = Rows(
@@ -369,7 +368,7 @@ def test_boundaries_of_a_view_are_found_wherever_their_bits_begin(tmp_path: Path
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
-def test_memory_does_not_grow_with_what_has_been_read(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_reads(tmp_path: Path) -> None:
     shape = (500, 8, 1024)
     shards = []
     for label in range(5):  # 84 MB
@@ -400,7 +399,7 @@ def test_memory_does_not_grow_with_what_has_been_read(tmp_path: Path) -> None:
     assert mapped() - before < 20e6
 
 
-def test_the_fingerprint_is_of_what_is_held_not_of_what_made_it(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content_not_on_its_origin(tmp_path: Path) -> None:
     one = open_artifact(make(tmp_path / "a")).manifest
     change(tmp_path / "a" / MANIFEST, made_by={"python": "9"}, source={"location": "elsewhere"})
     assert open_artifact(tmp_path / "a").manifest.fingerprint() == one.fingerprint()
@@ -413,7 +412,7 @@ def test_the_fingerprint_is_of_what_is_held_not_of_what_made_it(tmp_path: Path) 
 
 
 def tampered(home: Path, container: Container, kind: Kind = "codes") -> Path:
-    """The first shard of a new artifact; its size and SHA-256 in the manifest are not looked at."""
+    """Return the first shard of a new artifact whose size and SHA-256 are not checked."""
     make(home, container, kind)
     change_shard(home / MANIFEST, bytes=None)
     (path,) = home.glob("00000.*")
@@ -444,7 +443,7 @@ ARROW_DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", ARROW_DAMAGE)
-def test_an_arrow_shard_that_lies_about_itself_is_one_message(tmp_path: Path, damage: str) -> None:
+def test_an_inconsistent_arrow_shard_is_one_message(tmp_path: Path, damage: str) -> None:
     columns, says = ARROW_DAMAGE[damage]
     path = tampered(tmp_path / "a", "arrow")
     arrow_shard(path, **columns)
@@ -456,7 +455,7 @@ def test_an_arrow_shard_that_lies_about_itself_is_one_message(tmp_path: Path, da
 
 
 @pytest.mark.parametrize("compression", ["lz4", "zstd"])
-def test_a_compressed_arrow_shard_is_one_message_whole_or_damaged(tmp_path: Path, compression: str) -> None:
+def test_a_compressed_arrow_shard_is_one_message_intact_or_damaged(tmp_path: Path, compression: str) -> None:
     path = tampered(tmp_path / "a", "arrow")
     noise = np.random.default_rng(0).integers(0, 2**16, SIZES[0] * VIEWS * N).astype(np.uint16)
     arrow_shard(path, compression, codes=pa.FixedSizeListArray.from_arrays(pa.array(np.sort(noise)), VIEWS * N))
@@ -473,9 +472,7 @@ def test_a_compressed_arrow_shard_is_one_message_whole_or_damaged(tmp_path: Path
 
 
 @pytest.mark.parametrize("ends", [[0, 1, 2, 3, 4, 2**31 - 1], [0, 4, 1, 3, 2, 5], [-(2**20), 1, 2, 3, 4, 5], None])
-def test_an_arrow_shard_whose_keys_lead_elsewhere_or_are_not_utf8_is_one_message(
-    tmp_path: Path, ends: list[int] | None
-) -> None:
+def test_invalid_keys_of_an_arrow_shard_are_one_message(tmp_path: Path, ends: list[int] | None) -> None:
     path = tampered(tmp_path / "a", "arrow")
     arrow_shard(path)
     data = path.read_bytes()
@@ -491,7 +488,7 @@ def test_an_arrow_shard_whose_keys_lead_elsewhere_or_are_not_utf8_is_one_message
 @pytest.mark.parametrize(
     "size", [b"-0000000010", b"+0000000010", b"0000000_010", b"\x80" + b"\0" * 10, b"\xff" * 11, b"        10 "]
 )
-def test_a_size_in_a_tar_shard_that_is_not_plain_octal_is_one_message(tmp_path: Path, size: bytes) -> None:
+def test_a_size_that_is_not_octal_in_a_tar_shard_is_one_message(tmp_path: Path, size: bytes) -> None:
     path = tampered(tmp_path / "a", "webdataset")
     data = bytearray(path.read_bytes())
     data[1024 + 124 : 1024 + 135] = size  # of the second member
@@ -511,9 +508,7 @@ def test_a_size_in_a_tar_shard_that_is_not_plain_octal_is_one_message(tmp_path: 
     ],
 )
 @pytest.mark.parametrize("read", ["gather", "keys", "shard_rows", "stream"])
-def test_a_tar_shard_whose_json_is_not_what_was_written_is_one_message(
-    tmp_path: Path, found: bytes, forged: bytes, read: str
-) -> None:
+def test_invalid_json_in_a_tar_shard_is_one_message(tmp_path: Path, found: bytes, forged: bytes, read: str) -> None:
     path = tampered(tmp_path / "a", "webdataset")
     data = path.read_bytes()
     changed = re.sub(found, forged, data, count=1)
@@ -532,7 +527,7 @@ def test_a_tar_shard_whose_json_is_not_what_was_written_is_one_message(
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_codes_above_the_codebook_are_one_message_wherever_they_are_read(tmp_path: Path, container: Container) -> None:
+def test_codes_outside_the_codebook_are_one_message_for_every_reader(tmp_path: Path, container: Container) -> None:
     change(make(tmp_path / "a", container) / MANIFEST, codebook_size=7)
     artifact, zero = open_artifact(tmp_path / "a"), np.array([0])
     for read in (
@@ -540,24 +535,22 @@ def test_codes_above_the_codebook_are_one_message_wherever_they_are_read(tmp_pat
         lambda: artifact.shard_rows(0),
         lambda: artifact.stream(zero, np.zeros(5, np.int64)),
     ):
-        with pytest.raises(ArtifactError, match=r"shard .*a.* holds code \d+; the codebook ends at 6"):
+        with pytest.raises(ArtifactError, match=r"shard .*a.* has code \d+; the codebook ends at 6"):
             read()
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("label", [-1, 100, 2**31 - 1])
-def test_labels_past_the_classes_are_one_message_wherever_they_are_read(
-    tmp_path: Path, container: Container, label: int
-) -> None:
+def test_labels_out_of_range_are_one_message_for_every_reader(tmp_path: Path, container: Container, label: int) -> None:
     rows = dataclasses.replace(shard_rows(0, "codes"), labels=np.array([0, 1, label, 3, 4], np.int32))
     write_artifact(tmp_path / "a", container, [rows], kind="codes")
     artifact, every = open_artifact(tmp_path / "a"), np.arange(5)
     for read in (lambda: artifact.gather(every, every * 0), lambda: artifact.shard_rows(0)):
-        with pytest.raises(ArtifactError, match=rf"holds label {label}; the classes end at 99"):
+        with pytest.raises(ArtifactError, match=rf"has label {label}; the classes end at 99"):
             read()
 
 
-def test_rows_that_a_shard_is_too_small_for_are_refused_before_anything_is_reserved(tmp_path: Path) -> None:
+def test_too_many_rows_for_a_shards_size_are_refused_before_allocation(tmp_path: Path) -> None:
     make(tmp_path / "a")
     change_shard(tmp_path / "a" / MANIFEST, bytes=None, rows=10**15)
     change(tmp_path / "a" / MANIFEST, rows=10**15 + TOTAL - SIZES[0])
@@ -567,7 +560,7 @@ def test_rows_that_a_shard_is_too_small_for_are_refused_before_anything_is_reser
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_a_named_pipe_for_a_shard_is_refused_instead_of_waited_for(tmp_path: Path, container: Container) -> None:
+def test_a_named_pipe_as_shard_is_refused_without_waiting(tmp_path: Path, container: Container) -> None:
     path = tampered(tmp_path / "a", container)
     artifact = open_artifact(tmp_path / "a")
     path.unlink()

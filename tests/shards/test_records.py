@@ -31,7 +31,7 @@ class Record:
 GOOD: dict[str, Any] = {"kind": "a", "rate": 1}
 
 
-def test_a_record_comes_back_with_its_types() -> None:
+def test_a_record_is_read_with_its_types() -> None:
     parsed = parse(
         Record, {**GOOD, "parts": [{"name": "x", "size": 3}], "sides": [2, 3], "counts": {"y": 4}, "seed": 7}, "r.json"
     )
@@ -59,7 +59,7 @@ def test_a_record_comes_back_with_its_types() -> None:
         ({"done": 0}, "field done is 0, expected true or false"),
     ],
 )
-def test_what_is_wrong_is_one_sentence_with_file_and_field(values: dict[str, Any], says: str) -> None:
+def test_an_invalid_record_is_one_sentence_with_file_and_field(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ArtifactError) as refusal:
         parse(Record, GOOD | values, "r.json")
     assert str(refusal.value) == f"r.json: {says}"
@@ -72,7 +72,7 @@ def test_a_long_or_unprintable_value_is_shown_short_and_escaped() -> None:
     assert str(refusal.value).isprintable()
 
 
-def test_unknown_fields_can_be_passed_over() -> None:
+def test_unknown_fields_can_be_ignored() -> None:
     assert parse(Part, {"name": "x", "colour": 1}, "r.json", ignore_unknown=True) == Part(name="x")
 
 

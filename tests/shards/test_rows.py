@@ -46,7 +46,7 @@ def load_webdataset(paths: list[Path]) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", ["codes", "patches"])
-def test_arrow_shards_open_with_datasets_alone(tmp_path: Path, kind: str) -> None:
+def test_arrow_shards_open_with_datasets_without_our_code(tmp_path: Path, kind: str) -> None:
     rows = some_rows(kind=kind)
     write_shard(tmp_path / "00000.arrow", rows, "arrow")
     found = load_arrow([tmp_path / "00000.arrow"], tmp_path / "cache")
@@ -64,7 +64,7 @@ def test_arrow_shards_open_with_datasets_alone(tmp_path: Path, kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", ["codes", "patches"])
-def test_webdataset_shards_open_with_webdataset_alone(tmp_path: Path, kind: str) -> None:
+def test_webdataset_shards_open_with_webdataset_without_our_code(tmp_path: Path, kind: str) -> None:
     rows = some_rows(kind=kind)
     write_shard(tmp_path / "00000.tar", rows, "webdataset")
     found = load_webdataset([tmp_path / "00000.tar"])
@@ -83,7 +83,7 @@ def test_webdataset_shards_open_with_webdataset_alone(tmp_path: Path, kind: str)
         assert all("entropy.npy" not in sample for sample in found)
 
 
-def test_a_shard_without_rows_does_not_hinder_the_plain_libraries(tmp_path: Path) -> None:
+def test_other_libraries_read_artifacts_with_an_empty_shard(tmp_path: Path) -> None:
     for container in CONTAINERS:
         for index, count in enumerate((2, 0, 3)):
             write_shard(tmp_path / f"{index:05d}{EXTENSION[container]}", some_rows(count), container)
@@ -93,7 +93,7 @@ def test_a_shard_without_rows_does_not_hinder_the_plain_libraries(tmp_path: Path
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_the_same_rows_give_the_same_bytes_and_their_digest(tmp_path: Path, container: Container) -> None:
+def test_equal_rows_give_equal_bytes_and_their_digest(tmp_path: Path, container: Container) -> None:
     (tmp_path / "elsewhere").mkdir()
     first = write_shard(tmp_path / "a", some_rows(), container)
     second = write_shard(tmp_path / "elsewhere" / "b", some_rows(), container)
@@ -105,7 +105,7 @@ def test_the_same_rows_give_the_same_bytes_and_their_digest(tmp_path: Path, cont
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_an_interrupted_write_leaves_the_folder_as_it_was(tmp_path: Path, container: Container) -> None:
+def test_an_interrupted_write_leaves_the_folder_unchanged(tmp_path: Path, container: Container) -> None:
     whole = some_rows()
     cut_short = Rows(keys=whole.keys, labels=whole.labels[:3], codes=whole.codes)  # fails after the first columns
     path = tmp_path / "shard"
@@ -121,7 +121,7 @@ def test_an_interrupted_write_leaves_the_folder_as_it_was(tmp_path: Path, contai
 
 
 @given(st.integers(0, 4), st.integers(1, 5), st.integers(1, 40), st.randoms(use_true_random=False))
-def test_packing_boundaries_and_unpacking_them_gives_them_back(rows: int, views: int, n: int, random) -> None:
+def test_packing_and_unpacking_boundaries_is_a_round_trip(rows: int, views: int, n: int, random) -> None:
     starts = np.array([random.random() < 0.4 for _ in range(rows * views * n)], bool).reshape(rows, views, n)
     packed = pack_starts(starts)
     assert packed.dtype == np.uint8

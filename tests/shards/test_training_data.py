@@ -78,9 +78,7 @@ def test_batches_are_the_rows_and_views_of_their_order(folder: Path, streaming: 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_the_shares_of_all_processes_are_together_the_global_batch(
-    folder: Path, streaming: bool, processes: int
-) -> None:
+def test_the_shares_of_all_processes_form_the_global_batch(folder: Path, streaming: bool, processes: int) -> None:
     def shares(count: int, step: int) -> list[Batch]:
         found = []
         for rank in range(count):
@@ -97,7 +95,7 @@ def test_the_shares_of_all_processes_are_together_the_global_batch(
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_beginning_at_a_later_step_or_going_back_gives_the_same_batches(folder: Path, streaming: bool) -> None:
+def test_batches_do_not_depend_on_the_order_of_requests(folder: Path, streaming: bool) -> None:
     with TrainingData(open_artifact(folder), batch=BATCH, seed=1, streaming=streaming) as data:
         straight = [data.batch(step) for step in range(12)]
     with TrainingData(open_artifact(folder), batch=BATCH, seed=1, streaming=streaming) as data:
@@ -112,7 +110,7 @@ def test_a_batch_larger_than_the_data_takes_from_several_epochs(folder: Path) ->
         same(data.batch(0), open_artifact(folder).gather(*data.order.batch(0)))
 
 
-def test_arrow_is_read_in_random_order_and_webdataset_streamed_unless_it_is_said(tmp_path: Path) -> None:
+def test_arrow_is_shuffled_and_webdataset_streamed_by_default(tmp_path: Path) -> None:
     orders = []
     for container in CONTAINERS:
         artifact = open_artifact(make(tmp_path / container, container))
@@ -136,17 +134,17 @@ class Counting(Artifact):
         return super()._map(index)
 
 
-def test_streaming_reads_each_shard_once_an_epoch(folder: Path) -> None:
+def test_streaming_reads_each_shard_once_per_epoch(folder: Path) -> None:
     artifact = Counting(open_artifact(folder))
     with TrainingData(artifact, batch=5, seed=1, streaming=True) as data:
-        for step in range(TOTAL // 5 - 1):  # the step that is read ahead is of this epoch too
+        for step in range(TOTAL // 5 - 1):  # the step that is read ahead is in this epoch too
             data.batch(step)
     assert all(1 <= artifact.opened[index] <= 2 for index in range(len(SIZES)))  # 2: the next epoch's, read ahead
     assert sum(artifact.opened.values()) <= len(SIZES) + 8
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_shard_that_is_gone_is_named_where_the_batch_is_taken(tmp_path: Path, streaming: bool) -> None:
+def test_a_missing_shard_is_named_when_its_batch_is_read(tmp_path: Path, streaming: bool) -> None:
     artifact = open_artifact(make(tmp_path / "a", "arrow"))
     for path in (tmp_path / "a").glob("0*"):
         path.unlink()
@@ -157,7 +155,7 @@ def test_a_shard_that_is_gone_is_named_where_the_batch_is_taken(tmp_path: Path, 
         data.batch(0)
 
 
-def test_no_thread_is_left_behind(folder: Path) -> None:
+def test_closing_stops_all_threads(folder: Path) -> None:
     before = threading.active_count()
     with TrainingData(open_artifact(folder), batch=BATCH, seed=1) as data:
         data.batch(0)
@@ -170,7 +168,7 @@ def test_a_batch_that_does_not_divide_is_refused(folder: Path) -> None:
         TrainingData(open_artifact(folder), batch=12, seed=1, world_size=5)
 
 
-def test_a_part_of_a_batch_is_those_images(folder: Path) -> None:
+def test_a_part_of_a_batch_has_the_images_of_the_full_batch(folder: Path) -> None:
     with TrainingData(open_artifact(folder), batch=BATCH, seed=1) as data:
         whole = data.batch(0)
     part = whole.part(3, 7)

@@ -34,7 +34,7 @@ CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
 
 
 def shard_rows(index: int, large: bool = False) -> Rows:
-    """Rows of shard ``index``; every fifth shard is empty."""
+    """Return the rows of shard ``index``; every fifth shard is empty."""
     rng = np.random.default_rng(index)
     count = 0 if index % 5 == 4 else 500 if large else 3
     shape = (count, VIEWS, GRID[0] * GRID[1])
@@ -82,13 +82,13 @@ def run(
     for index in build.todo(rank, world_size):
         reasons = [LeftOut(key=f"{index}.jpg", reason="empty file")] if index % 3 == 0 else []
         build.add(index, shard_rows(index, large), statistics={"n": index}, left_out=reasons)
-        sys.stdout.write(f"{index}\n")  # for whoever started this in a process of its own
+        sys.stdout.write(f"{index}\n")  # for the parent process
         time.sleep(pause)
     return build.finish(lambda shards: make_manifest(shards, build.settings))
 
 
 def start(out: Location, *arguments: object) -> subprocess.Popen[bytes]:
-    """``run`` in a process of its own."""
+    """Start ``run`` in a new process."""
     command = [sys.executable, __file__, str(out), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -107,9 +107,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("container", "kills"), [("arrow", 6), ("webdataset", 2)])
-def test_a_build_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(
-    tmp_path: Path, container: Container, kills: int
-) -> None:
+def test_a_build_killed_repeatedly_ends_with_the_same_bytes(tmp_path: Path, container: Container, kills: int) -> None:
     out = tmp_path / "killed"
     chance = random.Random(container)
     for kill in range(kills):
@@ -121,7 +119,7 @@ def test_a_build_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_on
                 if {path.name for path in out.glob("[0-9]*.part")} - before.keys():
                     time.sleep(chance.random() * 0.002)
                     break
-            elif len(list((out / BUILD).glob("[0-9]*.json"))) > len(recorded):  # some time after one
+            elif len(list((out / BUILD).glob("[0-9]*.json"))) > len(recorded):  # some time after a shard
                 time.sleep(chance.random() * 0.03)
                 break
         process.send_signal(signal.SIGKILL)
@@ -141,7 +139,7 @@ def test_a_build_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_on
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_what_a_kill_left_half_written_is_gone_in_the_end(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     build = opened(tmp_path / "a")
     build.add(0, shard_rows(0), left_out=[LeftOut(key="0.jpg", reason="empty file")], statistics={"n": 0})
     for name in ("00001.arrow.77.part", f"{MANIFEST}.77.part", f"{BUILD}/00001.json.77.part"):
@@ -152,7 +150,7 @@ def test_what_a_kill_left_half_written_is_gone_in_the_end(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_running_a_finished_build_again_touches_nothing(tmp_path: Path, container: Container) -> None:
+def test_rerunning_a_finished_build_changes_nothing(tmp_path: Path, container: Container) -> None:
     first = run(tmp_path / "a", container)
     before, bytes_before = stamps(tmp_path / "a"), files(tmp_path / "a")
     written = (tmp_path / "a" / MANIFEST).stat()
@@ -174,7 +172,7 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_damaged_or_missing_shard_alone_is_made_anew(tmp_path: Path, harm: Any, finished: bool) -> None:
+def test_only_damaged_or_missing_shards_are_rebuilt(tmp_path: Path, harm: Any, finished: bool) -> None:
     out = tmp_path / "a"
     run(tmp_path / "whole")
     if finished:
@@ -199,7 +197,7 @@ def test_a_kill_before_the_settings_were_recorded_does_not_stop_the_next_run(tmp
     assert run(tmp_path / "a") is not None
 
 
-def test_a_kill_between_the_manifest_and_the_end_leaves_a_whole_artifact(tmp_path: Path) -> None:
+def test_a_kill_after_the_manifest_leaves_a_complete_artifact(tmp_path: Path) -> None:
     run(tmp_path / "a")
     bytes_before = files(tmp_path / "a")
     opened(tmp_path / "b").add(0, shard_rows(0))
@@ -210,7 +208,7 @@ def test_a_kill_between_the_manifest_and_the_end_leaves_a_whole_artifact(tmp_pat
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_other_settings_are_refused_with_each_difference_and_nothing_is_touched(tmp_path: Path, finished: bool) -> None:
+def test_other_settings_are_refused_with_each_difference_and_nothing_changes(tmp_path: Path, finished: bool) -> None:
     if finished:
         run(tmp_path / "a")
     else:
@@ -228,7 +226,7 @@ def test_other_settings_are_refused_with_each_difference_and_nothing_is_touched(
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_overwrite_replaces_what_other_settings_made(tmp_path: Path, finished: bool) -> None:
+def test_overwrite_replaces_an_artifact_of_other_settings(tmp_path: Path, finished: bool) -> None:
     if finished:
         run(tmp_path / "a", "webdataset", settings={**SETTINGS, "threshold": 9})
     else:
@@ -240,7 +238,7 @@ def test_overwrite_replaces_what_other_settings_made(tmp_path: Path, finished: b
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def test_overwrite_keeps_what_the_same_settings_made(tmp_path: Path) -> None:
+def test_overwrite_keeps_an_artifact_of_the_same_settings(tmp_path: Path) -> None:
     run(tmp_path / "a")
     before = stamps(tmp_path / "a")
     run(tmp_path / "a", overwrite=True)
@@ -248,7 +246,7 @@ def test_overwrite_keeps_what_the_same_settings_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_with_something_else_is_refused_and_untouched(tmp_path: Path, overwrite: bool) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ArtifactError, match=r"holds something else \(thesis\.tex"):
         opened(tmp_path, overwrite=overwrite)
@@ -263,7 +261,7 @@ def test_a_file_as_output_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("container", "processes"), [("arrow", 2), ("arrow", 3), ("webdataset", 2)])
-def test_any_number_of_processes_make_the_same_bytes(tmp_path: Path, container: Container, processes: int) -> None:
+def test_any_number_of_processes_write_the_same_bytes(tmp_path: Path, container: Container, processes: int) -> None:
     started = [start(tmp_path / "many", container, rank, processes, 0.0, 0) for rank in range(processes)]
     for process in started:
         _, said = process.communicate(timeout=120)
@@ -272,7 +270,7 @@ def test_any_number_of_processes_make_the_same_bytes(tmp_path: Path, container: 
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
-def test_processes_that_open_and_finish_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
+def test_concurrent_processes_do_not_disturb_each_other(tmp_path: Path) -> None:
     run(tmp_path / "one")
     out = tmp_path / "many"
     builds = [opened(out) for _ in range(3)]
@@ -336,14 +334,14 @@ def test_what_was_left_out_is_listed_with_its_reason_in_order(tmp_path: Path) ->
     assert not (tmp_path / "c" / LEFT_OUT).exists()
 
 
-def test_an_unfinished_build_is_told_from_an_artifact(tmp_path: Path) -> None:
+def test_an_unfinished_build_is_not_an_artifact(tmp_path: Path) -> None:
     opened(tmp_path / "a").add(0, shard_rows(0))
-    with pytest.raises(ArtifactError, match="not finished: run the command that makes it again"):
+    with pytest.raises(ArtifactError, match="not finished: rerun the command that makes it"):
         open_artifact(tmp_path / "a")
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_plain_runs_started_by_hand_share_the_work_and_make_the_same_bytes(tmp_path: Path, processes: int) -> None:
+def test_runs_started_by_hand_share_the_work_and_write_the_same_bytes(tmp_path: Path, processes: int) -> None:
     out = tmp_path / "many"
     started = [start(out, "arrow", 0, 1, 0.02, 1) for _ in range(processes)]
     said = [process.communicate(timeout=120) for process in started]
@@ -354,13 +352,13 @@ def test_plain_runs_started_by_hand_share_the_work_and_make_the_same_bytes(tmp_p
     assert files(out) == files(tmp_path / "one")
 
 
-def test_the_shards_of_a_rank_that_never_came_are_written_by_the_others(tmp_path: Path) -> None:
+def test_the_shards_of_a_missing_rank_are_written_by_the_others(tmp_path: Path) -> None:
     assert run(tmp_path / "a", rank=1, world_size=3) is not None
     run(tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def test_each_process_begins_at_a_place_of_its_own(tmp_path: Path) -> None:
+def test_each_process_starts_at_a_different_shard(tmp_path: Path) -> None:
     builds = [opened(tmp_path / "a") for _ in range(4)]
     assert [next(build.todo(rank, 4)) for rank, build in enumerate(builds)] == [0, 3, 6, 9]
 
@@ -376,7 +374,7 @@ def test_a_shard_stays_claimed_until_it_is_added(tmp_path: Path) -> None:
     assert list(second.todo()) == [0, 2]
 
 
-def test_work_that_is_broken_off_is_given_back(tmp_path: Path) -> None:
+def test_an_interrupted_process_releases_its_claims(tmp_path: Path) -> None:
     first, second = opened(tmp_path / "a"), opened(tmp_path / "a")
 
     def break_off() -> None:
@@ -420,7 +418,7 @@ def test_without_file_locks_ranks_write_their_stripes(tmp_path: Path, monkeypatc
     assert files(out) == files(tmp_path / "one")
 
 
-def test_damage_in_the_share_of_a_rank_that_never_came_is_mended(tmp_path: Path) -> None:
+def test_damaged_shards_of_a_missing_rank_are_rebuilt(tmp_path: Path) -> None:
     run(tmp_path / "whole")
     run(tmp_path / "a")
     flip(tmp_path / "a" / "00001.arrow")
@@ -428,7 +426,7 @@ def test_damage_in_the_share_of_a_rank_that_never_came_is_mended(tmp_path: Path)
     assert files(tmp_path / "a") == files(tmp_path / "whole")
 
 
-def test_what_a_process_at_work_has_written_is_believed_by_one_that_comes_later(tmp_path: Path) -> None:
+def test_a_later_process_trusts_shards_of_a_running_one(tmp_path: Path) -> None:
     first = opened(tmp_path / "a")
     share = first.todo()
     first.add(next(share), shard_rows(0))
@@ -440,7 +438,7 @@ def test_what_a_process_at_work_has_written_is_believed_by_one_that_comes_later(
     assert stamps(tmp_path / "a") == written
 
 
-def test_other_settings_do_not_overwrite_what_others_are_writing(tmp_path: Path) -> None:
+def test_overwrite_is_refused_while_others_write(tmp_path: Path) -> None:
     first = opened(tmp_path / "a")
     first.add(next(first.todo()), shard_rows(0))
     first = opened(tmp_path / "a")
@@ -458,7 +456,7 @@ def test_other_settings_do_not_overwrite_what_others_are_writing(tmp_path: Path)
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_a_disk_that_refuses_is_one_message_and_leaves_no_half_of_a_shard(tmp_path: Path, container: Container) -> None:
+def test_a_disk_error_is_one_message_and_leaves_no_partial_shard(tmp_path: Path, container: Container) -> None:
     out = tmp_path / "a"
     build = opened(out, container)
     build.add(0, shard_rows(0))
@@ -482,7 +480,7 @@ def test_a_disk_that_refuses_is_one_message_and_leaves_no_half_of_a_shard(tmp_pa
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])))
 @settings(max_examples=15, deadline=None)
-def test_an_input_left_out_is_one_line_of_two_fields_whatever_its_name(key: str, reason: str) -> None:
+def test_an_input_left_out_is_one_line_of_two_fields_for_any_name(key: str, reason: str) -> None:
     with tempfile.TemporaryDirectory() as home:
         build = opened(Path(home) / "a", n_shards=1)
         build.add(0, shard_rows(0), left_out=[LeftOut(key=key, reason=reason)])
@@ -498,7 +496,7 @@ def test_an_input_left_out_is_one_line_of_two_fields_whatever_its_name(key: str,
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@x", "\x1b[31mred", "a\tb\nc"])
-def test_an_input_left_out_is_no_formula_and_no_terminal_code_in_the_listing(tmp_path: Path, name: str) -> None:
+def test_the_listing_of_inputs_left_out_has_no_formulas_and_no_escape_codes(tmp_path: Path, name: str) -> None:
     build = opened(tmp_path / "a", n_shards=1)
     build.add(0, shard_rows(0), left_out=[LeftOut(key=name, reason=name)])
     build.finish(make_manifest)

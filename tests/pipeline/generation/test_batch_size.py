@@ -13,7 +13,7 @@ def test_the_batch_is_the_largest_power_of_two_that_fits() -> None:
         assert batch == MOST or 2 * batch * 100 > free
 
 
-def test_what_an_image_takes_covers_the_caches_of_all_layers() -> None:
+def test_the_memory_of_an_image_includes_the_caches_of_all_layers() -> None:
     with torch.device("meta"):
         model = DPAR(preset("dpar-xl"))  # type: ignore[arg-type]
         entropy_model = LlamaGen(preset("llamagen-xs", classes=0, start_token=False))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ def pixels(n: int, side: int = 4) -> np.ndarray:
     return np.random.default_rng(n).integers(0, 256, (n, side, side, 3)).astype(np.uint8)
 
 
-def test_images_written_bit_by_bit_are_those_of_numpys_own_reader(tmp_path: Path) -> None:
+def test_images_written_in_parts_are_read_by_numpy(tmp_path: Path) -> None:
     images = pixels(7)
     with write_images(tmp_path / "a.npz", (7, 4, 4, 3), np.arange(7)) as append:
         for part in (images[:3], images[3:3], images[3:]):
@@ -35,7 +35,7 @@ def test_the_bytes_are_a_function_of_images_and_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [2, 4])
-def test_another_number_of_images_than_announced_leaves_no_file(tmp_path: Path, given: int) -> None:
+def test_a_wrong_number_of_images_leaves_no_file(tmp_path: Path, given: int) -> None:
     says = f"{given} images were appended to a file for 3"
     with (
         pytest.raises(ValueError, match=says),
@@ -59,7 +59,7 @@ def test_a_file_cut_short_is_one_message(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", pixels(9))
     held = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(held[: len(held) // 2])
-    with pytest.raises(StageError, match=r"cut\.npz is no \.npz file"):
+    with pytest.raises(StageError, match=r"cut\.npz is not an \.npz file"):
         NpzImages(tmp_path / "cut.npz")
 
 
@@ -92,13 +92,13 @@ def test_a_damaged_or_unreadable_file_is_one_message(tmp_path: Path, fault: str)
         NpzImages(path).read(0, 9)
 
 
-def test_what_is_not_a_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_named_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.npz")
     with pytest.raises(StageError, match=r"a\.npz is not a regular file"):
         NpzImages(tmp_path / "a.npz")
 
 
-def test_writing_many_images_takes_no_memory_for_all_of_them(tmp_path: Path) -> None:
+def test_writing_many_images_needs_little_memory(tmp_path: Path) -> None:
     script = (
         "import resource, sys, numpy as np\n"
         "from pathlib import Path\n"

@@ -36,7 +36,7 @@ def starts(*where: int, n: int = 16) -> np.ndarray:
 
 
 def is_drawn(picture: Image.Image, y: float, x: float) -> bool:
-    """Whether there is a line on the grey image near a place."""
+    """Return whether there is a line on the grey image near a position."""
     near = pixels(picture)[max(int(y) - 3, 0) : int(y) + 4, max(int(x) - 3, 0) : int(x) + 4]
     return bool(near.max() > 200)
 
@@ -52,7 +52,7 @@ def test_infinite_values_have_the_top_colour_and_missing_ones_are_grey() -> None
     np.testing.assert_array_equal(missing, [128, 128, 128])
 
 
-def test_heat_map_has_one_flat_cell_a_token_in_raster_order() -> None:
+def test_heat_map_has_one_uniform_cell_per_token_in_raster_order() -> None:
     values = np.arange(12.0).reshape(3, 4)
     picture = pixels(heat(values, 0.0, 11.0, size_px=30))
     assert picture.shape == (30, 40, 3)
@@ -84,8 +84,8 @@ def test_rows_are_separated_unless_one_patch_holds_the_tokens_above_and_below() 
     assert not is_drawn(picture, 48, 12)  # tokens 4 and 8
 
 
-def test_the_frame_is_open_where_a_patch_goes_on_in_the_next_row() -> None:
-    picture = draw_patches(GREY, starts(0, 3, 8, 12), (4, 4), scale=3)  # token 3's patch goes on to token 4
+def test_the_frame_is_open_where_a_patch_continues_in_the_next_row() -> None:
+    picture = draw_patches(GREY, starts(0, 3, 8, 12), (4, 4), scale=3)  # token 3's patch continues to token 4
     assert not is_drawn(picture, 12, 95)
     assert not is_drawn(picture, 36, 0)
     assert is_drawn(picture, 12, 0)
@@ -93,7 +93,7 @@ def test_the_frame_is_open_where_a_patch_goes_on_in_the_next_row() -> None:
 
 
 @pytest.mark.parametrize("shade", [0, 255])
-def test_outlines_are_seen_on_black_and_on_white(shade: int) -> None:
+def test_outlines_are_visible_on_black_and_on_white(shade: int) -> None:
     image = np.full((32, 32, 3), shade, np.uint8)
     picture = pixels(draw_patches(image, np.ones(16, bool), (4, 4), scale=3))
     assert np.abs(picture[12] - shade).max() > 100
@@ -104,7 +104,7 @@ def test_boundaries_that_do_not_fill_the_grid_are_refused() -> None:
         draw_patches(GREY, np.ones(15, bool), (4, 4))
 
 
-def test_a_sheet_holds_every_picture_whole_beside_its_titles() -> None:
+def test_a_sheet_shows_every_picture_in_full_with_its_title() -> None:
     red, blue = (Image.new("RGB", (60, 40), color) for color in ("red", "blue"))
     whole = pixels(sheet([[red, blue], [blue]], ["a long title " * 6, "second"], ["left", "right × τ"]))
     assert int((whole == [255, 0, 0]).all(-1).sum()) == 60 * 40
@@ -133,7 +133,7 @@ def test_a_sheet_with_too_few_titles_is_refused() -> None:
         sheet([[Image.new("RGB", (8, 8))]] * 2, ["one"])
 
 
-def test_sheets_of_patches_and_reconstructions_leave_out_what_is_not_there() -> None:
+def test_sheets_of_patches_and_reconstructions_omit_missing_columns() -> None:
     images = np.stack([GREY, GREY])
     entropy = np.full((2, 16), 3.0, np.float16)
     columns = {"all": np.ones((2, 16), bool)}
@@ -145,7 +145,7 @@ def test_sheets_of_patches_and_reconstructions_leave_out_what_is_not_there() -> 
     assert pair.width > reconstruction_sheet(images, ["a", "b"]).width
 
 
-def test_entropy_scale_leaves_out_token_0_and_holds_the_rest() -> None:
+def test_entropy_scale_covers_all_tokens_except_token_0() -> None:
     assert entropy_scale(np.array([np.inf, 3.2, 4.9], np.float16)) == (3.0, 5.0)
     assert entropy_scale(np.array([np.inf, np.nan], np.float16)) == (0.0, 1.0)
     assert entropy_map(np.zeros(16, np.float16), (4, 4), (0.0, 1.0), 96).height == 96
@@ -159,12 +159,12 @@ def test_histogram_bars_are_as_high_as_their_shares() -> None:
 
 
 @pytest.mark.parametrize("counts", [[], [0, 0], [1] * 100])
-def test_histogram_of_nothing_or_of_much_is_still_drawn(counts: list[int]) -> None:
+def test_histograms_of_no_values_and_of_many_are_drawn(counts: list[int]) -> None:
     drawn = histogram(counts, [str(i) for i in range(len(counts))], axis="a")
     assert drawn.size == histogram([3, 1], ["1", "2"], axis="a").size
 
 
-def test_png_gives_the_picture_back_exactly_and_a_data_uri_nearly() -> None:
+def test_png_is_lossless_and_a_data_uri_nearly() -> None:
     ramp = np.linspace(0, 255, 64)
     image = Image.fromarray(np.stack([np.broadcast_to(ramp, (48, 64))] * 3, -1).astype(np.uint8))
     np.testing.assert_array_equal(pixels(Image.open(io.BytesIO(png_bytes(image)))), pixels(image))
@@ -192,7 +192,7 @@ def page(tmp_path: Path) -> str:
     return out.read_text(encoding="utf-8")
 
 
-def test_a_page_needs_nothing_from_outside_and_runs_no_script(tmp_path: Path) -> None:
+def test_a_page_needs_no_network_and_runs_no_script(tmp_path: Path) -> None:
     text = page(tmp_path)
     outside = re.sub(r'src="data:image/webp;base64,[A-Za-z0-9+/=]*"', "", text)
     for sign in ("http", "src=", "<script", "@import", "url(", "<link"):
@@ -206,7 +206,7 @@ def test_a_page_escapes_every_text_it_is_given(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "new").iterdir()} == {"index.html"}
 
 
-def test_a_page_that_lacks_a_value_leaves_the_old_one_in_place(tmp_path: Path) -> None:
+def test_a_page_with_a_missing_value_keeps_the_old_page(tmp_path: Path) -> None:
     out = tmp_path / "index.html"
     out.write_text("before")
     with pytest.raises(UndefinedError):

@@ -47,7 +47,7 @@ def patches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wait_until_lines(process: Any, out: Path, lines: int, saving: bool = False) -> None:
-    """Until the run has so many lines of metrics and, if asked, is in the middle of saving."""
+    """Wait until the run has this many lines of metrics and, if requested, is saving a checkpoint."""
     while process.poll() is None and not (
         lines_of(out) >= lines and (not saving or list(out.glob("checkpoints/*.part")))
     ):
@@ -55,7 +55,7 @@ def wait_until_lines(process: Any, out: Path, lines: int, saving: bool = False) 
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before_to_the_same_bytes(
+def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint_to_the_same_bytes(
     patches: Path, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"steps": 12, "checkpoint_every": 1, "ema": 0.9, **LIKELY}
@@ -84,7 +84,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before_to_the_s
 
 
 @pytest.mark.slow
-def test_signals_save_the_step_end_with_their_status_and_say_how_to_go_on(patches: Path, tmp_path: Path) -> None:
+def test_signals_save_the_step_exit_with_their_status_and_say_how_to_resume(patches: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     settings: dict[str, Any] = {"steps": 60, "checkpoint_every": 1000, **LIKELY}
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)):
@@ -104,7 +104,7 @@ def test_signals_save_the_step_end_with_their_status_and_say_how_to_go_on(patche
     assert results(out) == results(tmp_path / "undisturbed")
 
 
-def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(patches: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_too_large_for_the_disk_keeps_the_previous_one(patches: Path, tmp_path: Path) -> None:
     settings = {"steps": 4, "checkpoint_every": 2}
     run(patches, tmp_path / "a", **settings)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -124,9 +124,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(patche
     assert digests(tmp_path / "b") == digests(tmp_path / "a")
 
 
-def test_a_checkpoint_without_one_of_its_files_gives_way_and_none_left_is_an_error(
-    patches: Path, tmp_path: Path
-) -> None:
+def test_an_incomplete_checkpoint_is_skipped_and_none_left_is_an_error(patches: Path, tmp_path: Path) -> None:
     settings = {"steps": 4, "checkpoint_every": 2}
     run(patches, tmp_path / "a", **settings)
     before = digests(tmp_path / "a")
@@ -141,7 +139,7 @@ def test_a_checkpoint_without_one_of_its_files_gives_way_and_none_left_is_an_err
 
 
 @pytest.mark.parametrize("change", ["a bit", "a block of zeros"])
-def test_a_checkpoint_whose_bytes_changed_gives_way_to_the_one_before_with_a_message(
+def test_a_changed_checkpoint_is_skipped_for_the_previous_one_with_a_message(
     patches: Path, tmp_path: Path, change: str
 ) -> None:
     settings = {"steps": 4, "checkpoint_every": 2}
@@ -159,11 +157,11 @@ def test_a_checkpoint_whose_bytes_changed_gives_way_to_the_one_before_with_a_mes
     messages = io.StringIO()
     train(patches, tmp_path / "a", chosen(**settings), Progress(Console(file=messages, width=500)))
     assert f"step-00000004 is damaged: {newest.name} has changed since it was written" in messages.getvalue()
-    assert "the one before it is used" in messages.getvalue()
+    assert "using the one before it" in messages.getvalue()
     assert digests(tmp_path / "a") == before
 
 
-def test_the_seal_holds_the_sha256_of_each_file_and_sizes_alone_still_serve(patches: Path, tmp_path: Path) -> None:
+def test_the_seal_has_sha256_of_each_file_and_sizes_alone_are_accepted(patches: Path, tmp_path: Path) -> None:
     run(patches, tmp_path / "a", steps=2)
     (checkpoint,) = (tmp_path / "a" / "checkpoints").iterdir()
     seal = json.loads((checkpoint / "checkpoint.json").read_text())
@@ -194,7 +192,7 @@ def test_a_seal_with_wrong_values_makes_a_damaged_checkpoint(tmp_path: Path, con
     assert says in fault
 
 
-def test_the_shares_of_all_processes_are_one_copy_of_the_state_in_about_equal_parts() -> None:
+def test_the_state_is_split_over_processes_in_about_equal_shares() -> None:
     sizes = [7, 1, 400, 3, 90, 90, 120, 5, 33, 210]
     tensors = {f"model.{place}": torch.zeros(size) for place, size in enumerate(sizes)}
     for processes in (1, 2, 3, 8):
@@ -206,7 +204,7 @@ def test_the_shares_of_all_processes_are_one_copy_of_the_state_in_about_equal_pa
 
 
 @pytest.mark.slow
-def test_memory_that_is_full_is_one_message_with_the_settings_to_lower(patches: Path, tmp_path: Path) -> None:
+def test_out_of_memory_is_one_message_with_the_settings_to_lower(patches: Path, tmp_path: Path) -> None:
     script = f"""
 import resource, pathlib
 from pipeline.settings.training import TrainSettings

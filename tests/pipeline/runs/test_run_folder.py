@@ -1,4 +1,4 @@
-"""A run directory: its lock, what kills leave in it, and records with wrong values."""
+"""A run directory: its lock, leftovers of kills, and records with wrong values."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ with RunFolder(Path(sys.argv[1]), "train", {}, {}):
 
 
 def hold(folder: Path) -> "subprocess.Popen[str]":
-    """Another process that trains in ``folder``."""
+    """Lock the run in ``folder`` from another process."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
@@ -36,7 +36,7 @@ def leave(path: Path) -> Path:
     return path
 
 
-def test_a_run_in_use_is_refused_with_its_holder_until_that_process_is_killed_and_then_swept(tmp_path: Path) -> None:
+def test_a_run_in_use_is_refused_with_its_holder_and_cleaned_after_a_kill(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = hold(out)
     try:
@@ -74,7 +74,7 @@ INPUTS: dict[str, Any] = {
 
 
 def write_settings(out: Path, **changes: Any) -> None:
-    """A record of a run, with some values changed."""
+    """Write a record of a run with some values changed."""
     record = {
         "format_version": 2,
         "kind": "train",
@@ -87,7 +87,7 @@ def write_settings(out: Path, **changes: Any) -> None:
     (out / "run.json").write_text(json.dumps(record))
 
 
-def test_a_run_is_free_again_when_it_is_closed_or_was_refused(tmp_path: Path) -> None:
+def test_a_run_is_unlocked_when_closed_or_refused(tmp_path: Path) -> None:
     write_settings(tmp_path / "a")
     with RunFolder(tmp_path / "a", "train", {"batch": 1}, INPUTS, steps=10):
         pass
@@ -121,7 +121,7 @@ def test_a_run_record_with_a_wrong_value_is_one_sentence_with_file_name_and_type
         read_run(tmp_path / "a")
 
 
-def test_a_run_of_the_first_architecture_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_run_of_the_first_architecture_is_refused_with_a_remedy(tmp_path: Path) -> None:
     write_settings(tmp_path / "a", format_version=1)
     with pytest.raises(StageError, match=r"format version 1; this version reads 2.*train again with `dpar train`"):
         read_run(tmp_path / "a")

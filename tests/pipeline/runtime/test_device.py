@@ -14,14 +14,14 @@ def test_a_bare_cuda_is_the_gpu_of_this_process(name: str, monkeypatch: pytest.M
     assert choose_device("cuda:1") == torch.device("cuda:1")
 
 
-def test_a_gpu_on_a_machine_without_one_is_one_message() -> None:
+def test_requesting_a_missing_gpu_is_one_message() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    with pytest.raises(StageError, match="device cuda:0 is not there: this machine, or this PyTorch, has no CUDA"):
+    with pytest.raises(StageError, match="device cuda:0 is not available: this machine, or this PyTorch, has no CUDA"):
         choose_device("cuda")
 
 
-def test_float32_convolutions_are_not_tf32_and_the_setting_comes_back() -> None:
+def test_float32_convolutions_do_not_use_tf32_and_the_setting_is_restored() -> None:
     before = torch.backends.cudnn.allow_tf32
     assert before, "torch's default, or this test shows nothing"
     with autocast(torch.device("cpu"), "fp32"):

@@ -1,4 +1,4 @@
-"""What the engines promise without a cluster; :mod:`tests.pipeline.runtime.test_ray_engine` runs one."""
+"""The engines without a cluster; :mod:`tests.pipeline.runtime.test_ray_engine` runs one."""
 
 import sys
 from typing import Any
@@ -18,7 +18,7 @@ made: list[tuple[Any, ...]] = []
 
 
 class Weights(torch.nn.Module):
-    """A model that notes when it is made."""
+    """A model that records its creation."""
 
     def __init__(self, name: str, base: "Weights | None" = None) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ def derive(base: Weights, name: str) -> Weights:
     return Weights(name, base)
 
 
-def test_a_worker_makes_a_model_by_the_drivers_call_once() -> None:
+def test_a_worker_loads_a_model_once() -> None:
     calls, models = Calls(), Models()
     model = calls.make(load, "a")
     made.clear()
@@ -45,7 +45,7 @@ def test_a_worker_makes_a_model_by_the_drivers_call_once() -> None:
     assert functions[0]() is not model
 
 
-def test_a_worker_lets_go_of_a_model_and_of_what_was_made_of_it_when_another_takes_its_place() -> None:
+def test_a_worker_frees_a_model_and_its_derivatives_when_another_replaces_it() -> None:
     calls, models = Calls(), Models()
     first, second = calls.make(load, "a"), calls.make(load, "b")
     derived = calls.make(derive, first, "a+")
@@ -57,7 +57,7 @@ def test_a_worker_lets_go_of_a_model_and_of_what_was_made_of_it_when_another_tak
     assert made[3:] == [("load", "a"), ("derive", "a", "a+")]
 
 
-def test_a_model_that_no_call_has_made_is_not_sent() -> None:
+def test_a_model_without_a_recorded_call_is_not_sent() -> None:
     model = Weights("a")
     with pytest.raises(TypeError, match="a Weights cannot be sent to workers"):
         Calls().dumps(lambda: model)
@@ -67,9 +67,7 @@ def test_a_model_that_no_call_has_made_is_not_sent() -> None:
     ("resources", "gpus", "workers"),
     [({"GPU": 8.0, "CPU": 96.0}, 1.0, 8), ({"GPU": 1.0}, 0.1, 10), ({"CPU": 4.0}, 0.0, 4), ({"CPU": 4.0}, 1.0, 0)],
 )
-def test_a_node_has_room_for_as_many_workers_as_its_gpus_or_its_cpus(
-    resources: dict[str, float], gpus: float, workers: int
-) -> None:
+def test_a_node_has_one_worker_per_gpu_or_per_cpu(resources: dict[str, float], gpus: float, workers: int) -> None:
     assert room(resources, gpus) == workers
 
 
@@ -82,7 +80,7 @@ def test_without_ray_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch
         pass
 
 
-def test_under_torchrun_the_message_says_to_leave_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ray_engine_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
         pytest.raises(StageError, match="run the command without torchrun"),
@@ -94,17 +92,17 @@ def test_under_torchrun_the_message_says_to_leave_it_out(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"gpus_per_worker": 0.5}, "--gpus-per-worker belongs to --engine ray"),
-        ({"ray_address": "auto"}, "--ray-address belongs to --engine ray"),
+        ({"gpus_per_worker": 0.5}, "--gpus-per-worker needs --engine ray"),
+        ({"ray_address": "auto"}, "--ray-address needs --engine ray"),
         ({"engine": "ray", "gpus_per_worker": 1.5}, "--gpus-per-worker is 1.5; it must be a whole number"),
         ({"engine": "ray", "ray_workers": 0}, "--ray-workers is 0; it must be at least 1"),
     ],
 )
-def test_options_of_ray_that_make_no_sense_are_refused(values: dict[str, Any], says: str) -> None:
+def test_invalid_options_of_ray_are_refused(values: dict[str, Any], says: str) -> None:
     with pytest.raises(StageError, match=says):
         TokenizeSettings(tokenizer="vq", **values)
 
 
-def test_the_engine_does_not_decide_the_result() -> None:
+def test_the_engine_is_a_run_time_setting() -> None:
     ray = TokenizeSettings(tokenizer="vq", engine="ray", ray_address="auto", ray_workers=2, gpus_per_worker=0.5)
     assert identity(ray) == identity(TokenizeSettings(tokenizer="vq"))

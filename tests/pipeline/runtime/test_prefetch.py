@@ -10,7 +10,7 @@ from pipeline.runtime.prefetch import prefetch
 
 
 @given(st.lists(st.integers()), st.integers(1, 5))
-def test_the_items_come_in_order_and_never_more_than_the_limit_ahead(values: list[int], limit: int) -> None:
+def test_items_come_in_order_and_at_most_the_limit_ahead(values: list[int], limit: int) -> None:
     made: list[int] = []
 
     def items() -> Generator[int, None, None]:

@@ -1,4 +1,4 @@
-"""Progress off a terminal."""
+"""Progress without a terminal."""
 
 import io
 
@@ -8,7 +8,7 @@ from pipeline.runtime.progress import Progress
 
 
 def lines(total: int | None, *, begin: int = 0, by: int = 1) -> list[str]:
-    """What a task prints where there is no terminal."""
+    """Return the lines that a task prints without a terminal."""
     stream = io.StringIO()
     with Progress(Console(file=stream, width=200), quiet=False).task("train", total, "images") as task:
         task.begin_at(begin)

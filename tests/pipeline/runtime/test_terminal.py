@@ -39,7 +39,7 @@ def table() -> Table:
         lambda console: Progress(console, quiet=False).say(NAME),
     ],
 )
-def test_what_a_name_holds_is_shown_and_not_obeyed(show: Any, is_terminal: bool) -> None:
+def test_control_codes_and_markup_in_names_are_shown_not_executed(show: Any, is_terminal: bool) -> None:
     said = printed(show, force_terminal=is_terminal, color_system=None)
     assert not set(said) & set("\x1b\x9b\x07\b\r\x7f")
     assert "\\u001b" in said
@@ -47,7 +47,7 @@ def test_what_a_name_holds_is_shown_and_not_obeyed(show: Any, is_terminal: bool)
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_task_shows_names_as_they_are(is_terminal: bool) -> None:
+def test_a_task_shows_names_without_interpreting_markup(is_terminal: bool) -> None:
     def show(console: Terminal) -> None:
         with Progress(console, quiet=False).task(NAME, 1, "images") as task:
             task.advance(1, NAME)
@@ -64,7 +64,7 @@ def test_printed_json_stays_json() -> None:
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@x", "\t=1", "a\tb\nc", "\r=x"])
-def test_a_cell_of_results_is_no_formula_and_one_line(name: str) -> None:
+def test_a_cell_of_results_is_one_line_and_not_a_formula(name: str) -> None:
     text = _csv([{"name": name, "FID": -1.5, "step": 3}])
     assert len(text.splitlines()) == 2
     (row,) = csv.DictReader(io.StringIO(text))

@@ -21,7 +21,7 @@ def width(interval: Interval | None) -> float:
     return interval.high - interval.low
 
 
-def test_the_interval_of_a_mean_is_that_of_its_standard_error() -> None:
+def test_the_interval_of_a_mean_equals_that_of_its_standard_error() -> None:
     values = np.random.default_rng(0).normal(5, 2, size=400)
     interval = Bootstrap(seed=1).mean(values)
     assert interval is not None
@@ -31,8 +31,8 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error() -> None:
 
 
 @pytest.mark.parametrize(("n", "d"), [(40, 6), (12, 30)])
-def test_a_resamples_distance_is_that_of_the_images_drawn(n: int, d: int) -> None:
-    """By the definition, with repeated images written out; more and fewer images than features."""
+def test_the_distance_of_a_resample_equals_that_of_its_images(n: int, d: int) -> None:
+    """Compare with the definition on repeated images; with more and fewer images than features."""
     samples, reference = features(0, n, d), features(1, 50, d)
     rng = np.random.default_rng(3)
     expected = [distance(samples[rng.integers(n, size=n)], reference) for _ in range(2)]
@@ -40,7 +40,7 @@ def test_a_resamples_distance_is_that_of_the_images_drawn(n: int, d: int) -> Non
     assert width(interval) == pytest.approx(2 * 1.959964 * np.std(expected, ddof=1), rel=1e-4)
 
 
-def test_the_spread_of_the_distance_is_that_of_other_draws_of_the_images() -> None:
+def test_the_bootstrap_spread_matches_that_of_new_samples() -> None:
     reference = Statistics.of(1.5 * features(100, 4000) + 1)
     draws = [features(seed, 300) for seed in range(60)]
     distances = [frechet_distance(Statistics.of(draw), reference) for draw in draws]

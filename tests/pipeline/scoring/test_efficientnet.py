@@ -25,7 +25,7 @@ def square(image: np.ndarray) -> np.ndarray:
     return image[top : top + side, left : left + side][None]
 
 
-def test_the_weights_see_an_espresso_and_a_cat_in_photographs(extract: EfficientNetFeatures) -> None:
+def test_the_weights_classify_an_espresso_and_a_cat(extract: EfficientNetFeatures) -> None:
     model, _ = load_efficientnet()
     with torch.no_grad():
         coffee, cat = (
@@ -36,14 +36,14 @@ def test_the_weights_see_an_espresso_and_a_cat_in_photographs(extract: Efficient
     assert cat in CATS
 
 
-def test_features_are_1280_numbers_that_the_batch_size_does_not_change(extract: EfficientNetFeatures) -> None:
+def test_features_have_1280_entries_and_do_not_depend_on_the_batch_size(extract: EfficientNetFeatures) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
     features = extract(pixels)["pool"]
     assert features.shape == (3, extract.dimension)
     np.testing.assert_allclose(features[2:], extract(pixels[2:])["pool"], rtol=1e-4, atol=1e-5)
 
 
-def test_the_classifier_reads_the_features(extract: EfficientNetFeatures) -> None:
+def test_the_classifier_uses_the_features(extract: EfficientNetFeatures) -> None:
     model, _ = load_efficientnet()
     coffee = square(data.coffee())
     with torch.no_grad():

@@ -16,13 +16,13 @@ def by_definition(a: np.ndarray, b: np.ndarray) -> float:
     return within_a + within_b - 2 * sum(k(x, y) for x in a for y in b) / (n * m)
 
 
-def test_it_is_the_sum_over_pairs() -> None:
+def test_kernel_distance_equals_the_sum_over_pairs() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(23, 5)), rng.normal(0.5, 1, size=(31, 5))
     assert kernel_distance(a, b)[0] == pytest.approx(by_definition(a, b), rel=1e-9)
 
 
-def test_the_error_is_what_leaving_out_tenths_says() -> None:
+def test_the_standard_error_is_a_jackknife_over_tenths() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(25, 4)), rng.normal(size=(40, 4))
     left = [by_definition(a[np.arange(25) % 10 != i], b[np.arange(40) % 10 != i]) for i in range(10)]
@@ -30,7 +30,7 @@ def test_the_error_is_what_leaving_out_tenths_says() -> None:
     assert kernel_distance(a, b)[1] == pytest.approx(expected, rel=1e-6)
 
 
-def test_two_sets_of_one_distribution_are_within_errors_of_zero_and_others_are_not() -> None:
+def test_the_distance_is_zero_within_its_error_only_for_equal_distributions() -> None:
     rng = np.random.default_rng(2)
     a, same, other = rng.normal(size=(400, 8)), rng.normal(size=(300, 8)), rng.normal(0.3, 1, size=(300, 8))
     value, error = kernel_distance(a, same)
@@ -41,7 +41,7 @@ def test_two_sets_of_one_distribution_are_within_errors_of_zero_and_others_are_n
     assert value > 4 * error
 
 
-def test_below_twenty_images_there_is_no_error() -> None:
+def test_fewer_than_twenty_images_have_no_standard_error() -> None:
     rng = np.random.default_rng(3)
     value, error = kernel_distance(rng.normal(size=(19, 3)), rng.normal(size=(30, 3)))
     assert np.isfinite(value)

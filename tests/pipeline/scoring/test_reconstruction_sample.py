@@ -27,7 +27,7 @@ SIZE = 16
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer, and a folder of 70 images of which two cannot be used."""
+    """A tokenizer, and a folder of 70 images, two of them unusable."""
     home = tmp_path_factory.mktemp("made")
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
@@ -57,7 +57,7 @@ def test_the_manifest_holds_the_psnr_of_a_sample_of_the_images(home: Path, tmp_p
     listed = [f"{name}/{i:02d}.png" for name in ("a", "b") for i in range(35)]
     keys = artifact.keys(np.arange(len(artifact)))
     spread = [listed[i * 70 // SAMPLE] for i in range(SAMPLE)]
-    rows = np.array([keys.index(key) for key in spread if key in keys])  # those that can be used
+    rows = np.array([keys.index(key) for key in spread if key in keys])  # the usable ones
     first = np.zeros_like(rows)
     decoded = VQTokenizer.from_pretrained(home / "vq").decode(
         torch.from_numpy(artifact.gather(rows, first).codes.astype(np.int64))
@@ -70,7 +70,7 @@ def test_the_manifest_holds_the_psnr_of_a_sample_of_the_images(home: Path, tmp_p
     assert found["lowest_psnr"] == pytest.approx(values.min().item(), abs=0.01)
 
 
-def test_the_figure_is_the_same_whatever_the_shards(home: Path, tmp_path: Path) -> None:
+def test_the_psnr_does_not_depend_on_the_shards(home: Path, tmp_path: Path) -> None:
     whole, parts = (run(home, tmp_path / f"{size}", shard_size=size) for size in (100, 7))
     assert parts.statistics == whole.statistics
     assert run(home, tmp_path / "7", shard_size=7) == parts
@@ -91,7 +91,7 @@ def test_the_sample_is_spread_evenly_and_does_not_depend_on_the_shards(n_items: 
 
 
 @given(n_shards=st.integers(1, 300))
-def test_of_a_stream_the_first_images_of_shards_spread_evenly_are_measured(n_shards: int) -> None:
+def test_a_stream_is_measured_on_the_first_images_of_evenly_spread_shards(n_shards: int) -> None:
     counts = [sampled_positions(index, n_shards=n_shards, shard_size=1, n_items=None) for index in range(n_shards)]
     assert sum(map(len, counts)) == SAMPLE
     assert all(positions == list(range(len(positions))) for positions in counts)

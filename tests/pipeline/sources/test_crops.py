@@ -11,7 +11,7 @@ from pipeline.runtime.errors import StageError
 from pipeline.sources import UnusableImage
 from pipeline.sources.crops import center_crop, n_views, views
 
-PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13  # it averages blocks with another rounding than those before
+PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13  # its rounding of block averages differs from older versions
 CROPS = Path(__file__).parents[2] / "fixtures" / "crops.npz"
 NAMES = ["coffee", "tall", "small"]
 
@@ -23,7 +23,7 @@ def crops() -> dict[str, Any]:
 
 
 def assert_equal(actual: NDArray[np.uint8], expected: NDArray[np.uint8]) -> None:
-    """Equal bit for bit with the Pillow that made the fixtures; within three levels with an older one."""
+    """Require equal pixels with the fixtures' Pillow, and pixels within three levels with an older one."""
     if PILLOW_13:
         np.testing.assert_array_equal(actual, expected)
     else:
@@ -42,9 +42,7 @@ def adm_center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [64, 70])
-def test_center_crop_takes_adms_steps_bit_for_bit_whatever_the_pillow(
-    crops: dict[str, Any], name: str, size: int
-) -> None:
+def test_center_crop_equals_adms_steps_in_the_installed_pillow(crops: dict[str, Any], name: str, size: int) -> None:
     image = Image.fromarray(crops[f"{name}_image"])
     np.testing.assert_array_equal(center_crop(image, size), adm_center_crop(image, size))
 
@@ -114,7 +112,7 @@ def test_any_shape_gives_square_uint8_views(size: Any) -> None:
     assert out.dtype == np.uint8
 
 
-def test_an_image_too_long_and_thin_is_refused_instead_of_filling_memory() -> None:
+def test_an_image_with_an_extreme_aspect_ratio_is_refused() -> None:
     with pytest.raises(UnusableImage, match="too long and thin: 20000×1 would become"):
         views(Image.new("RGB", (20000, 1)), 256, "center", [1.0])
 
@@ -137,9 +135,9 @@ def test_n_views_counts_what_views_returns(kind: Any, each: int) -> None:
         (8, "center", [], "no crop range"),
         (8, "center", [1.1, 0.9], "crop range 0.9"),
         (8, "center", [float("nan")], "crop range nan"),
-        (8, "five-crop", [1.0], "no views of kind 'five-crop'; there is: center, flip, ten-crop"),
+        (8, "five-crop", [1.0], "no views of kind 'five-crop'; choose from center, flip, ten-crop"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_named(size: Any, kind: Any, crop_ranges: list[float], message: str) -> None:
+def test_invalid_settings_are_named(size: Any, kind: Any, crop_ranges: list[float], message: str) -> None:
     with pytest.raises(StageError, match=message):
         views(Image.new("RGB", (9, 9)), size, kind, crop_ranges)

@@ -82,7 +82,7 @@ def test_the_emoji_are_128_px_on_white(emoji: dict[str, IndexedSource]) -> None:
 
 
 def test_the_listing_of_the_emoji_is_the_same_in_every_version(emoji: dict[str, IndexedSource]) -> None:
-    # Written down: a change would silently make earlier artifacts another data set.
+    # Hard-coded: a change would silently turn earlier artifacts into another data set.
     listings = [str(emoji[split].describe()["listing_sha256"])[:12] for split in SPLITS]
     assert listings == ["2778bbe9e965", "83c9e35c3f65"]
 
@@ -104,8 +104,8 @@ def test_classes_and_limit_choose_from_the_emoji() -> None:
     assert source.key(0).startswith("animal mammal/")
 
 
-def test_an_unknown_split_or_class_of_the_emoji_lists_what_there_is() -> None:
-    with pytest.raises(StageError, match=r"builtin:emoji: no folder for the split 'test' in it; there is: train, val"):
+def test_an_unknown_split_or_class_of_the_emoji_lists_the_available_ones() -> None:
+    with pytest.raises(StageError, match=r"builtin:emoji: no folder for the split 'test' in it; available: train, val"):
         open_indexed("builtin:emoji", split="test")
     with pytest.raises(StageError, match="no class 'flags' in this data; did you mean 'flag'"):
         open_indexed("builtin:emoji", classes=["flags"])
@@ -150,7 +150,7 @@ def test_building_twice_writes_the_same_bytes_on_white(tmp_path: Path) -> None:
         np.testing.assert_allclose(pixels[48, 48], (40 * i, 0, 255), atol=8)
 
 
-def test_building_names_an_image_of_no_class_and_a_wrong_folder(tmp_path: Path) -> None:
+def test_building_refuses_an_image_without_class_and_a_wrong_folder(tmp_path: Path) -> None:
     images, subgroups = package_of(tmp_path / "package", "1f400")
     (images / "assets" / "1f400.webp").rename(images / "assets" / "1fbff.webp")
     with pytest.raises(StageError, match=r"1fbff\.webp: emoji\.json has no such emoji"):
@@ -160,7 +160,7 @@ def test_building_names_an_image_of_no_class_and_a_wrong_folder(tmp_path: Path) 
     assert not (tmp_path / "a.tar").exists()
 
 
-def test_images_that_look_the_same_are_split_as_one() -> None:
+def test_identical_images_are_in_the_same_split() -> None:
     black, white = Image.new("RGB", (128, 128)), Image.new("RGB", (128, 128), "white")
     assert group({"1f431": black, "1f63a": black.copy(), "1f400": white}) == {
         "1f431": "1f431",

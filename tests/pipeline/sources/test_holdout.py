@@ -95,13 +95,13 @@ def test_variants_of_one_object_stay_together(home: Path, tmp_path: Path) -> Non
     assert not parts[0] & parts[1]
 
 
-def test_without_a_group_in_the_regex_the_whole_match_is_the_group(home: Path) -> None:
+def test_without_a_group_in_the_regex_the_entire_match_is_the_group(home: Path) -> None:
     source = open_indexed(str(home / "photos"))
     by_group, by_match = (split_holdout(source, 0.3, 0, regex)[1] for regex in (r"(object\d+)-", r"object\d+"))
     assert keys(by_group) == keys(by_match)
 
 
-def test_an_image_keeps_its_part_when_others_come_and_when_the_fraction_grows(home: Path, tmp_path: Path) -> None:
+def test_an_image_keeps_its_part_when_images_are_added_or_the_fraction_grows(home: Path, tmp_path: Path) -> None:
     source = open_indexed(str(home / "photos"))
     only_b = open_indexed(str(home / "photos"), classes=["b"])
     held_out = keys(split_holdout(source, 0.3)[1])
@@ -110,7 +110,7 @@ def test_an_image_keeps_its_part_when_others_come_and_when_the_fraction_grows(ho
     assert held_out != keys(split_holdout(source, 0.3, seed=1)[1])
 
 
-def test_running_again_writes_nothing_and_another_holdout_is_other_settings(home: Path, tmp_path: Path) -> None:
+def test_rerunning_writes_nothing_and_another_holdout_is_refused(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "codes"
     training, held_out = run(home, out)
     assert training.settings["holdout"] == {"fraction": 0.3, "seed": 0, "group_regex": None, "part": "training"}
@@ -124,7 +124,7 @@ def test_running_again_writes_nothing_and_another_holdout_is_other_settings(home
     assert run(home, out, holdout=0.4, overwrite=True)[1].settings["holdout"]["fraction"] == 0.4
 
 
-def test_a_part_that_is_missing_is_made_with_the_same_bytes(home: Path, tmp_path: Path) -> None:
+def test_a_missing_part_is_rebuilt_with_the_same_bytes(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "codes"
     run(home, out)
     before = files(holdout_folder(out))
@@ -135,7 +135,7 @@ def test_a_part_that_is_missing_is_made_with_the_same_bytes(home: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_bytes_of_one(home: Path, tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes_as_one(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "one")
     options = ["--tokenizer", str(home / "vq"), "--image-size", str(SIZE), "--shard-size", "8", "--device", "cpu"]
     options += ["--holdout", "0.3"]
@@ -156,7 +156,7 @@ def test_two_processes_make_the_bytes_of_one(home: Path, tmp_path: Path) -> None
         assert files(tmp_path / f"two{name}") == files(tmp_path / f"one{name}")
 
 
-def test_a_holdout_folder_that_holds_something_else_is_refused_before_any_work(home: Path, tmp_path: Path) -> None:
+def test_a_holdout_folder_with_other_files_is_refused_before_any_work(home: Path, tmp_path: Path) -> None:
     (tmp_path / "codes-holdout").mkdir()
     (tmp_path / "codes-holdout" / "thesis.tex").write_text("do not lose me")
     with pytest.raises(ArtifactError, match="codes-holdout holds something else"):
@@ -179,10 +179,10 @@ def test_the_held_out_images_are_counted_and_their_folder_named(home: Path, tmp_
         ({"holdout": -0.1}, "--holdout is -0.1"),
         ({"holdout": float("nan")}, "--holdout is nan"),
         ({"group_regex": "a("}, r"--group-regex 'a\(' is not a regular expression: missing \)"),
-        ({"holdout": None, "group_regex": "a"}, "--group-regex belongs to --holdout"),
+        ({"holdout": None, "group_regex": "a"}, "--group-regex needs --holdout"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(home: Path, values: dict[str, Any], says: str) -> None:
+def test_invalid_settings_are_refused(home: Path, values: dict[str, Any], says: str) -> None:
     with pytest.raises(StageError, match=says):
         chosen(home, **values)
 
@@ -196,7 +196,7 @@ def test_settings_that_cannot_be_meant_are_refused(home: Path, values: dict[str,
         ({"holdout": 1 - 1e-9}, "leaves none to train on"),
     ],
 )
-def test_a_split_that_leaves_images_without_a_part_is_refused(
+def test_a_fraction_that_leaves_one_part_empty_is_refused(
     home: Path, tmp_path: Path, values: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(StageError, match=says):
@@ -204,7 +204,7 @@ def test_a_split_that_leaves_images_without_a_part_is_refused(
     assert not (tmp_path / "codes").exists()
 
 
-def test_tars_over_the_network_are_held_out_as_a_whole(home: Path, tmp_path: Path) -> None:
+def test_holdout_of_tars_over_the_network_is_refused(home: Path, tmp_path: Path) -> None:
     with fsspec.filesystem("memory").open("/held/0.tar", "wb") as file, webdataset.TarWriter(file) as tar:
         tar.write({"__key__": "a", "png": Image.new("RGB", (20, 20)), "cls": 0})
     with pytest.raises(StageError, match="hold out some of the tars instead"):

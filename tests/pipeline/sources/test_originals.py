@@ -1,4 +1,4 @@
-"""The images an artifact was made from are found again in every kind of source, by its manifest alone."""
+"""The original images of an artifact are found in every kind of source, by its manifest only."""
 
 import dataclasses
 import io
@@ -101,7 +101,7 @@ def test_originals_are_found_by_key_from_any_working_directory(
     found = load_originals(made, [keys[4], keys[1], keys[4]], [0, 0, 0])
     expected = [FILES[keys[i]] if keys[i] in FILES else png(i) for i in (4, 1, 4)]
     np.testing.assert_array_equal(found, [np.asarray(Image.open(io.BytesIO(data))) for data in expected])
-    with pytest.raises(StageError, match="1 of 2 images are not in their source any more, the first 'a/nothing'"):
+    with pytest.raises(StageError, match="1 of 2 images are no longer in their source, the first 'a/nothing'"):
         load_originals(made, [keys[0], "a/nothing"], [0, 0])
 
 
@@ -122,7 +122,7 @@ def test_originals_are_found_by_key_from_any_working_directory(
     ],
 )
 @pytest.mark.parametrize("named", ["location", "data"])
-def test_nothing_is_fetched_because_a_manifest_says_so(tmp_path: Path, location: str, says: str, named: str) -> None:
+def test_urls_in_a_manifest_are_not_fetched_by_default(tmp_path: Path, location: str, says: str, named: str) -> None:
     made, keys = manifest(make("tar", tmp_path)[0].replace("*", f"{tmp_path}/*"))
     source = {"location": location, "kind": "webdataset-stream"} if named == "location" else {}
     settings = made.settings | {"data": location}
@@ -130,7 +130,7 @@ def test_nothing_is_fetched_because_a_manifest_says_so(tmp_path: Path, location:
         load_originals(dataclasses.replace(made, settings=settings, source=source), keys[:1], [0])
 
 
-def test_known_kinds_of_urls_are_fetched_where_asked_for_and_others_never(tmp_path: Path) -> None:
+def test_known_kinds_of_urls_are_fetched_on_request_and_others_never(tmp_path: Path) -> None:
     samples = {"0.png": png(0), "0.cls": b"0"}
     with serving({"a.tar": tar_of(samples)}) as server:
         made, keys = manifest(f"{server.url}/a.tar")
@@ -159,9 +159,7 @@ def test_known_kinds_of_urls_are_fetched_where_asked_for_and_others_never(tmp_pa
         ({"classes": "cat"}, "field settings.classes is 'cat', expected a list"),
     ],
 )
-def test_settings_that_no_images_can_be_found_with_are_one_message(
-    tmp_path: Path, settings: dict[str, Any], says: str
-) -> None:
+def test_settings_without_a_usable_source_are_one_message(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
     made, keys = manifest(make("tar", tmp_path)[0].replace("*", f"{tmp_path}/*"))
     with pytest.raises(StageError, match=says):
         load_originals(dataclasses.replace(made, settings=made.settings | settings), keys[:1], [0])

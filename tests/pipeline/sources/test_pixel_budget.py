@@ -21,7 +21,7 @@ class Counter:
             self.most = max(self.most, self.now)
 
 
-def test_threads_never_hold_more_than_the_budget_and_all_get_through() -> None:
+def test_threads_stay_within_the_budget_and_all_finish() -> None:
     budget, counter = PixelBudget(100), Counter()
 
     def work(i: int) -> None:
@@ -38,7 +38,7 @@ def test_threads_never_hold_more_than_the_budget_and_all_get_through() -> None:
     assert budget._free == 100
 
 
-def test_an_image_larger_than_the_budget_is_taken_alone_and_given_back_after_an_error() -> None:
+def test_an_image_larger_than_the_budget_is_decoded_alone_and_released_after_an_error() -> None:
     budget = PixelBudget(10)
     for _ in range(2):
         try:
@@ -49,7 +49,7 @@ def test_an_image_larger_than_the_budget_is_taken_alone_and_given_back_after_an_
             assert budget._free == 10
 
 
-def test_a_thread_that_takes_a_second_image_gives_the_first_back() -> None:
+def test_a_thread_that_acquires_a_second_image_releases_the_first() -> None:
     budget = PixelBudget(10)
     with budget.in_use():
         for _ in range(3):

@@ -73,7 +73,7 @@ def reason(path: Path) -> str:
     return caught.value.reason
 
 
-# Decoding: what is usable
+# Decoding of usable images
 
 
 def test_plain_rgb_is_what_pillow_decodes(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_transparent_sixteen_bit_grey_becomes_white(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_undone(tmp_path: Path, ending: str, orientation: int) -> None:
-    # Where the top left and top right corners of the upright image are stored, by orientation.
+    # Stored positions of the top left and top right corners of the upright image, by orientation.
     stored = np.zeros((32, 48, 3), dtype=np.uint8)
     corners = {"tl": (0, 0), "tr": (0, 32), "bl": (16, 0), "br": (16, 32)}
     places = ["tl tr", "tr tl", "br bl", "bl br", "tl bl", "bl tl", "br tr", "tr br"][orientation - 1].split()
@@ -177,7 +177,7 @@ def test_exif_rotation_is_undone(tmp_path: Path, ending: str, orientation: int) 
     assert out[4, -5].max() > 200
 
 
-def test_damaged_exif_does_not_cost_the_image(tmp_path: Path) -> None:
+def test_damaged_exif_does_not_make_an_image_unusable(tmp_path: Path) -> None:
     path = save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
     assert loaded(path).shape == (6, 8, 3)
 
@@ -198,12 +198,12 @@ def test_a_single_pixel_is_an_image(tmp_path: Path) -> None:
     assert loaded(save(tmp_path / "a.png", Image.new("RGB", (1, 1), (1, 2, 3)))).tolist() == [[[1, 2, 3]]]
 
 
-def test_an_image_twenty_thousand_pixels_wide_is_read_whole(tmp_path: Path) -> None:
+def test_an_image_twenty_thousand_pixels_wide_is_read(tmp_path: Path) -> None:
     path = save(tmp_path / "a.jpg", Image.new("RGB", (20000, 300), (9, 9, 9)))
     assert loaded(path).shape == (300, 20000, 3)
 
 
-# Decoding: what is not
+# Decoding of unusable images
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "gif", "webp", "bmp", "ppm", "tif"])
@@ -221,7 +221,7 @@ def test_a_truncated_file_says_truncated(tmp_path: Path, ending: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
-def test_a_header_cut_short_is_told_from_a_file_that_is_no_image(tmp_path: Path, ending: str) -> None:
+def test_a_truncated_header_differs_from_a_file_that_is_not_an_image(tmp_path: Path, ending: str) -> None:
     path = save(tmp_path / f"a.{ending}")
     path.write_bytes(path.read_bytes()[:9])
     assert reason(path).startswith("truncated")
@@ -265,7 +265,7 @@ def test_grey_values_beyond_sixteen_bits_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gone", ["cat/1.png", "cat"])
-def test_a_file_that_vanished_stops_and_says_how_to_go_on(tmp_path: Path, gone: str) -> None:
+def test_a_missing_file_stops_and_says_how_to_continue(tmp_path: Path, gone: str) -> None:
     save(tmp_path / "data" / "cat" / "1.png")
     source = open_indexed(str(tmp_path / "data"))
     (tmp_path / "data" / gone).rename(tmp_path / "elsewhere")
@@ -275,21 +275,21 @@ def test_a_file_that_vanished_stops_and_says_how_to_go_on(tmp_path: Path, gone: 
     assert source.load(0).size == (8, 6)
 
 
-def test_a_file_of_more_bytes_than_any_image_is_not_read(tmp_path: Path) -> None:
+def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "a.jpg", "wb") as file:
         file.truncate(MAX_BYTES + 1)
     assert reason(tmp_path / "a.jpg") == "too large: more than 512 MiB"
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user")
-def test_a_file_that_may_not_be_read_is_unusable(tmp_path: Path) -> None:
+def test_a_file_without_read_permission_is_unusable(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png")
     path.chmod(0)
     assert reason(path) == "no permission to read"
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user")
-def test_a_class_folder_that_may_not_be_listed_is_left_out_and_not_called_empty(tmp_path: Path) -> None:
+def test_a_class_folder_without_permission_is_left_out_and_not_called_empty(tmp_path: Path) -> None:
     save(tmp_path / "cat" / "1.png")
     (tmp_path / "dog").mkdir(mode=0)
     assert open_indexed(str(tmp_path)).left_out == (LeftOut("dog", "cannot be listed: Permission denied"),)
@@ -304,7 +304,7 @@ def test_damaged_bytes_give_an_image_or_a_reason_and_nothing_else(ending: str) -
     for _ in range(150):
         damaged = bytearray(whole[: random.integers(1, len(whole) + 1)])
         for _ in range(random.integers(0, 8)):
-            # Headers are where the damage is interesting.
+            # Damage in headers is the interesting case.
             damaged[random.integers(0, min(len(damaged), 200))] = random.integers(256)
         outcome = decoded_or_reason(bytes(damaged))
         assert outcome == "RGB" or (outcome and "\n" not in outcome)
@@ -339,7 +339,7 @@ def test_a_damaged_tiff_prints_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_an_unusable_image_survives_the_way_between_processes() -> None:
+def test_an_unusable_image_can_be_pickled() -> None:
     assert pickle.loads(pickle.dumps(UnusableImage("empty file"))).reason == "empty file"
 
 
@@ -368,7 +368,7 @@ def test_names_with_spaces_and_accents_are_kept_and_composed(tmp_path: Path) -> 
     assert open_indexed(str(tmp_path), classes=[decomposed]).class_names == ("été à la mer",)
 
 
-def test_names_that_coincide_when_composed_both_work(tmp_path: Path) -> None:
+def test_names_that_are_equal_when_composed_both_work(tmp_path: Path) -> None:
     forms: list[Literal["NFC", "NFD"]] = ["NFC", "NFD"]
     for x, form in enumerate(forms):
         save(tmp_path / "cat" / f"{unicodedata.normalize(form, 'é')}.png", Image.new("L", (1, 1), x))
@@ -416,7 +416,7 @@ def test_images_beside_class_folders_are_left_out_with_a_reason(tmp_path: Path) 
     save(tmp_path / "stray.png")
     source = open_indexed(str(tmp_path))
     assert keys(source) == ["cat/1.png"]
-    assert source.left_out == (LeftOut("stray.png", "image beside the class folders: it has no class"),)
+    assert source.left_out == (LeftOut("stray.png", "image outside the class folders: it has no class"),)
 
 
 def test_an_empty_class_folder_gets_no_label_but_is_reported(tmp_path: Path) -> None:
@@ -430,7 +430,7 @@ def test_an_empty_class_folder_gets_no_label_but_is_reported(tmp_path: Path) -> 
         open_indexed(str(tmp_path), classes=["cat"])
 
 
-def test_no_images_at_all_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_a_source_without_images_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.txt").touch()
     with pytest.raises(StageError, match=r"no images in it; looked for CLASS/picture .*jpg.* 1 other files ignored"):
@@ -450,7 +450,7 @@ def test_a_folder_of_splits_asks_for_one(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("split", ["val", "..", "train/../train", ""])
 def test_a_split_that_is_not_a_subfolder_is_an_error(tmp_path: Path, split: str) -> None:
     save(tmp_path / "train" / "cat" / "1.png")
-    with pytest.raises(StageError, match=f"no subfolder for the split '{split}'; (there is: train|did you mean)"):
+    with pytest.raises(StageError, match=f"no subfolder for the split '{split}'; (available: train|did you mean)"):
         open_indexed(str(tmp_path), split=split)
 
 
@@ -483,7 +483,7 @@ def test_a_folder_is_read_once_and_deeper_links_are_not_followed(tmp_path: Path)
         ((root if "store/" not in link else tmp_path) / link).symlink_to(target, target_is_directory=True)
     source = open_indexed(str(root))
     assert keys(source) == ["cat/1.png", "stored/1.png"]
-    again = "link to a folder that is read already: not followed"
+    again = "link to a folder already listed: not followed"
     deeper = "link to a folder: not followed"
     assert {x.key: x.reason for x in source.left_out} == {
         **dict.fromkeys(["around", "root", "same", "stored again"], again),
@@ -504,7 +504,7 @@ def test_imagenets_ids_get_their_readable_names_and_any_unambiguous_part_names_a
         open_indexed(str(tmp_path), classes=["golden retreiver"])
 
 
-def test_one_folder_that_is_no_class_of_imagenet_leaves_all_names_alone(tmp_path: Path) -> None:
+def test_one_folder_that_is_not_an_imagenet_class_keeps_all_names(tmp_path: Path) -> None:
     for name in ["n02099601", "n99999999"]:
         save(tmp_path / name / "1.png")
     assert open_indexed(str(tmp_path)).class_names == ("n02099601", "n99999999")
@@ -516,7 +516,7 @@ def test_the_names_of_imagenets_classes_are_a_thousand_in_the_order_of_their_ids
     assert all(re.fullmatch(r"n\d{8}", synset) and words.strip() for synset, words in synsets().items())
 
 
-def test_parts_hold_every_image_once_in_order(tmp_path: Path) -> None:
+def test_parts_contain_every_image_once_in_order(tmp_path: Path) -> None:
     for i in range(7):
         save(tmp_path / "cat" / f"{i}.png", Image.new("L", (1, 1), i))
     source = open_indexed(str(tmp_path))
@@ -541,13 +541,13 @@ def test_links_to_files_are_images_and_broken_ones_are_left_out(tmp_path: Path) 
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
-def test_a_named_pipe_is_left_out_instead_of_waited_for(tmp_path: Path) -> None:
+def test_a_named_pipe_is_left_out_without_waiting(tmp_path: Path) -> None:
     save(tmp_path / "cat" / "1.png")
     os.mkfifo(tmp_path / "cat" / "2.png")
     assert open_indexed(str(tmp_path)).left_out == (LeftOut("cat/2.png", "not a regular file"),)
 
 
-def test_a_listing_depends_on_names_sizes_and_times_of_change_alone(tmp_path: Path) -> None:
+def test_a_listing_depends_only_on_names_sizes_and_modification_times(tmp_path: Path) -> None:
     names = [f"{c}/{i}.png" for c in ("b", "a", "ä", "a b") for i in (10, 9, 1)]
     for root, order in (("x", names), ("y", names[::-1])):
         for name in order:
@@ -577,7 +577,7 @@ def test_a_picture_replaced_under_its_name_is_another_listing(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
-def test_an_image_that_is_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_an_image_that_became_a_named_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "1.png")
     with pytest.raises(StageError, match="not a regular file"):
         read_image(tmp_path / "1.png")
@@ -641,13 +641,13 @@ def test_a_limit_below_one_is_an_error(tmp_path: Path, limit: int, builtin: bool
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("builtin:photo", "no such built-in data; there is: builtin:photos, builtin:emoji"),
+        ("builtin:photo", "no such built-in data; choose from builtin:photos, builtin:emoji"),
         ("no/such/folder", r"no such folder or file; accepted:\n  a folder of class folders (.|\n)*builtin:photos"),
         ("", "no path given"),
         (__file__, "is a file, not a folder, and its ending is not .tar, .parquet or .arrow; accepted:"),
     ],
 )
-def test_what_cannot_be_opened_is_named_with_what_can(data: Any, message: str) -> None:
+def test_an_unknown_source_is_refused_with_the_available_ones(data: Any, message: str) -> None:
     with pytest.raises(StageError, match=message):
         open_indexed(data)
 
@@ -692,12 +692,12 @@ def test_every_photo_is_a_square_rgb_crop_inside_its_photograph(photos: dict[str
             assert 128 <= right - left <= 256
             assert left >= 0
             assert top >= 0
-            # Pillow fills what lies outside with black rows and columns.
+            # Pillow fills areas outside the photograph with black.
             assert np.asarray(image)[-1].any()
             assert np.asarray(image)[:, -1].any()
 
 
-def test_a_photo_depends_on_its_key_alone(photos: dict[str, Photos]) -> None:
+def test_a_photo_depends_on_its_key_only(photos: dict[str, Photos]) -> None:
     whole = {photos["train"].key(i): photos["train"].box(i) for i in range(len(photos["train"]))}
     part = Photos("train", classes=["moon", "cat"], limit=9)
     assert part.class_names == ("cat", "moon")
@@ -706,7 +706,7 @@ def test_a_photo_depends_on_its_key_alone(photos: dict[str, Photos]) -> None:
 
 
 def test_photo_boxes_are_the_same_in_every_version() -> None:
-    # Written down: a change would silently make earlier artifacts another data set.
+    # Hard-coded: a change would silently turn earlier artifacts into another data set.
     boxes = [Photos(split, classes=["cat"], limit=1).box(0) for split in CROPS]
     assert boxes == [(122, 75, 262, 215), (308, 50, 450, 192)]
 
@@ -716,7 +716,7 @@ def test_an_unknown_split_of_the_photos_lists_the_two() -> None:
         open_indexed("builtin:photos", split="test")
 
 
-def test_sources_travel_to_worker_processes(tmp_path: Path, photos: dict[str, Photos]) -> None:
+def test_sources_can_be_pickled(tmp_path: Path, photos: dict[str, Photos]) -> None:
     save(tmp_path / "cat" / "1.png")
     for source in (open_indexed(str(tmp_path)), photos["validation"]):
         copy = pickle.loads(pickle.dumps(source))

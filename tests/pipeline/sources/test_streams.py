@@ -1,4 +1,4 @@
-"""WebDataset tars over the network: real servers on this machine, some of which break off, change or refuse."""
+"""WebDataset tars over the network: real servers on this machine, some of which fail, change or refuse."""
 
 import io
 import json
@@ -134,7 +134,7 @@ def content(items: list[Item]) -> list[tuple[str, int, bytes]]:
     return [(item.key, item.label, item.load().tobytes()) for item in items]
 
 
-def test_tars_over_http_give_what_the_same_tars_give_locally(tmp_path: Path, server: Server) -> None:
+def test_tars_over_http_equal_local_tars(tmp_path: Path, server: Server) -> None:
     for name, data in server.files.items():
         (tmp_path / name).write_bytes(data)
     local = open_indexed(str(tmp_path / "t-{000..002}.tar"))
@@ -159,12 +159,12 @@ def test_listing_reads_no_image_and_a_part_only_its_own_tar(server: Server) -> N
     assert 0 < server.requests <= -(-len(server.files["t-001.tar"]) // 4096)
 
 
-def test_a_stream_travels_to_worker_processes(server: Server) -> None:
+def test_a_stream_can_be_pickled(server: Server) -> None:
     source = stream(server)
     assert content(items(pickle.loads(pickle.dumps(source)))) == content(items(source))
 
 
-def test_reads_that_break_off_go_on_where_they_stopped(server: Server) -> None:
+def test_interrupted_reads_resume(server: Server) -> None:
     undisturbed = content(items(stream(server)))
     seen: list[int] = []
 
@@ -182,7 +182,7 @@ def test_reads_that_break_off_go_on_where_they_stopped(server: Server) -> None:
     assert len(seen) > 20
 
 
-def test_a_read_that_breaks_off_five_times_is_an_error_that_names_the_byte(server: Server) -> None:
+def test_a_read_interrupted_five_times_is_an_error_that_names_the_byte(server: Server) -> None:
     server.hook = lambda handler, start: start > 8000 and drop_half_way(handler, start)
     source = stream(server)
     server.requests = 0
@@ -193,7 +193,7 @@ def test_a_read_that_breaks_off_five_times_is_an_error_that_names_the_byte(serve
     assert server.requests == 2 + 5
 
 
-def test_a_server_that_is_gone_is_an_error_and_once_back_goes_on(server: Server) -> None:
+def test_a_missing_server_is_an_error_and_the_read_resumes_when_it_is_back(server: Server) -> None:
     source = stream(server)
     kept = dict(server.files)
     server.files.clear()
@@ -203,7 +203,7 @@ def test_a_server_that_is_gone_is_an_error_and_once_back_goes_on(server: Server)
     assert len(items(source)) == 15
 
 
-def test_nothing_answering_is_one_message() -> None:
+def test_an_unreachable_server_is_one_message() -> None:
     with pytest.raises(StageError, match=r"a\.tar: cannot be reached after 2 tries"):
         TarStream(["http://127.0.0.1:9/a.tar"], location="x", waits=(0.0,))
 
@@ -229,7 +229,7 @@ def test_a_tar_that_changes_after_it_was_listed_is_an_error(server: Server, when
         items(source)
 
 
-def test_a_server_that_only_reads_from_the_start_says_to_download(server: Server) -> None:
+def test_a_server_without_ranges_is_refused_with_the_advice_to_download(server: Server) -> None:
     server.ranges = False
     with pytest.raises(StageError, match=r"t-000\.tar: cannot be read from the middle .* download it first"):
         items(stream(server))
@@ -265,14 +265,14 @@ def test_a_limit_is_shared_evenly_by_the_tars(server: Server, limit: int) -> Non
     assert items(source, 0)[0].key == "t-000/00000"
 
 
-def test_text_labels_are_an_error_that_says_what_to_do() -> None:
+def test_text_labels_are_refused_with_a_remedy() -> None:
     message = r"the label of 'a' is text \('cat'\).* download the tars"
     tar = tar_of([{"__key__": "a", "png": image(0), "cls": "cat"}])
     with serving({"t.tar": tar}) as server, pytest.raises(StageError, match=message):
         items(stream(server, "t.tar"))
 
 
-def test_what_cannot_be_used_is_left_out_in_its_place() -> None:
+def test_unusable_images_are_left_out_in_order() -> None:
     samples: list[dict[str, Any]] = [
         {"__key__": "a", "png": image(0), "cls": 1},
         {"__key__": "b", "png": image(1), "txt": "no label"},
@@ -292,7 +292,7 @@ def test_what_cannot_be_used_is_left_out_in_its_place() -> None:
     ]
 
 
-def test_images_of_a_stream_are_found_by_their_keys_in_their_tars_alone(server: Server) -> None:
+def test_finding_images_of_a_stream_by_key_reads_only_their_tars(server: Server) -> None:
     source = stream(server)
     by_key = {item.key: item.load().tobytes() for item in items(source)}
     server.requests = 0
@@ -308,7 +308,7 @@ def test_tars_of_one_name_in_two_places_have_different_keys() -> None:
         assert [item.key for item in items(stream(server, "{a,b}/0.tar"))] == ["a/0/00000", "b/0/00000"]
 
 
-def test_a_description_is_json_and_its_listing_is_the_tars_and_their_sizes(server: Server) -> None:
+def test_a_description_is_json_and_its_listing_covers_tars_and_sizes(server: Server) -> None:
     described = json.loads(json.dumps(stream(server).describe()))
     assert described["kind"] == "webdataset-stream"
     assert described["images"] is None
@@ -318,8 +318,8 @@ def test_a_description_is_json_and_its_listing_is_the_tars_and_their_sizes(serve
     assert stream(server).describe()["listing_sha256"] != described["listing_sha256"]
 
 
-def test_a_stream_has_no_random_access_and_says_what_to_do(server: Server) -> None:
-    with pytest.raises(StageError, match=r"is read in order over the network.* download the tars first"):
+def test_random_access_to_a_stream_is_refused_with_a_remedy(server: Server) -> None:
+    with pytest.raises(StageError, match=r"is read sequentially over the network.* download the tars first"):
         require_indexed(stream(server))
 
 
@@ -329,11 +329,11 @@ def test_a_stream_has_no_random_access_and_says_what_to_do(server: Server) -> No
         ("pipe:touch /tmp/owned.tar", "pipe: would run a command"),
         ("http://x/a.tar::pipe:touch x.tar", "pipe: would run a command"),
         ("http://x/images.zip", "over the network only tars are read"),
-        ("nosuch://x/a.tar", "no such kind of URL"),
+        ("nosuch://x/a.tar", "this kind of URL is not supported"),
         ("http://x/{a.tar", "its braces cannot be read|over the network only tars"),
         ("http://x/{a,a}.tar", "names http://x/a.tar twice"),
     ],
 )
-def test_urls_that_are_not_read_say_so(data: str, message: str) -> None:
+def test_unsupported_urls_are_refused(data: str, message: str) -> None:
     with pytest.raises(StageError, match=message):
         open_source(data)

@@ -1,4 +1,4 @@
-"""Images in tables: Parquet, Arrow, saved datasets, and what the Hub says where it cannot be reached."""
+"""Images in tables: Parquet, Arrow, saved datasets, and the message if the Hub cannot be reached."""
 
 import io
 import json
@@ -91,7 +91,7 @@ def make(kind: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     "kind", ["parquet of plain bytes", "parquet of structs", "parquet of datasets", "arrow", "saved", "saved splits"]
 )
-def test_the_same_images_come_out_of_every_kind_of_table(tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_table_gives_the_same_images(tmp_path: Path, kind: str) -> None:
     source = open_indexed(make(kind, tmp_path / "data"))
     before = sorted((tmp_path / "data").rglob("*"))
     assert keys(source) == [f"train/{i:09d}" for i in range(4)]
@@ -111,12 +111,12 @@ def test_a_table_is_read_in_threads_and_in_worker_processes(tmp_path: Path) -> N
         assert [image.tobytes() for image in pool.map(copy.load, range(40))] == [decoded(i) for i in range(40)]
 
 
-def test_splits_are_told_by_the_names_of_the_files(tmp_path: Path) -> None:
+def test_splits_are_recognised_by_the_names_of_the_files(tmp_path: Path) -> None:
     for name, n in (("train-00000-of-00002", 2), ("train-00001-of-00002", 1), ("test-00000-of-00001", 1)):
         write_parquet(tmp_path / "data" / f"{name}.parquet", {"image": PNGS[:n], "label": [n] * n})
     assert labels(open_indexed(str(tmp_path / "data"))) == [2, 2, 1]
     assert keys(open_indexed(str(tmp_path / "data"), split="test")) == ["test/000000000"]
-    with pytest.raises(StageError, match="no split 'val'; there is: test, train"):
+    with pytest.raises(StageError, match="no split 'val'; available: test, train"):
         open_indexed(str(tmp_path / "data"), split="val")
 
 
@@ -194,7 +194,7 @@ def kept_as_paths(folder: Path, *paths: object) -> IndexedSource:
     return open_indexed(str(folder))
 
 
-def test_images_kept_as_paths_are_read_from_the_data_sets_folder_and_a_lost_one_stops(tmp_path: Path) -> None:
+def test_images_stored_as_paths_are_read_from_the_data_sets_folder_and_a_missing_one_stops(tmp_path: Path) -> None:
     image = tmp_path / "x" / "images" / "1.png"
     image.parent.mkdir(parents=True)
     image.write_bytes(png(1))
@@ -226,7 +226,7 @@ def test_a_row_cannot_name_a_file_outside_the_data_sets_folder(tmp_path: Path) -
     parquet = write_parquet(tmp_path / "x" / "a.parquet", {"image": kept, "label": [0] * len(paths)})
     for source in (open_indexed(parquet), kept_as_paths(tmp_path / "x", *paths)):
         for i in range(len(paths)):
-            with pytest.raises(UnusableImage, match=r"leads out of the data set's folder|not a regular file"):
+            with pytest.raises(UnusableImage, match=r"outside the dataset's folder|not a regular file"):
                 source.load(i)
 
 
@@ -246,7 +246,7 @@ def test_a_file_replaced_under_its_name_is_another_listing(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
-def test_a_named_pipe_for_a_table_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+def test_a_named_pipe_as_table_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.parquet")
     with pytest.raises(StageError, match=r"a\.parquet: not a regular file"):
         open_indexed(str(tmp_path / "a.parquet"))
@@ -259,13 +259,13 @@ def test_a_damaged_file_is_one_message_that_names_it(tmp_path: Path, name: str) 
         open_indexed(str(tmp_path / name))
 
 
-def test_columns_are_for_tables_alone(tmp_path: Path) -> None:
+def test_column_options_are_for_tables_only(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="has no columns; --label-column is for Parquet, Arrow and datasets"):
         open_indexed("builtin:photos", label_column="x")
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "hf://datasets/nobody/nothing"])
-def test_the_hub_out_of_reach_is_one_message(name: str) -> None:
+def test_an_unreachable_hub_is_one_message(name: str) -> None:
     code = (
         "import sys\nfrom pipeline.runtime.errors import StageError\nfrom pipeline.sources import open_indexed\n"
         "try: open_indexed(sys.argv[1])\nexcept StageError as error: print(error)\n"
@@ -275,21 +275,21 @@ def test_the_hub_out_of_reach_is_one_message(name: str) -> None:
         [sys.executable, "-c", code, name], capture_output=True, text=True, check=True, env=environment
     )
     assert done.stdout.startswith(
-        "nobody/nothing: no such file or folder here, and as a dataset of the Hugging Face Hub"
+        "nobody/nothing: no such file or folder here, and not available as a dataset on the Hugging Face Hub"
     )
     assert "HF_HOME" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["photoz", "photos/trian"])
-def test_a_slip_in_a_path_is_not_asked_of_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_not_asked_for_a_mistyped_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StageError, match=rf"{name}: no such folder or file; accepted:"):
         open_indexed(name)
 
 
-def test_an_artifact_in_place_of_images_is_refused(tmp_path: Path) -> None:
+def test_an_artifact_as_source_of_images_is_refused(tmp_path: Path) -> None:
     for name in ("manifest.json", "00000.arrow"):
         (tmp_path / name).write_bytes(b"{}")
-    with pytest.raises(StageError, match="holds codes that dpar made, not images"):
+    with pytest.raises(StageError, match="holds codes written by dpar, not images"):
         open_indexed(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Images in local tars: class folders, ImageNet's tar of tars, WebDataset; and tars that are not what they say."""
+"""Images in local tars: class folders, ImageNet's tar of tars, WebDataset; and malformed tars."""
 
 import bz2
 import gzip
@@ -115,7 +115,7 @@ def test_several_tars_of_class_folders_are_one_folder(tmp_path: Path) -> None:
     )
 
 
-def test_classes_and_limit_mean_in_a_tar_what_they_mean_in_a_folder(tmp_path: Path) -> None:
+def test_classes_and_limit_of_a_tar_equal_those_of_a_folder(tmp_path: Path) -> None:
     tar, folder = write_tar(tmp_path / "x.tar", IMAGES), write_folder(tmp_path / "x", IMAGES)
     assert_same(
         open_indexed(tar, classes=["dog", "cat"], limit=3), open_indexed(folder, classes=["dog", "cat"], limit=3)
@@ -132,7 +132,7 @@ def test_a_split_is_a_folder_in_the_tar(tmp_path: Path) -> None:
         open_indexed(tar, split="tst")
 
 
-def test_images_in_the_root_of_a_tar_are_one_class_called_after_it(tmp_path: Path) -> None:
+def test_images_in_the_root_of_a_tar_are_one_class_with_its_name(tmp_path: Path) -> None:
     source = open_indexed(write_tar(tmp_path / "cats.tar", {"b.jpg": jpeg(), "a.jpg": jpeg(), "notes": b"x"}))
     assert source.class_names == ("cats",)
     assert keys(source) == ["a.jpg", "b.jpg"]
@@ -179,7 +179,7 @@ def test_a_tar_in_a_tar_that_is_cut_short_is_named(tmp_path: Path, imagenet: dic
 # WebDataset
 
 
-def test_webdataset_numbers_stay_the_labels_and_order_is_the_tars(tmp_path: Path) -> None:
+def test_webdataset_keeps_numeric_labels_and_the_order_of_the_tars(tmp_path: Path) -> None:
     for tar, offset in (("b", 0), ("a", 2)):
         samples = [{"__key__": f"{i:04d}", "jpg": jpeg(offset + i), "cls": 7 - offset - i} for i in range(2)]
         write_samples(tmp_path / f"{tar}.tar", samples)
@@ -244,7 +244,7 @@ def test_samples_without_labels_anywhere_are_one_class(tmp_path: Path) -> None:
     assert source.class_names == ("images",)
 
 
-def test_a_sample_that_lacks_what_the_others_have_is_left_out_with_the_reason(tmp_path: Path) -> None:
+def test_a_sample_without_image_or_label_is_left_out_with_the_reason(tmp_path: Path) -> None:
     good = {"__key__": "a", "jpg": jpeg(), "cls": 1}
     files = {"b.jpg": jpeg(), "c.jpg": jpeg(), "c.json": b"{", "d.jpg": jpeg(), "d.cls": b"\xff", "e.cls": b"1"}
     files |= {"f.jpg": jpeg(), "f.cls": b"-1", "g.jpg": jpeg(), "g.json": b"[" * 100_000}
@@ -269,7 +269,7 @@ def test_labels_of_two_kinds_are_an_error(tmp_path: Path) -> None:
         open_indexed(tar)
 
 
-def test_a_number_that_can_be_no_class_is_an_error(tmp_path: Path) -> None:
+def test_an_invalid_class_number_is_an_error(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", {"a.jpg": jpeg(), "a.cls": b"99999999999"})
     with pytest.raises(StageError, match="a label is 99999999999; class numbers are below 1000000"):
         open_indexed(tar)
@@ -292,23 +292,23 @@ def test_the_second_image_of_a_key_is_left_out(tmp_path: Path) -> None:
         assert pixels(source) == [np.asarray(Image.open(io.BytesIO(jpeg(0)))).tobytes()]
 
 
-def test_dpars_own_shards_are_not_taken_for_images(tmp_path: Path) -> None:
+def test_dpars_shards_are_not_accepted_as_images(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "shard-00000.tar", {"a.codes.npy": b"x", "a.jpg": jpeg()})
-    with pytest.raises(StageError, match=r"shard-00000\.tar: is a shard of codes that dpar made"):
+    with pytest.raises(StageError, match=r"shard-00000\.tar: is a shard of codes written by dpar"):
         open_indexed(tar)
 
 
-# Going between processes and threads
+# Processes and threads
 
 
-def test_a_source_of_tars_travels_to_worker_processes_and_reads_in_threads(tmp_path: Path) -> None:
+def test_a_source_of_tars_can_be_pickled_and_read_in_threads(tmp_path: Path) -> None:
     source = open_indexed(write_tar(tmp_path / "x.tar", {f"c/{i:03d}.jpg": jpeg(i) for i in range(50)}))
     copy = pickle.loads(pickle.dumps(source))
     with ThreadPoolExecutor(8) as pool:
         assert [image.tobytes() for image in pool.map(copy.load, range(50))] == pixels(source)
 
 
-# Tars that are not what they say
+# Malformed tars
 
 
 def _mend_checksums(path: Path) -> None:
@@ -329,7 +329,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields: Any) -> N
     tar.addfile(header, io.BytesIO(data))
 
 
-def test_members_that_point_outside_or_are_no_files_are_left_out_and_nothing_is_written(tmp_path: Path) -> None:
+def test_members_outside_the_tar_or_not_files_are_left_out_and_nothing_is_written(tmp_path: Path) -> None:
     path = tmp_path / "data" / "x.tar"
     path.parent.mkdir()
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
@@ -359,7 +359,7 @@ def test_members_that_point_outside_or_are_no_files_are_left_out_and_nothing_is_
 
 
 @pytest.mark.parametrize("samples", [True, False])
-def test_a_tar_cut_anywhere_is_never_believed(tmp_path: Path, samples: bool) -> None:
+def test_a_truncated_tar_is_always_noticed(tmp_path: Path, samples: bool) -> None:
     files = {"cat/1.jpg": jpeg(), "cat/1.cls": b"1"} if samples else {"cat/1.jpg": jpeg(), "dog/2.jpg": jpeg(1)}
     whole = tar_of(files)
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
@@ -389,7 +389,7 @@ def test_random_damage_gives_a_listing_or_one_message(tmp_path: Path) -> None:
         for _ in range(random.integers(0, 6)):
             damaged[random.integers(len(damaged))] = random.integers(256)
         (tmp_path / "x.tar").write_bytes(damaged)
-        # Nothing but these two may be raised.
+        # Only these two may be raised.
         with suppress(StageError):
             source = open_indexed(str(tmp_path / "x.tar"))
             for i in range(len(source)):
@@ -398,21 +398,21 @@ def test_random_damage_gives_a_listing_or_one_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", ["gz", "bz2", "xz"])
-def test_a_compressed_tar_says_so(tmp_path: Path, packed: str) -> None:
+def test_a_compressed_tar_is_refused_by_name(tmp_path: Path, packed: str) -> None:
     packers = {"gz": gzip, "bz2": bz2, "xz": lzma}
     (tmp_path / "x.tar").write_bytes(packers[packed].compress(tar_of({"cat/1.jpg": jpeg()})))
     with pytest.raises(StageError, match=r"x\.tar: compressed with \w+"):
         open_indexed(str(tmp_path / "x.tar"))
 
 
-def test_something_else_called_tar_says_so(tmp_path: Path) -> None:
+def test_a_file_called_tar_that_is_not_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"<html>" * 1000)
     with pytest.raises(StageError, match=r"x\.tar: not a tar"):
         open_indexed(str(tmp_path / "x.tar"))
 
 
 @pytest.mark.parametrize("change", ["removed", "shorter", "longer"])
-def test_a_tar_that_is_another_one_now_stops_and_says_how_to_go_on(tmp_path: Path, change: str) -> None:
+def test_a_replaced_tar_stops_and_says_how_to_continue(tmp_path: Path, change: str) -> None:
     path = Path(write_tar(tmp_path / "x.tar", {"cat/1.jpg": jpeg(), "cat/2.jpg": jpeg()}))
     source = open_indexed(str(path))
     if change == "removed":
@@ -435,7 +435,7 @@ def _bomb() -> bytes:
 
 
 def _claiming(kind: bytes, size: int, real: int) -> bytes:
-    """A member that claims to have ``size`` bytes and has ``real`` bytes of nothing."""
+    """Return a member that claims ``size`` bytes and has ``real`` zero bytes."""
     header = tarfile.TarInfo("cat/huge.jpg")
     header.type, header.size = kind, size
     return header.tobuf(tarfile.GNU_FORMAT) + b"\0" * real
@@ -471,7 +471,7 @@ HOSTILE = {
 
 
 def test_hostile_tars_are_refused_within_bounded_memory(tmp_path: Path) -> None:
-    # In a process of its own, with 300 MB more address space than it has once everything is imported.
+    # In a separate process, with 300 MB more address space than after its imports.
     for i, (data, _) in enumerate(HOSTILE.values()):
         (tmp_path / f"{i}.tar").write_bytes(data)
     code = (
@@ -528,7 +528,7 @@ def test_a_description_is_json_and_reopens_the_source_from_anywhere(
     assert_same(open_indexed(described["location"], split=described["split"]), source)
 
 
-def test_another_tar_under_the_same_name_is_another_listing(tmp_path: Path) -> None:
+def test_a_replaced_tar_has_another_listing(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     found = []
     for files in ({"cat/1.png": jpeg(1), "dog/2.png": jpeg(2)}, {"dog/2.png": jpeg(2), "cat/1.png": jpeg(1)}):
@@ -539,12 +539,12 @@ def test_another_tar_under_the_same_name_is_another_listing(tmp_path: Path) -> N
     found.append(open_indexed(str(path)))
     assert keys(found[0]) == keys(found[1]) == keys(found[2])
     assert len({str(source.describe()["listing_sha256"]) for source in found}) == 3
-    with pytest.raises(StageError, match=r"a\.tar: has been changed since its images were listed.*--overwrite"):
+    with pytest.raises(StageError, match=r"a\.tar: has changed since its images were listed.*--overwrite"):
         found[1].load(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
-def test_a_named_pipe_for_a_tar_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+def test_a_named_pipe_as_tar_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.tar")
     for data in ("a.tar", "*.tar", ""):
         with pytest.raises(StageError, match=r"a\.tar: not a regular file"):
@@ -561,14 +561,14 @@ def test_a_named_pipe_for_a_tar_is_refused_instead_of_waited_for(tmp_path: Path)
         "{a,b}" * 40,
     ],
 )
-def test_braces_that_stand_for_too_many_names_are_refused_before_they_are_made(tmp_path: Path, braces: str) -> None:
+def test_braces_with_too_many_names_are_refused_before_expansion(tmp_path: Path, braces: str) -> None:
     for data in (f"{tmp_path}/{braces}.tar", f"https://example.org/{braces}.tar"):
-        with pytest.raises(StageError, match="its braces stand for more than 1,000,000 names"):
+        with pytest.raises(StageError, match="its braces expand to more than 1,000,000 names"):
             open_indexed(data)
 
 
 @pytest.mark.parametrize(
     "pattern", ["{0..9}", "{a,b}{1,2,3}", "{a{0..3},b{5..1..2}}x{,}", "{x}", "{{1..2}}", r"\{1,2\}"]
 )
-def test_names_of_braces_are_counted_as_they_are_made(pattern: str) -> None:
+def test_the_counted_names_of_braces_equal_their_expansion(pattern: str) -> None:
     assert locations._count_names(pattern) == len(locations.expand(pattern))

@@ -1,4 +1,4 @@
-"""What ``dpar train`` shows of a run on real images: what an image cost, and sheets of samples."""
+"""The cost per image and the sheets of samples that ``dpar train`` reports."""
 
 import json
 import shutil
@@ -75,7 +75,7 @@ def mean_patches(patches: Path, steps: int) -> float:
     return float(np.mean(counts))
 
 
-def test_the_mean_cost_is_that_of_the_patches_the_steps_had(patches: Path, tmp_path: Path) -> None:
+def test_the_mean_cost_is_computed_from_the_patches_of_the_steps(patches: Path, tmp_path: Path) -> None:
     result = train(patches, tmp_path / "run", TrainSettings(model="dpar-tiny", **RECIPE), QUIET)
     (line,) = measured(tmp_path / "run")
     mean = mean_patches(patches, 5)
@@ -88,11 +88,11 @@ def test_the_mean_cost_is_that_of_the_patches_the_steps_had(patches: Path, tmp_p
     assert result["training_gflops_per_image"] == line["training_gflops_per_image"]
 
 
-def test_it_is_right_when_the_run_was_broken_off_and_gone_on_with(patches: Path, tmp_path: Path) -> None:
+def test_the_mean_cost_is_right_for_a_resumed_run(patches: Path, tmp_path: Path) -> None:
     settings = TrainSettings(model="dpar-tiny", **RECIPE)
     train(patches, tmp_path, settings, QUIET)
     (whole,) = measured(tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints" / "step-00000005")  # as if a kill came before it
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000005")  # as after a kill before it
     train(patches, tmp_path, settings, QUIET)
     names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
     assert names == ["step-00000004", "step-00000005"]
@@ -101,7 +101,7 @@ def test_it_is_right_when_the_run_was_broken_off_and_gone_on_with(patches: Path,
     assert [again[name] for name in fields] == [whole[name] for name in fields]
 
 
-def test_a_longer_run_says_it_once_after_the_first_steps(
+def test_a_longer_run_prints_the_cost_once_after_the_first_steps(
     patches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "MEASURED_STEPS", 3)
@@ -111,7 +111,7 @@ def test_a_longer_run_says_it_once_after_the_first_steps(
     assert line["measured_patches_per_image"] == pytest.approx(mean_patches(patches, 3))
 
 
-def test_llamagen_costs_its_tokens_and_the_entropy_model_says_nothing(patches: Path, tmp_path: Path) -> None:
+def test_llamagen_costs_its_tokens_and_the_entropy_model_prints_no_cost(patches: Path, tmp_path: Path) -> None:
     train(patches, tmp_path / "run", TrainSettings(model="llamagen-tiny", **RECIPE), QUIET)
     (line,) = measured(tmp_path / "run")
     config = preset("llamagen-tiny", codebook_size=32, grid_height=4, grid_width=4, classes=2)
@@ -121,9 +121,7 @@ def test_llamagen_costs_its_tokens_and_the_entropy_model_says_nothing(patches: P
 
 
 @pytest.mark.parametrize("model", ["dpar-tiny", "llamagen-tiny"])
-def test_each_validation_draws_a_sheet_of_as_many_samples_as_asked_for(
-    patches: Path, tmp_path: Path, model: str
-) -> None:
+def test_each_validation_draws_a_sheet_of_the_requested_samples(patches: Path, tmp_path: Path, model: str) -> None:
     train(patches, tmp_path / "a", TrainSettings(model=model, eval_every=3, sheet=2, ema=0.5, **RECIPE), QUIET)
     names = ["step-00000003.png", "step-00000005.png"]
     assert sorted(path.name for path in (tmp_path / "a" / "sheets").iterdir()) == names
@@ -136,7 +134,7 @@ def test_each_validation_draws_a_sheet_of_as_many_samples_as_asked_for(
     assert one == other  # drawing changes nothing
 
 
-def test_a_tokenizer_that_is_gone_is_said_once_and_training_goes_on(patches: Path, tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_reported_once_and_training_continues(patches: Path, tmp_path: Path) -> None:
     shutil.copytree(patches, tmp_path / "patches")
     manifest = json.loads((tmp_path / "patches" / "manifest.json").read_text())
     manifest["tokenizer"]["path"] = str(tmp_path / "gone")
