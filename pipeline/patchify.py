@@ -243,6 +243,8 @@ class EntropyMeter:
             return unknown
         flat = codes.reshape(-1, codes.shape[-1])
         measured = entropies(self.model, flat, batch=self.settings.batch, precision=self.settings.precision)
+        if np.isnan(measured).any():
+            raise StageError(f"{self.settings.entropy_model} gives no entropies: its weights hold NaN or infinity")
         return measured.reshape(codes.shape)
 
 

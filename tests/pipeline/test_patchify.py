@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import io
+import math
 import itertools
 import json
 import multiprocessing
@@ -424,6 +425,15 @@ def test_a_model_with_constant_entropies_is_one_message(home: Path, tmp_path: Pa
     LlamaGen(LlamaGen.from_pretrained(home / "entropy").config).save_pretrained(tmp_path / "new")  # its head is zero
     with pytest.raises(StageError, match=r"--target-length 2 cannot be reached"):
         run(home / "arrow", tmp_path / "a", entropy_model=str(tmp_path / "new"), target_length=2.0)
+
+
+def test_an_entropy_model_with_weights_that_are_not_numbers_is_refused(home: Path, tmp_path: Path) -> None:
+    model = LlamaGen.from_pretrained(home / "entropy")
+    torch.nn.init.constant_(model.norm.weight, math.nan)
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(StageError, match=r"broken gives no entropies: its weights hold NaN or infinity"):
+        run(home / "arrow", tmp_path / "a", entropy_model=str(tmp_path / "broken"), threshold=1.0)
+    assert not list((tmp_path / "a").glob("*.arrow"))
 
 
 @pytest.mark.parametrize(
