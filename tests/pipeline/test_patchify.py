@@ -1,9 +1,9 @@
 import contextlib
 import hashlib
 import io
-import math
 import itertools
 import json
+import math
 import multiprocessing
 import re
 import shutil
@@ -322,7 +322,7 @@ def test_without_a_limit_patches_reach_to_the_end_of_a_row_or_of_the_image(
 
 def test_a_target_length_of_one_is_refused_with_the_option_to_use(home: Path, tmp_path: Path) -> None:
     model = str(home / "entropy")
-    with pytest.raises(StageError, match=r"--target-length 1 makes every token its own patch; --max-length 1"):
+    with pytest.raises(StageError, match=r"--target-length 1 makes every token its own patch; give --max-length 1"):
         run(home / "arrow", tmp_path / "a", entropy_model=model, target_length=1.0)
     manifest = run(home / "arrow", tmp_path / "a", entropy_model=model, target_length=1.0, max_length=1)
     assert manifest.statistics["mean_length"] == 1
