@@ -22,7 +22,9 @@ from pipeline.sample import sample_pictures
 from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
 from pipeline.settings.sampling import EvalSettings, SampleSettings
 from pipeline.tokenize import tokenize
+from shards.storage import Url, entries, read_bytes
 from tests.kill_campaign import group, stamps
+from tests.object_store import BUCKET, object_store
 from tests.pipeline.sampled import CPU, QUIET, RULE, SIZE, everything, save_home, save_run
 
 NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
@@ -45,8 +47,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """Two nodes with one CPU each."""
+def bucket() -> Iterator[Url]:
+    """A bucket of an S3 server whose address and credentials are in the environment."""
+    with object_store():
+        yield Url(f"s3://{BUCKET}")
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket: Url) -> Iterator[Cluster]:
+    """Two nodes with one CPU each, whose workers inherit the environment of this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_raylet_start_wait_time_s", str(PATIENCE))
@@ -139,6 +148,19 @@ def test_ctrl_c_stops_the_workers_and_keeps_finished_shards(home: Path, cluster:
     patchify(home / "small", tmp_path / "alone", PatchifySettings(**options, **CPU), QUIET)
     assert everything(out) == everything(tmp_path / "alone")
     assert {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name in kept if (path := out / name)} == kept
+
+
+def test_from_bucket_to_bucket_the_bytes_are_those_of_one_process_on_a_disk(
+    home: Path, cluster: Cluster, bucket: Url, tmp_path: Path
+) -> None:
+    cut: dict[str, Any] = {"entropy_model": str(home / "entropy"), "target_length": 1.5, "container": "webdataset"}
+    patchify(home / "codes", tmp_path / "patches", PatchifySettings(**cut, **CPU), QUIET)
+    tokenize(str(home / "photos"), bucket / "codes", encode(home, **RAY, shard_size=4), QUIET)
+    patchify(bucket / "codes", bucket / "patches", PatchifySettings(**cut, **RAY), QUIET)
+    assert everything(tmp_path / "patches")
+    for name, folder in {"codes": home / "codes", "patches": tmp_path / "patches"}.items():
+        there = {file: read_bytes(bucket / name / file) for file in entries(bucket / name)}
+        assert there == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_samples_and_scores_are_those_of_one_process(home: Path, cluster: Cluster, tmp_path: Path) -> None:
