@@ -1,0 +1,149 @@
+"""Kills of workers, nodes and drivers of ``--engine ray``."""
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from ray.cluster_utils import Cluster
+
+from tests.kill_campaign.outputs import Folder, Stamps, stamps, temporary_leavings
+from tests.kill_campaign.report import Report, is_partly_done
+from tests.kill_campaign.victims import Home, Stage, group, send, start
+from tests.ray_nodes import NODE, raylet, workers
+
+Kind = Literal["worker", "node", "driver"]
+KINDS: tuple[Kind, ...] = ("worker", "node", "driver")
+WEIGHTS = (5, 3, 3)  # a driver takes longest to start again
+
+NODES = 2  # beside the head, which has no workers and is not killed
+LONGEST_DELAY = 1.0  # seconds between a first sign of work and the kill
+KILLS_A_FOLDER = 6
+PATIENCE = 600.0  # seconds until a run on a busy machine is taken to hang
+
+
+class RayCampaign:
+    """Kills on one cluster."""
+
+    def __init__(self, stage: Stage, home: Home, cluster: Cluster, folder: Path, seed: int = 0) -> None:
+        """Args:
+        stage: the command.
+        home: what it reads.
+        cluster: with `NODES` nodes beside its head.
+        folder: where it writes; finished outputs are removed again.
+        seed: of the moments and the choice of victims.
+        """
+        self.stage, self.home, self.cluster, self.folder, self.seed = stage, home, cluster, folder, seed
+        self.chance = random.Random(f"{stage} ray {seed}")
+        self.expected = Folder(home.path / stage).finals()
+        self.reports = {kind: Report(stage, f"ray, kills of a {kind}") for kind in KINDS}
+
+    @property
+    def kills(self) -> int:
+        """How many have hit a run at work."""
+        return sum(report.kills for report in self.reports.values())
+
+    @property
+    def wrong(self) -> list[str]:
+        """What is wrong so far."""
+        return [fault for report in self.reports.values() for fault in report.wrong]
+
+    def run(self, kills: int) -> list[Report]:
+        """Kill until ``kills`` have hit a run at work; return a report for each kind of victim."""
+        n = 0
+        while self.kills < kills and not self.wrong:
+            output, temporary = Folder(self.folder / f"{self.stage}-ray-{n}"), self.folder / f"{self.stage}-ray-{n}.tmp"
+            temporary.mkdir()
+            n += 1
+            report = self.one_output(output, temporary, min(KILLS_A_FOLDER, kills - self.kills))
+            report.check_finished(output, self.expected, temporary_leavings(temporary))
+            if not self.wrong:
+                output.remove()
+                shutil.rmtree(temporary)
+        return list(self.reports.values())
+
+    def one_output(self, output: Folder, temporary: Path, kills: int) -> Report:
+        """Write one output, with kills on the way; return the report of the last one."""
+        driver, kept, touched = self.start_driver(output, temporary), Stamps(), set[Kind]()
+        kind: Kind = "worker"
+        for _ in range(kills):
+            wait_for_work(output, driver)
+            time.sleep(self.chance.random() * LONGEST_DELAY)
+            if output.is_finished() or driver.poll() is not None:
+                break
+            [kind] = self.chance.choices(KINDS, WEIGHTS)
+            report = self.reports[kind]
+            touched.add(kind)
+            kept |= stamps(output)
+            at_work = self.kill(kind, driver) and not output.is_finished()
+            report.kills += at_work
+            report.mid_write += at_work and output.is_mid_write()
+            report.unfinished += at_work and is_partly_done(output, self.expected)
+            report.check_halves(output, self.expected)
+            report.check_kept(output, kept)
+            if kind == "driver":
+                driver.communicate(timeout=PATIENCE)
+                driver = self.start_driver(output, temporary)
+        for each in touched:
+            self.reports[each].folders += 1
+        report = self.reports[kind]
+        _, message = driver.communicate(timeout=PATIENCE)
+        if driver.returncode:
+            report.wrong.append(f"{output.address}: the run ended with {driver.returncode}: {message.decode()[-500:]}")
+        report.check_kept(output, kept)
+        wait_until(lambda: not self.workers())
+        return report
+
+    def start_driver(self, output: Folder, temporary: Path) -> subprocess.Popen[bytes]:
+        """Start the command as a user would."""
+        words = [*self.home.command(self.stage, output.address), "--engine", "ray"]
+        return start([*words, "--ray-address", self.cluster.address], temporary)
+
+    def kill(self, kind: Kind, driver: subprocess.Popen[bytes]) -> bool:
+        """Kill a worker, a node that is then replaced, or the driver; return whether there was one."""
+        if kind == "driver":
+            send(signal.SIGKILL, group(driver.pid))
+        elif kind == "node":
+            node = self.chance.choice(self.nodes())
+            send(signal.SIGKILL, group(raylet(node)))
+            self.cluster.remove_node(node, allow_graceful=False)
+            self.cluster.add_node(**NODE)
+        else:
+            wait_until(lambda: self.workers() or driver.poll() is not None)
+            victims = self.workers()
+            send(signal.SIGKILL, [self.chance.choice(victims)] if victims else [])
+            return bool(victims)
+        return True
+
+    def nodes(self) -> list[object]:
+        """The nodes that may be killed, in the order in which they came."""
+        head, *others = self.cluster.list_all_nodes()
+        assert head is self.cluster.head_node
+        return others
+
+    def workers(self) -> list[int]:
+        """The processes of all workers."""
+        return [pid for node in self.nodes() for pid in workers(node)]
+
+
+def wait_for_work(output: Folder, driver: subprocess.Popen[bytes]) -> None:
+    """Wait until another shard is written, or the driver has ended."""
+    written = len(output.written())
+    wait_until(lambda: len(output.written()) > written or driver.poll() is not None)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds.
+
+    Raises:
+        TimeoutError: it takes too long.
+    """
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > until:
+            raise TimeoutError("nothing happened for ten minutes")
+        time.sleep(0.005)
