@@ -3,7 +3,6 @@
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from ray.cluster_utils import Cluster
 
 from tests.kill_campaign.outputs import Folder, Stamps, stamps, temporary_leavings
 from tests.kill_campaign.report import Report, is_partly_done
-from tests.kill_campaign.victims import Home, Stage, group, send, start
+from tests.kill_campaign.victims import PATIENCE, Home, Program, Stage, Victim, group, send
 from tests.ray_nodes import NODE, raylet, workers
 
 Kind = Literal["worker", "node", "driver"]
@@ -23,7 +22,6 @@ WEIGHTS = (5, 3, 3)  # a driver takes longest to start again
 NODES = 2  # beside the head, which has no workers and is not killed
 LONGEST_DELAY = 1.0  # seconds between a first sign of work and the kill
 KILLS_A_FOLDER = 6
-PATIENCE = 600.0  # seconds until a run on a busy machine is taken to hang
 
 
 class RayCampaign:
@@ -73,7 +71,7 @@ class RayCampaign:
         for _ in range(kills):
             wait_for_work(output, driver)
             time.sleep(self.chance.random() * LONGEST_DELAY)
-            if output.is_finished() or driver.poll() is not None:
+            if output.is_finished() or driver.has_ended():
                 break
             [kind] = self.chance.choices(KINDS, WEIGHTS)
             report = self.reports[kind]
@@ -85,25 +83,26 @@ class RayCampaign:
             report.unfinished += at_work and is_partly_done(output, self.expected)
             report.check_halves(output, self.expected)
             report.check_kept(output, kept)
+            report.say()
             if kind == "driver":
-                driver.communicate(timeout=PATIENCE)
+                driver.end()
                 driver = self.start_driver(output, temporary)
         for each in touched:
             self.reports[each].folders += 1
         report = self.reports[kind]
-        _, message = driver.communicate(timeout=PATIENCE)
-        if driver.returncode:
-            report.wrong.append(f"{output.address}: the run ended with {driver.returncode}: {message.decode()[-500:]}")
+        code, message = driver.end()
+        if code:
+            report.wrong.append(f"{output.address}: the run ended with {code}: {message}")
         report.check_kept(output, kept)
         wait_until(lambda: not self.workers())
         return report
 
-    def start_driver(self, output: Folder, temporary: Path) -> subprocess.Popen[bytes]:
+    def start_driver(self, output: Folder, temporary: Path) -> Victim:
         """Start the command as a user would."""
         words = [*self.home.command(self.stage, output.address), "--engine", "ray"]
-        return start([*words, "--ray-address", self.cluster.address], temporary)
+        return Program([*words, "--ray-address", self.cluster.address], temporary)
 
-    def kill(self, kind: Kind, driver: subprocess.Popen[bytes]) -> bool:
+    def kill(self, kind: Kind, driver: Victim) -> bool:
         """Kill a worker, a node that is then replaced, or the driver; return whether there was one."""
         if kind == "driver":
             send(signal.SIGKILL, group(driver.pid))
@@ -113,7 +112,7 @@ class RayCampaign:
             self.cluster.remove_node(node, allow_graceful=False)
             self.cluster.add_node(**NODE)
         else:
-            wait_until(lambda: self.workers() or driver.poll() is not None)
+            wait_until(lambda: self.workers() or driver.has_ended())
             victims = self.workers()
             send(signal.SIGKILL, [self.chance.choice(victims)] if victims else [])
             return bool(victims)
@@ -130,10 +129,10 @@ class RayCampaign:
         return [pid for node in self.nodes() for pid in workers(node)]
 
 
-def wait_for_work(output: Folder, driver: subprocess.Popen[bytes]) -> None:
+def wait_for_work(output: Folder, driver: Victim) -> None:
     """Wait until another shard is written, or the driver has ended."""
     written = len(output.written())
-    wait_until(lambda: len(output.written()) > written or driver.poll() is not None)
+    wait_until(lambda: len(output.written()) > written or driver.has_ended())
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -145,5 +144,5 @@ def wait_until(condition: Callable[[], object]) -> None:
     until = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > until:
-            raise TimeoutError("nothing happened for ten minutes")
+            raise TimeoutError(f"nothing happened for {PATIENCE:g} seconds")
         time.sleep(0.005)

@@ -3,7 +3,6 @@
 import random
 import shutil
 import signal
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Literal
 
 from tests.kill_campaign.outputs import Folder, Output, Prefix, stamps, temporary_leavings
 from tests.kill_campaign.report import Report, is_partly_done
-from tests.kill_campaign.victims import Home, Stage, children, group, send, start
+from tests.kill_campaign.victims import Fork, Home, Program, Stage, Victim, children, group, send
 
 Start = Literal["alone", "two by hand", "torchrun"]
 Place = Literal["disk", "bucket"]
 
 LONGEST_DELAY = {"disk": 0.4, "bucket": 1.0}  # seconds between the first sign of work and the kill
-POLL = {"disk": 0.002, "bucket": 0.05}  # seconds; a listing costs the server time
+POLL = 0.002  # seconds between looks at an output
+LOOKING = 0.2  # of the time at most, because looking at a bucket costs its server time
 KILLS_A_FOLDER = 6  # then it is run to the end, and the next folder begins
 
 
@@ -32,13 +32,13 @@ class Victims:
     output: Output
     temporary: Path
 
-    def start_processes(self) -> list[subprocess.Popen[bytes]]:
-        """Start them as a user would."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    def start_all(self) -> list[Victim]:
+        """Start their processes."""
         words = self.home.command(self.stage, self.output.address)
         if self.start == "torchrun":
-            words = launcher + words
-        return [start(words, self.temporary) for _ in range(2 if self.start == "two by hand" else 1)]
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+            return [Program(launcher + words, self.temporary)]
+        return [Fork(words, self.temporary) for _ in range(2 if self.start == "two by hand" else 1)]
 
 
 def campaign(
@@ -82,23 +82,27 @@ def kill_once(victims: Victims, chance: random.Random, report: Report, expected:
     output = victims.output
     before, n_before = stamps(output), len(output.written())
     report.unfinished += is_partly_done(output, expected)
-    processes = victims.start_processes()
-    while len(output.written()) == n_before and all(process.poll() is None for process in processes):
-        time.sleep(POLL[victims.place])
+    processes = victims.start_all()
+    while not any(process.has_ended() for process in processes):
+        looked = time.monotonic()
+        if len(output.written()) != n_before:
+            break
+        time.sleep(max(POLL, (time.monotonic() - looked) / LOOKING))
     time.sleep(chance.random() * LONGEST_DELAY[victims.place])
     at_work = not output.is_finished()
     one = chance.random() < 0.5
     for victim in processes[: 1 if one else None]:
-        if victim.poll() is None:
+        if not victim.has_ended():
             # Under torchrun "one" is a worker; the launcher then ends the rest.
             is_worker = victims.start == "torchrun" and one
             send(signal.SIGKILL, children(victim.pid)[:1] if is_worker else group(victim.pid))
             report.kills += at_work
     report.mid_write += at_work and (output.is_mid_write() or has_files(victims.temporary))
     for process in processes:
-        process.communicate(timeout=600)
+        process.end()
     report.check_halves(output, expected)
     report.check_kept(output, before)
+    report.say()
 
 
 def has_files(temporary: Path) -> bool:
@@ -109,9 +113,8 @@ def has_files(temporary: Path) -> bool:
 def finish(victims: Victims, report: Report) -> None:
     """Runs the command undisturbed to its end."""
     before = stamps(victims.output)
-    for process in victims.start_processes():
-        _, said = process.communicate(timeout=1200)
-        if process.returncode:
-            message = f"the last run ended with {process.returncode}: {said.decode()[-500:]}"
-            report.wrong.append(f"{victims.output.address}: {message}")
+    for process in victims.start_all():
+        code, message = process.end()
+        if code:
+            report.wrong.append(f"{victims.output.address}: the last run ended with {code}: {message}")
     report.check_kept(victims.output, before)

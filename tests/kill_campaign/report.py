@@ -1,5 +1,6 @@
 """What a campaign saw."""
 
+import sys
 from dataclasses import dataclass, field
 
 from tests.kill_campaign.outputs import Output, Stamps, rewritten, stamps
@@ -17,6 +18,11 @@ class Report:
     folders: int = 0
     unfinished: int = 0  # restarts that found some shards done and some not
     wrong: list[str] = field(default_factory=list)
+
+    def say(self) -> None:
+        """Write a line of progress."""
+        counts = f"{self.kills} kills, {self.mid_write} in the middle of a shard, {len(self.wrong)} faults"
+        sys.stderr.write(f"{self.stage}, {self.start}: {counts}\n")
 
     def check_halves(self, output: Output, expected: dict[str, str]) -> None:
         """Whatever has its final name has its final bytes."""

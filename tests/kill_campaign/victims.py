@@ -1,13 +1,16 @@
 """The commands that are killed, what they read, and their processes."""
 
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +27,9 @@ Stage = Literal["tokenize", "patchify"]
 ROOT = Path(__file__).parents[2]
 V = 32
 ENCODE: dict[str, Any] = {"shard_size": 1, "batch": 2, "device": "cpu"}
+PATIENCE = 1800.0  # seconds until a run on a busy machine is taken to hang
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["cli", "pipeline.tokenize", "pipeline.patchify", "s3fs"])
 MEASURE: dict[str, Any] = {"target_length": 1.5, "batch": 2, "device": "cpu"}
 
 
@@ -67,16 +73,76 @@ class Home:
         return ["-m", "dpar", stage, *(str(word) for word in words)]
 
 
-def start(words: list[str], temporary: Path) -> subprocess.Popen[bytes]:
-    """Start Python as a user would; its temporary files are in ``temporary``."""
-    return subprocess.Popen(
-        [sys.executable, *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)},
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        process_group=0,
-    )
+class Victim(Protocol):
+    """A command at work."""
+
+    @property
+    def pid(self) -> int:
+        """Of its first process."""
+
+    def has_ended(self) -> bool:
+        """Whether it has."""
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end; return its exit code and what it said at last."""
+
+
+class Program:
+    """Python with some arguments, as a user would start it."""
+
+    def __init__(self, words: list[str], temporary: Path) -> None:
+        """Start it; its temporary files are in ``temporary``."""
+        self._process = subprocess.Popen(
+            [sys.executable, *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)},
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            process_group=0,
+        )
+        self.pid = self._process.pid
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def end(self) -> tuple[int, str]:
+        _, message = self._process.communicate(timeout=PATIENCE)
+        return self._process.returncode, message.decode()[-500:]
+
+
+class Fork:
+    """The same in a process that has imported PyTorch and the rest already: a start is most of what a kill costs."""
+
+    def __init__(self, words: list[str], temporary: Path) -> None:
+        """Start it; its temporary files are in ``temporary``."""
+        number, name = tempfile.mkstemp(suffix=".txt", dir=temporary)
+        os.close(number)
+        self._said = Path(name)
+        self._process = FORKS.Process(target=_run, args=(words, {**os.environ, "TMPDIR": str(temporary)}, name))
+        self._process.start()
+        assert self._process.pid
+        self.pid = self._process.pid
+
+    def has_ended(self) -> bool:
+        return self._process.exitcode is not None
+
+    def end(self) -> tuple[int, str]:
+        self._process.join(PATIENCE)
+        assert self._process.exitcode is not None, f"still at work after {PATIENCE} seconds"
+        return self._process.exitcode, self._said.read_text(errors="replace")[-500:]
+
+
+def _run(words: list[str], environment: dict[str, str], said: str) -> None:
+    """Be ``python -m dpar ...``."""
+    os.environ.update(environment)
+    tempfile.tempdir = None  # to be looked up again
+    torch.set_num_threads(1)
+    file = os.open(said, os.O_WRONLY)
+    os.dup2(file, sys.stdout.fileno())
+    os.dup2(file, sys.stderr.fileno())
+    flag, module, *sys.argv[1:] = words
+    assert flag == "-m"
+    runpy.run_module(module, run_name="__main__")
 
 
 def children(pid: int) -> list[int]:
