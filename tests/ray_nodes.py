@@ -44,4 +44,12 @@ def raylet(node: Any) -> int:
 
 def workers(node: Any) -> list[int]:
     """The processes of a node's workers."""
-    return [pid for pid in group(raylet(node)) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Worker")]
+    return [pid for pid in group(raylet(node)) if title(pid).startswith(b"ray::Worker")]
+
+
+def title(pid: int) -> bytes:
+    """How a process calls itself; nothing if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""

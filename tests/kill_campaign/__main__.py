@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import get_args
 
 import tests.kill_campaign as package
-from tests.kill_campaign.on_ray import NODES, RayCampaign
 from tests.kill_campaign.outputs import Prefix, keep_versions
 from tests.kill_campaign.processes import Place, Start, campaign
 from tests.kill_campaign.report import Report, table
 from tests.kill_campaign.victims import Home, Stage
 from tests.object_store import object_store
-from tests.ray_nodes import ray_cluster
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 SHARDS = {"disk": 200, "bucket": 60, "ray": 80}
@@ -49,7 +47,10 @@ def on_processes(place: Place, arguments: argparse.Namespace, folder: Path) -> l
 
 
 def on_ray(arguments: argparse.Namespace, folder: Path) -> list[Report]:
-    """Kill parts of Ray clusters, one after the other."""
+    """Kill parts of a Ray cluster."""
+    from tests.kill_campaign.on_ray import NODES, RayCampaign  # the others need no Ray
+    from tests.ray_nodes import ray_cluster
+
     home = Home(folder / "home", arguments.shards or SHARDS["ray"], RAY_SIZE)
     with ray_cluster(NODES, num_cpus=0) as cluster:
         campaigns = [RayCampaign(stage, home, cluster, folder, arguments.seed) for stage in STAGES]

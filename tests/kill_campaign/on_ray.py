@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ray.cluster_utils import Cluster
 
@@ -66,30 +66,33 @@ class RayCampaign:
 
     def one_output(self, output: Folder, temporary: Path, kills: int) -> Report:
         """Write one output, with kills on the way; return the report of the last one."""
-        driver, kept, touched = self.start_driver(output, temporary), Stamps(), set[Kind]()
-        kind: Kind = "worker"
+        driver, kept, kinds = self.start_driver(output, temporary), Stamps(), set[Kind]()
+        report = self.reports["driver"]
         for _ in range(kills):
             wait_for_work(output, driver)
             time.sleep(self.chance.random() * LONGEST_DELAY)
-            if output.is_finished() or driver.has_ended():
+            if driver.has_ended():
                 break
             [kind] = self.chance.choices(KINDS, WEIGHTS)
             report = self.reports[kind]
-            touched.add(kind)
+            kinds.add(kind)
             kept |= stamps(output)
-            at_work = self.kill(kind, driver) and not output.is_finished()
+            victims, repair = self.choose(kind, driver)
+            at_work = bool(victims) and not output.is_finished()
+            send(signal.SIGKILL, victims)
             report.kills += at_work
-            report.mid_write += at_work and output.is_mid_write()
-            report.unfinished += at_work and is_partly_done(output, self.expected)
+            # A driver writes no shards; the workers that it leaves end by themselves.
+            report.mid_write += at_work and (output.is_mid_write() if kind == "driver" else output.halves(victims) > 0)
             report.check_halves(output, self.expected)
             report.check_kept(output, kept)
-            report.say()
+            repair()
             if kind == "driver":
                 driver.end()
+                report.unfinished += is_partly_done(output, self.expected)
                 driver = self.start_driver(output, temporary)
-        for each in touched:
+            report.say()
+        for each in kinds:
             self.reports[each].folders += 1
-        report = self.reports[kind]
         code, message = driver.end()
         if code:
             report.wrong.append(f"{output.address}: the run ended with {code}: {message}")
@@ -102,27 +105,27 @@ class RayCampaign:
         words = [*self.home.command(self.stage, output.address), "--engine", "ray"]
         return Program([*words, "--ray-address", self.cluster.address], temporary)
 
-    def kill(self, kind: Kind, driver: Victim) -> bool:
-        """Kill a worker, a node that is then replaced, or the driver; return whether there was one."""
+    def choose(self, kind: Kind, driver: Victim) -> tuple[list[int], Callable[[], object]]:
+        """Return the processes of a worker, a node or the driver, and what repairs the cluster without them."""
         if kind == "driver":
-            send(signal.SIGKILL, group(driver.pid))
-        elif kind == "node":
+            return group(driver.pid), lambda: None
+        if kind == "node":
             node = self.chance.choice(self.nodes())
-            send(signal.SIGKILL, group(raylet(node)))
-            self.cluster.remove_node(node, allow_graceful=False)
-            self.cluster.add_node(**NODE)
-        else:
-            wait_until(lambda: self.workers() or driver.has_ended())
-            victims = self.workers()
-            send(signal.SIGKILL, [self.chance.choice(victims)] if victims else [])
-            return bool(victims)
-        return True
+            return group(raylet(node)), lambda: self.replace(node)
+        wait_until(lambda: self.workers() or driver.has_ended())
+        pids = self.workers()
+        return [self.chance.choice(pids)] if pids else [], lambda: None  # Ray starts another one
 
-    def nodes(self) -> list[object]:
-        """The nodes that may be killed, in the order in which they came."""
-        head, *others = self.cluster.list_all_nodes()
-        assert head is self.cluster.head_node
-        return others
+    def replace(self, node: Any) -> None:
+        """Put a new node in the place of a dead one."""
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.cluster.add_node(**NODE)
+
+    def nodes(self) -> list[Any]:
+        """The nodes that may be killed, in the order of their processes' numbers."""
+        return sorted(
+            (node for node in self.cluster.list_all_nodes() if node is not self.cluster.head_node), key=raylet
+        )
 
     def workers(self) -> list[int]:
         """The processes of all workers."""
@@ -145,4 +148,4 @@ def wait_until(condition: Callable[[], object]) -> None:
     while not condition():
         if time.monotonic() > until:
             raise TimeoutError(f"nothing happened for {PATIENCE:g} seconds")
-        time.sleep(0.005)
+        time.sleep(0.02)

@@ -84,6 +84,11 @@ class Folder:
     def is_mid_write(self) -> bool:
         return any(self._parts()) or any((self.path / BUILD).glob("*.part"))
 
+    def halves(self, processes: list[int]) -> int:
+        """Return how many files some processes have been writing."""
+        names = [path.name for path in [*self._parts(), *(self.path / BUILD).glob("*.part")]]
+        return sum(name.endswith(f".{pid}.part") for name in names for pid in processes)
+
     def leavings(self) -> list[str]:
         return [str(path) for path in [*self._parts(), self.path / BUILD] if path.exists()]
 
