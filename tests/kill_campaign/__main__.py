@@ -39,7 +39,7 @@ def on_processes(place: Place, arguments: argparse.Namespace, folder: Path) -> l
         pool = stack.enter_context(ThreadPoolExecutor(arguments.at_once))
         return list(
             pool.map(
-                lambda kind, share: campaign(*kind, share, home, folder, arguments.seed, place),
+                lambda kind, share: campaign(kind[0], kind[1], share, home, folder, arguments.seed, place),
                 kinds,
                 shares(arguments.kills, len(kinds)),
             )

@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,7 +112,7 @@ class RayCampaign:
             return group(driver.pid), lambda: None
         if kind == "node":
             node = self.chance.choice(self.nodes())
-            return group(raylet(node)), lambda: self.replace(node)
+            return group(raylet(node)), partial(self.replace, node)
         wait_until(lambda: self.workers() or driver.has_ended())
         pids = self.workers()
         return [self.chance.choice(pids)] if pids else [], lambda: None  # Ray starts another one

@@ -21,8 +21,8 @@ class Report:
 
     def say(self) -> None:
         """Write a line of progress."""
-        counts = f"{self.kills} kills, {self.mid_write} in the middle of a shard, {len(self.wrong)} faults"
-        sys.stderr.write(f"{self.stage}, {self.start}: {counts}\n")
+        counts = f"{self.kills} kills, {self.mid_write} in the middle of a shard, output {self.folders}"
+        sys.stderr.write("\n".join([f"{self.stage}, {self.start}: {counts}", *self.wrong]) + "\n")
 
     def check_halves(self, output: Output, expected: dict[str, str]) -> None:
         """Whatever has its final name has its final bytes."""

@@ -73,7 +73,8 @@ def wait_until(condition: Callable[[], object]) -> None:
 def test_when_a_node_joins_and_one_is_lost_the_bytes_are_those_of_one_process_and_no_shard_is_written_twice(
     home: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
-    out, first, lost = Folder(tmp_path / "codes"), *cluster.list_all_nodes()
+    out = Folder(tmp_path / "codes")
+    first, lost = cluster.list_all_nodes()
 
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(tokenize, str(home / "photos"), out.path, encode(home, **RAY), QUIET)
