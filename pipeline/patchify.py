@@ -117,7 +117,7 @@ def _patchify(
             _write_shards(build, artifact, meter, rule, indices, count)
 
         with progress.task("patchify", source.rows, "images") as task:
-            task.skip(sum(info.rows for index, info in enumerate(source.shards) if build.done(index)))
+            task.skip(source.rows - sum(source.shards[index].rows for index in build.unfinished()))
             engine.run(Shards(build), work, task)
         manifest = build.finish(make_manifest)
     if manifest is None:
