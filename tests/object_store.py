@@ -1,6 +1,7 @@
 """An S3 server on loopback for tests (moto). ``s3fs`` finds it, and credentials, in the environment."""
 
 import logging
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +28,9 @@ def object_store() -> Iterator[str]:
         patch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir(BUCKET)
-        yield f"http://{host}:{port}"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+        try:
+            yield f"http://{host}:{port}"
+        finally:  # buckets are global to the process: the next server would have them too
+            urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"", timeout=60).close()
+            s3fs.S3FileSystem.clear_instance_cache()
+            server.stop()
