@@ -39,16 +39,16 @@ FLASH_CAPABILITY = (8, 0)  # the oldest GPUs that flash attention runs on
 
 
 def dense_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of whole sequences, (B, T, heads, head_dim) each, through SDPA's own fast paths."""
+    """Causal attention over complete sequences, (B, T, heads, head_dim) each, through SDPA's fast paths."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
     return out.transpose(1, 2)
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, asked: Backend = "auto") -> tuple[PackedBackend, str]:
-    """The backend of packed attention to train with here, and why in a few words.
+    """Return the backend of packed attention to train with here, and a short reason.
 
     Args:
-        device: where the model is.
+        device: of the model.
         dtype: of queries and keys: autocast's, or the weights'.
         asked: one backend, or ``auto`` for the first of :data:`PREFERRED` that runs here.
 
@@ -56,12 +56,12 @@ def choose_backend(device: torch.device, dtype: torch.dtype, asked: Backend = "a
         ModelError: the backend asked for cannot run here, with the reason and those that can.
     """
     if asked not in get_args(Backend):
-        raise ModelError(f"no attention backend is called {asked!r}; there are {', '.join(get_args(Backend))}")
+        raise ModelError(f"no attention backend is called {asked!r}; choose from {', '.join(get_args(Backend))}")
     if asked != "auto":
         hindrance = _hindrance(asked, device, dtype)
         if hindrance is not None:
             able = [name for name in get_args(PackedBackend) if _hindrance(name, device, dtype) is None]
-            raise ModelError(f"attention backend {asked} cannot run here: {hindrance}. What can: {', '.join(able)}")
+            raise ModelError(f"attention backend {asked} cannot run here: {hindrance}. These can: {', '.join(able)}")
         return asked, "as asked"
     passed_over = []
     for name in PREFERRED:
@@ -73,7 +73,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, asked: Backend = "a
 
 
 def _hindrance(backend: PackedBackend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot train here; None where it can."""
+    """Return why a backend cannot train here; None if it can."""
     if backend == "sdpa":
         return None
     if device.type != "cuda":
@@ -118,7 +118,7 @@ def packed_attention(
 
 
 def packed_causal(layout: PatchLayout, backend: PackedBackend) -> Attend:
-    """:func:`packed_attention` of one batch as a callable: what all layers share is made once."""
+    """Return :func:`packed_attention` of one batch as a callable; what all layers share is computed once."""
     # The longest image differs from batch to batch and would make torch.compile start anew; its bound does not.
     return _attend_with(backend, layout.cu_seqlens, layout.n_tokens, layout.host_cu_seqlens)
 
@@ -165,7 +165,7 @@ def _xformers_mask(cu_seqlens: Tensor, host: Tensor) -> Any:
     from xformers.ops import fmha  # imports with warnings where there is no GPU, so only here
 
     lengths = host.diff()
-    # from_seqlens would copy to the device what lies there already
+    # from_seqlens would copy to the device again
     seqlens = fmha.attn_bias._SeqLenInfo(
         seqstart=cu_seqlens,
         max_seqlen=int(lengths.max()),
@@ -204,11 +204,11 @@ def _flex(mask: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @functools.cache
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """FlexAttention's functions as they are meant to run; uncompiled they hold all pairs of patches of the batch."""
+    """Return the compiled function; uncompiled, FlexAttention materialises all pairs of patches of the batch."""
     return torch.compile(function, dynamic=True)
 
 
-# One call an image: padding to the longest and copying there and back takes half as long again on CPU.
+# One call per image: on CPU, padding to the longest and copying back and forth takes 1.5 times as long.
 
 
 def _image_by_image(host: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def _operator_cpu(host: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-# The same as an operator, which torch.compile takes as it is.
+# The same as an operator, which torch.compile keeps in its graph.
 
 
 @torch.library.custom_op("dpar::packed_cpu", mutates_args=(), device_types="cpu")
@@ -244,22 +244,22 @@ def _like_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tens
 
 @torch.library.custom_op("dpar::packed_cpu_backward", mutates_args=(), device_types="cpu")
 def _packed_cpu_backward(
-    pull: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _like_cpu_backward(pull, q, k, v, out, lse, cu_seqlens)
+    gradients = _like_cpu_backward(grad, q, k, v, out, lse, cu_seqlens)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     for begin, end in pairwise(cu_seqlens.tolist()):
         # in lse's dtype: bfloat16's own backward takes twice as long as float32's at these lengths
-        images = (_one_image(x, begin, end).to(lse.dtype) for x in (pull, q, k, v, out))
+        images = (_one_image(x, begin, end).to(lse.dtype) for x in (grad, q, k, v, out))
         sums = lse[begin:end].transpose(0, 1)[None]
-        for whole, one in zip(gradients, flash(*images, sums, 0.0, True), strict=True):
-            whole[begin:end] = one[0].transpose(0, 1)
+        for gradient, one in zip(gradients, flash(*images, sums, 0.0, True), strict=True):
+            gradient[begin:end] = one[0].transpose(0, 1)
     return gradients
 
 
 @_packed_cpu_backward.register_fake
 def _like_cpu_backward(
-    pull: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
@@ -273,19 +273,19 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tenso
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
-def _backward(ctx: Any, pull: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_packed_cpu_backward(pull, *ctx.saved_tensors), None
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_packed_cpu_backward(grad, *ctx.saved_tensors), None
 
 
 _packed_cpu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def patch_cross_attention(q: Tensor, k: Tensor, v: Tensor, patch_of_token: Tensor, n_patches: int) -> Tensor:
-    """Each patch attends to its own tokens, and each token is read once.
+    """Attend from each patch to its own tokens; each token is read once.
 
     Args:
-        q: (M, heads, head_dim), one query a patch.
-        k: (T, heads, head_dim), one key a token.
+        q: (M, heads, head_dim), one query per patch.
+        k: (T, heads, head_dim), one key per token.
         v: (T, heads, head_dim).
         patch_of_token: (T,) int64.
         n_patches: M.

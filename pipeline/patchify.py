@@ -117,7 +117,7 @@ def _patchify(
             _write_shards(build, artifact, meter, rule, indices, count)
 
         with progress.task("patchify", source.rows, "images") as task:
-            task.skip(sum(info.rows for index, info in enumerate(source.shards) if build.done(index)))
+            task.skip(source.rows - sum(source.shards[index].rows for index in build.unfinished()))
             engine.run(Shards(build), work, task)
         manifest = build.finish(make_manifest)
     if manifest is None:
@@ -243,6 +243,8 @@ class EntropyMeter:
             return unknown
         flat = codes.reshape(-1, codes.shape[-1])
         measured = entropies(self.model, flat, batch=self.settings.batch, precision=self.settings.precision)
+        if np.isnan(measured).any():
+            raise StageError(f"{self.settings.entropy_model} gives no entropies: its weights hold NaN or infinity")
         return measured.reshape(codes.shape)
 
 

@@ -213,8 +213,8 @@ def encode_source(
 
     with progress.task("tokenize holdout" if is_holdout else "tokenize", source.n_items, "images") as task:
         if settings.engine == "ray" and source.n_items is not None:  # write_shards counts what a process passes over
-            first = [i * settings.shard_size for i in range(build.n_shards) if build.done(i)]
-            task.skip(sum(min(settings.shard_size, source.n_items - i) for i in first))
+            left = [i * settings.shard_size for i in build.unfinished()]
+            task.skip(source.n_items - sum(min(settings.shard_size, source.n_items - i) for i in left))
         engine.run(Shards(build), work, task)
     is_last = not is_file(out / MANIFEST)  # this is probably the last process to finish
     manifest = build.finish(make_manifest)

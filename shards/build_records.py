@@ -101,10 +101,13 @@ class BuildRecords:
     def __contains__(self, index: int) -> bool:
         return self._path(index).is_file()
 
+    def finished(self) -> set[int]:
+        """Return the finished shards."""
+        return {int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal()}
+
     def infos(self) -> dict[int, ShardInfo]:
         """Return the records of all finished shards, by index."""
-        indices = sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal())
-        return {index: info for index in indices if (info := self.read(index)) is not None}
+        return {index: info for index in sorted(self.finished()) if (info := self.read(index)) is not None}
 
     def write_shard(self, name: str, rows: Rows, container: Container) -> tuple[str, int]:
         """Write a shard atomically; return its SHA-256 and its bytes."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from shards.errors import ADVICE, ArtifactError
 from shards.files import atomic_path, file_sha256
 from shards.locks import Claims
 from shards.manifest import ShardInfo
+from shards.scratch import Scratch
 from shards.storage import Url, pieces, size
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -39,14 +39,14 @@ class ShardCache:
         """
         self.folder, self.most = folder, most
         self._verified: set[str] = set()
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: Scratch | None = None
 
     @classmethod
     def temporary(cls) -> ShardCache:
         """Return a cache in a temporary directory, which is removed with the object."""
-        directory = tempfile.TemporaryDirectory(prefix="dpar-", ignore_cleanup_errors=True)
-        cache = cls(Path(directory.name), TEMPORARY)
-        cache._directory = directory
+        scratch = Scratch()
+        cache = cls(scratch.folder, TEMPORARY)
+        cache._scratch = scratch
         return cache
 
     @contextmanager

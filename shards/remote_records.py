@@ -1,7 +1,8 @@
 """The records of an artifact that is being written to a URL: those of :mod:`shards.build_records`, as objects.
 
 Object stores have no locks: processes start at different shards, and if two compute the same shard, they write the same
-bytes. A process learns which shards are finished from a listing that is at most `FRESH` seconds old.
+bytes. A process learns which shards are finished from a listing that is at most `FRESH` seconds old, or older if a
+listing takes long.
 """
 
 from __future__ import annotations
@@ -9,11 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from shards.errors import ArtifactError
@@ -21,9 +20,11 @@ from shards.left_out import LEFT_OUT, write_left_out
 from shards.manifest import BUILD, MANIFEST, SETTINGS, Container, Manifest, ShardInfo
 from shards.records import parse, read_json
 from shards.rows import Rows, write_shard
+from shards.scratch import Scratch, remove_abandoned
 from shards.storage import CONNECTIONS, READ_ONLY, Url, entries, is_file, pieces, put, remove, size, write_json
 
 FRESH = 10.0  # seconds
+LISTING_SHARE = 0.05  # largest share of a process's time: a listing has 1,000 names per request
 PATIENCE = 600.0  # seconds to wait for the first process to delete what --overwrite replaces
 
 
@@ -40,10 +41,10 @@ class RemoteRecords:
         self.artifact = artifact
         self.folder = artifact / BUILD
         self._finished: set[int] = set()
-        self._listed = -FRESH
+        self._valid_until = 0.0
 
     def prepare(self) -> None:
-        """Check that the directory can be listed.
+        """Check that the directory can be listed, and remove the temporary files of killed processes.
 
         Raises:
             ArtifactError: it cannot be listed, or is read-only.
@@ -54,6 +55,7 @@ class RemoteRecords:
                 "or a folder"
             )
         entries(self.artifact)
+        remove_abandoned()
 
     def exclusive(self) -> AbstractContextManager[object]:
         """Return an empty context: there are no locks."""
@@ -106,7 +108,7 @@ class RemoteRecords:
             write_json(self.folder / SETTINGS, manifest.settings)
             remove([self.artifact / MANIFEST])  # last: without it and the records all shards would be made again
         remove([self._path(index) for index in damaged])
-        self._listed = -FRESH
+        self._valid_until = 0.0
 
     def _is_valid(self, info: ShardInfo) -> bool:
         url, digest = self.artifact / info.name, hashlib.sha256()
@@ -132,14 +134,17 @@ class RemoteRecords:
             self.remove()
 
     def __contains__(self, index: int) -> bool:
-        if time.monotonic() - self._listed >= FRESH:
-            self._list()
+        if time.monotonic() >= self._valid_until:
+            self.finished()
         return index in self._finished
 
-    def _list(self) -> set[int]:
+    def finished(self) -> set[int]:
+        """Return the finished shards, from a new listing."""
+        start = time.monotonic()
         names = entries(self.folder)
+        end = time.monotonic()
         self._finished = {int(name[:-5]) for name in names if re.fullmatch(r"\d{5,}\.json", name)}
-        self._listed = time.monotonic()
+        self._valid_until = end + max(FRESH, (end - start) / LISTING_SHARE)
         return self._finished
 
     def read(self, index: int) -> ShardInfo | None:
@@ -154,15 +159,15 @@ class RemoteRecords:
 
     def infos(self) -> dict[int, ShardInfo]:
         """Return the records of all finished shards, by index."""
-        indices = sorted(self._list())
+        indices = sorted(self.finished())
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             infos = pool.map(self.read, indices)
             return {index: info for index, info in zip(indices, infos, strict=True) if info is not None}
 
     def write_shard(self, name: str, rows: Rows, container: Container) -> tuple[str, int]:
         """Write a shard to a temporary file and upload it in one piece; return its SHA-256 and its bytes."""
-        with tempfile.TemporaryDirectory(prefix="dpar-") as folder:
-            path = Path(folder) / name
+        with Scratch() as folder:
+            path = folder / name
             digest = write_shard(path, rows, container)
             put(path, self.artifact / name)
             return digest, path.stat().st_size

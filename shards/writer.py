@@ -117,11 +117,16 @@ class ArtifactBuild:
         """Return the record of shard ``index`` if it was written, or verified since this build was opened."""
         return self.records.read(index)
 
+    def unfinished(self) -> list[int]:
+        """Return the unfinished shards, whoever writes them; none if the artifact is finished."""
+        if self.finished is not None:
+            return []
+        left = set(range(self.n_shards)) - self.records.finished()
+        return [] if left and self.records.has_manifest() else sorted(left)  # records end after the manifest begins
+
     def remaining(self) -> int:
         """Return the number of unfinished shards, whoever writes them; 0 if the artifact is finished."""
-        if self.finished is not None or self.records.has_manifest():
-            return 0
-        return sum(index not in self.records for index in range(self.n_shards))
+        return len(self.unfinished())
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without claims: the copy writes shards of the build that this process has opened and finishes."""
@@ -147,7 +152,7 @@ class ArtifactBuild:
         first = rank * self.n_shards // world_size
         try:
             for index in (*range(first, self.n_shards), *range(first)) if only is None else (only,):
-                if index in self.records:
+                if only is None and index in self.records:
                     continue
                 with self._disk_errors(self.records.folder):
                     claimed = self.records.claim(index, wait=only is not None)

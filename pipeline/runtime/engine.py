@@ -49,8 +49,8 @@ class Pieces(Protocol):
     def output(self) -> Location:
         """Where they are written, for messages."""
 
-    def is_done(self, index: int, /) -> bool:
-        """Return whether a piece is finished, by any process."""
+    def unfinished(self) -> list[int]:
+        """Return the pieces that no process has finished yet."""
 
     def missing(self, only: int | None = None) -> Generator[int, None, None]:
         """Claim and yield the unfinished pieces, or this one, waiting for a process that has it."""

@@ -184,14 +184,13 @@ class RayEngine:
             work(pieces.missing(index), count)
             return count.n
 
-        indices = [index for index in range(pieces.n) if not pieces.is_done(index)]
-        for images in self._map(piece, indices):
+        for images in self._map(piece, pieces.unfinished()):
             task.advance(images)
         until = time.monotonic() + PATIENCE
-        while indices := [index for index in indices if not pieces.is_done(index)]:
+        while left := pieces.unfinished():
             if time.monotonic() > until:
                 raise StageError(
-                    f"{len(indices)} pieces that the workers have written are not in {pieces.output}. Driver and "
+                    f"{len(left)} pieces that the workers have written are not in {pieces.output}. Driver and "
                     "workers need a shared file system; name an absolute path on it"
                 )
             time.sleep(0.1)

@@ -67,6 +67,10 @@ class Pieces:
     n: int
     is_done: Callable[[int], bool]
 
+    def unfinished(self) -> list[int]:
+        """Return the pieces that are not done."""
+        return [index for index in range(self.n) if not self.is_done(index)]
+
     def missing(self, only: int | None = None) -> Generator[int, None, None]:
         """See :func:`claim_parts`."""
         return claim_parts(self.output, self.n, self.is_done, only)
@@ -88,10 +92,9 @@ class Shards:
         """Their number."""
         return self.build.n_shards
 
-    def is_done(self, index: int) -> bool:
-        """Return whether a shard is finished."""
-        build = self.build
-        return index in build.records or build.records.has_manifest() or build.done(index) is not None
+    def unfinished(self) -> list[int]:
+        """See :meth:`shards.writer.ArtifactBuild.unfinished`."""
+        return self.build.unfinished()
 
     def missing(self, only: int | None = None) -> Generator[int, None, None]:
         """See :meth:`shards.writer.ArtifactBuild.todo`."""

@@ -180,7 +180,7 @@ def _locate_url(data: str, split: str | None) -> _Located:
     if not all(url.endswith(".tar") for url in urls):
         raise StageError(f"{data}: over the network only tars are read, and this does not end in .tar; {_ACCEPTED}")
     if split is not None:
-        raise StageError(f"{data}: tars have no splits; name the tars of {split!r} alone")
+        raise StageError(f"{data}: tars have no splits; give only the tars of {split!r}")
     return _Located("stream", data, None, urls)
 
 

@@ -79,7 +79,7 @@ class TarImages(IndexedSource):
         listing = _Listing(tars, location)
         if is_webdataset:
             if split is not None:
-                raise StageError(f"{location}: WebDataset tars have no splits; name the tars of {split!r} alone")
+                raise StageError(f"{location}: WebDataset tars have no splits; give only the tars of {split!r}")
             names, labels = listing.samples()
         else:
             names, labels = listing.class_folders(split)

@@ -61,7 +61,7 @@ MOST_SKIPPED = 10  # steps in a row that may give no finite loss or gradient
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What a model is trained on: an artifact, with or without its classes."""
+    """The data that a model is trained on, with or without classes."""
 
     artifact: Artifact
     validation: Artifact | None
@@ -73,7 +73,7 @@ class Objective:
 def fit(
     model: DPAR | LlamaGen, objective: Objective, run: RunFolder, settings: OptimSettings, progress: Progress
 ) -> dict[str, Any]:
-    """Trains ``model``, which is on its device, to the last step; gives the newest value of each of its metrics.
+    """Train ``model``, on its device, to the last step; return the newest value of each metric.
 
     Raises:
         StageError: the batch does not divide; steps in a row are not finite; memory or the disk is full.
@@ -123,7 +123,7 @@ def fit(
 
 
 class _Loop:
-    """The parts of one step, in the order in which they run."""
+    """The parts of a step, in execution order."""
 
     def __init__(
         self,
@@ -177,15 +177,15 @@ class _Loop:
         return done
 
     def _batches(self, begin: int) -> Generator[list[MicroBatch], None, None]:
-        """The micro-batches of each step from ``begin`` on, prepared one step ahead."""
+        """Yield the micro-batches of each step from ``begin`` on, prepared one step ahead."""
         steps, on_gpu = range(begin, self.n_steps), self.device.type == "cuda"
         packed = isinstance(self.model, DPAR)
         return prefetch(micro_batches(self.data, steps, micro=self.micro, packed=packed, pin=on_gpu), limit=1)
 
     def step(self, step: int, status: int) -> None:
-        """One optimizer step on global batch ``step``; ``status`` is what a signal asks of this process.
+        """Run one optimizer step on global batch ``step``; ``status`` is the exit status that a signal asks for.
 
-        The device itself skips a step that is not finite, and the host does not wait to learn of it.
+        The device skips the update if the step is not finite; the host does not wait for it.
         """
         rate = learning_rate(step, self.n_steps, self.peak_lr, self.settings.warmup, self.settings.schedule)
         for group in self.optimizer.param_groups:
@@ -211,7 +211,7 @@ class _Loop:
         self.results.add(step + 1, torch.cat([flags, torch.stack([loss, norm])]))
 
     def read(self, progress: Progress, *, wait: bool) -> Step | None:
-        """The newest result: of this step with ``wait``, else of the one before. Raises StageError, see ``fit``."""
+        """Return the newest result: of this step with ``wait``, else of the one before. Raises as :func:`fit`."""
         for result in self.results.read(wait=wait):
             if result.save_failed:
                 self.checkpoints.finish()
@@ -231,25 +231,25 @@ class _Loop:
         return loss
 
     def _labels(self, labels: Tensor) -> Tensor:
-        """The classes to condition on: some, or all, replaced by the guidance class."""
+        """Return the classes to condition on, some or all of them replaced by the guidance class."""
         guidance = self.model.config.classes
         if self.objective.unconditional:
             return torch.full_like(labels, guidance)
         return torch.where(torch.rand(len(labels)) < self.objective.guidance_dropout, guidance, labels)
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Leaves gradients to this process until the last micro-batch; FSDP adds each up at once, which keeps none."""
+        """Keep gradients local until the last micro-batch under DDP. FSDP reduces those of every micro-batch."""
         if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             return self.wrapped.no_sync()
         return contextlib.nullcontext()
 
     def _clip(self) -> Tensor:
-        """Scales the gradients of all processes down to the largest norm; gives the norm that they had."""
+        """Clip the norm of the gradients; return their norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _count_skipped(self, result: Step, progress: Progress) -> None:
-        """Says it where a step was skipped; raises StageError after too many in a row."""
+        """Report a skipped step; raise StageError after too many in a row."""
         if not result.skipped:
             self.in_a_row = 0
             return
@@ -265,7 +265,7 @@ class _Loop:
         )
 
     def report(self, result: Step, done: int, **more: float) -> None:
-        """A line of metrics about the steps since the last one, with ``more`` in it."""
+        """Log the metrics of the steps since the last report, with ``more``."""
         elapsed = max(time.monotonic() - self.spoke, 1e-9)
         loss = all_reduce_mean(result.loss)
         images, patches = all_reduce_sum(torch.tensor([self.images, self.patches], dtype=torch.float64)).tolist()
@@ -295,17 +295,17 @@ class _Loop:
         self.spoke, self.images, self.patches = time.monotonic(), 0, 0
 
     def log(self, done: int, **values: float) -> None:
-        """A line of metrics, everywhere that they go."""
+        """Log metrics to the run and to all trackers."""
         self.run.log(step=done, **values)
         self.trackers.log(done, values)
 
     def note(self, result: Step | None) -> str:
-        """What stands beside the bar."""
+        """Return the text next to the progress bar."""
         loss = "" if result is None else f"loss {result.loss:.3f}, {result.loss / math.log(2):.2f} bits/token"
         return loss + self.rates
 
     def measure(self, begin: int, done: int, progress: Progress) -> dict[str, float]:
-        """Gives and says what an image of the run's first steps cost on average, from its patches (paper section 4.3).
+        """Return and print the mean cost per image over the first steps, from their patches (paper section 4.3).
 
         Args:
             begin: step at which the run was resumed; batches before it are looked up, being a function of the seed.
@@ -331,15 +331,15 @@ class _Loop:
         }
 
     def _patches_of(self, step: int) -> int:
-        """Patches of global batch ``step``; tokens for LlamaGen."""
+        """Return the number of patches of global batch ``step``; of tokens for LlamaGen."""
         if isinstance(self.model, LlamaGen):
             return self.settings.batch * self.model.config.n_tokens
         starts = self.objective.artifact.gather(*self.data.order.batch(step), entropy=False).starts
-        assert starts is not None  # fits() has refused artifacts without boundaries
+        assert starts is not None  # check_compatible has refused artifacts without boundaries
         return int(starts.sum())
 
     def validate(self, done: int) -> None:
-        """Held-out bits per token, of the average too, and a sheet of samples, where they are wanted."""
+        """Log held-out bits per token, of the averaged weights too, and draw a sheet of samples, if requested."""
         began = time.monotonic()
         held_out = {"validation_bits_per_token": self._held_out()} if self.objective.validation else {}
         with self.average.in_place_of(self.model) if self.average else contextlib.nullcontext():
@@ -364,11 +364,11 @@ class _Loop:
             unconditional=self.objective.unconditional,
         )
         if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # it leaves its outermost weights whole, for a backward that does not come
+            self.model.reshard()  # it keeps its outermost weights gathered for a backward pass, which does not follow
         return bits
 
     def save(self, done: int) -> None:
-        """Begins a checkpoint, and with it the weights for everyone else."""
+        """Start saving a checkpoint, and with it the weights in ``model/``."""
         notes = {"skipped": self.skipped, "in_a_row": self.in_a_row}
         self.checkpoints.save(done, self.state, publish=self._publish, notes=notes)
 
@@ -390,10 +390,10 @@ def _open_trackers(run: RunFolder, settings: OptimSettings) -> Trackers:
 
 
 def _unsharded(model: DPAR | LlamaGen, device: torch.device) -> DPAR | LlamaGen:
-    """A whole copy of a model whose weights are shared over the processes; only the first one's has them."""
+    """Return an unsharded copy of a sharded model; only the first process's has its weights."""
     tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     config = model.config
-    whole_model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
+    copy = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
     if rank() == 0:
-        whole_model.load_state_dict(tensors)
-    return whole_model.to(device)
+        copy.load_state_dict(tensors)
+    return copy.to(device)

@@ -150,12 +150,12 @@ def test_auto_chooses_sdpa_on_the_cpu_with_the_reason(dtype: torch.dtype) -> Non
     ],
 )
 def test_an_unsupported_backend_is_refused_with_the_supported_ones(backend: PackedBackend, why: str) -> None:
-    with pytest.raises(ModelError, match=re.escape(f"{backend} cannot run here: {why}. What can: sdpa")):
+    with pytest.raises(ModelError, match=re.escape(f"{backend} cannot run here: {why}. These can: sdpa")):
         choose_backend(CPU, torch.float32, backend)
 
 
 def test_an_unknown_backend_is_refused_with_the_names() -> None:
-    with pytest.raises(ModelError, match=f"'flash'; there are auto, {', '.join(get_args(PackedBackend))}"):
+    with pytest.raises(ModelError, match=f"'flash'; choose from auto, {', '.join(get_args(PackedBackend))}"):
         choose_backend(CPU, torch.float32, "flash")  # type: ignore[arg-type]
 
 

@@ -4,32 +4,43 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.kill_campaign import Report, Stage, Start, campaign, prepare
+from tests.kill_campaign.outputs import keep_versions
+from tests.kill_campaign.processes import Place, Start, campaign
+from tests.kill_campaign.report import Report
+from tests.kill_campaign.victims import Home, Stage
+from tests.object_store import object_store
 
-KINDS: tuple[tuple[Stage, Start], ...] = (
-    ("tokenize", "alone"),
-    ("tokenize", "two by hand"),
-    ("patchify", "alone"),
-    ("patchify", "two by hand"),
+Kind = tuple[Stage, Start, Place]
+KINDS: tuple[Kind, ...] = (
+    ("tokenize", "alone", "disk"),
+    ("tokenize", "two by hand", "disk"),
+    ("tokenize", "two by hand", "bucket"),
+    ("patchify", "alone", "disk"),
+    ("patchify", "two by hand", "disk"),
 )
 KILLS = 2  # of each kind
-SHARDS = 120
+SHARDS = {"disk": 120, "bucket": 40}
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Stage, Start], Report]:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Report]:
     """The reports of the campaigns; two run at the same time, in separate folders."""
-    home = prepare(tmp_path_factory.mktemp("home"), SHARDS)
+    homes = {place: Home(tmp_path_factory.mktemp(place), n) for place, n in SHARDS.items()}
     folder = tmp_path_factory.mktemp("victims")
-    with ThreadPoolExecutor(2) as pool:
-        seen = list(pool.map(lambda kind: campaign(kind[0], kind[1], KILLS, home, folder), KINDS))
-    return dict(zip(KINDS, seen, strict=True))
+
+    def run(kind: Kind) -> Report:
+        stage, start, place = kind
+        return campaign(stage, start, KILLS, homes[place], folder, place=place)
+
+    with object_store(), ThreadPoolExecutor(2) as pool:
+        keep_versions()
+        return dict(zip(KINDS, pool.map(run, KINDS), strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
 def test_after_kills_at_random_moments_the_output_equals_that_of_an_undisturbed_run(
-    reports: dict[tuple[Stage, Start], Report], kind: tuple[Stage, Start]
+    reports: dict[Kind, Report], kind: Kind
 ) -> None:
     report = reports[kind]
     assert report.wrong == []

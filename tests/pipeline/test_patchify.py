@@ -3,6 +3,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import re
 import shutil
@@ -321,7 +322,7 @@ def test_without_a_limit_patches_reach_to_the_end_of_a_row_or_of_the_image(
 
 def test_a_target_length_of_one_is_refused_with_the_option_to_use(home: Path, tmp_path: Path) -> None:
     model = str(home / "entropy")
-    with pytest.raises(StageError, match=r"--target-length 1 makes every token its own patch; --max-length 1"):
+    with pytest.raises(StageError, match=r"--target-length 1 makes every token its own patch; give --max-length 1"):
         run(home / "arrow", tmp_path / "a", entropy_model=model, target_length=1.0)
     manifest = run(home / "arrow", tmp_path / "a", entropy_model=model, target_length=1.0, max_length=1)
     assert manifest.statistics["mean_length"] == 1
@@ -424,6 +425,15 @@ def test_a_model_with_constant_entropies_is_one_message(home: Path, tmp_path: Pa
     LlamaGen(LlamaGen.from_pretrained(home / "entropy").config).save_pretrained(tmp_path / "new")  # its head is zero
     with pytest.raises(StageError, match=r"--target-length 2 cannot be reached"):
         run(home / "arrow", tmp_path / "a", entropy_model=str(tmp_path / "new"), target_length=2.0)
+
+
+def test_an_entropy_model_with_weights_that_are_not_numbers_is_refused(home: Path, tmp_path: Path) -> None:
+    model = LlamaGen.from_pretrained(home / "entropy")
+    torch.nn.init.constant_(model.norm.weight, math.nan)
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(StageError, match=r"broken gives no entropies: its weights hold NaN or infinity"):
+        run(home / "arrow", tmp_path / "a", entropy_model=str(tmp_path / "broken"), threshold=1.0)
+    assert not list((tmp_path / "a").glob("*.arrow"))
 
 
 @pytest.mark.parametrize(

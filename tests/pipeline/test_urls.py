@@ -1,7 +1,6 @@
 """Artifacts in buckets and on web servers: a real S3 server (moto) and a web server that breaks connections."""
 
 import hashlib
-import logging
 import signal
 import threading
 import time
@@ -27,6 +26,7 @@ from shards.errors import ArtifactError
 from shards.manifest import BUILD, MANIFEST
 from shards.reader import open_artifact
 from shards.storage import Url, entries, location
+from tests.object_store import object_store
 from tests.pipeline.trained import EXACT, QUIET, build, ends, lines_of, results, together, weights
 from tests.pipeline.trained import run as train
 from tests.shards.test_writer import files, opened, start
@@ -47,25 +47,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """The address of an S3 server with one bucket; s3fs finds it and the credentials in the environment."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "someone")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_CONFIG_FILE", "/dev/null")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
-        yield f"http://{host}:{port}"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    """The address of an S3 server with one bucket; s3fs finds it, and credentials, in the environment."""
+    with object_store() as address:
+        yield address
 
 
 @pytest.fixture

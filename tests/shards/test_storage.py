@@ -109,8 +109,32 @@ def test_processes_start_at_different_places_and_skip_what_others_finished(url: 
             build.add(index, shard_rows(index))
             order.append(index)
     assert order == [index for pair in zip(range(6), range(6, 12), strict=True) for index in pair]
-    one.records._listed = other.records._listed = -np.inf  # type: ignore[union-attr]
+    one.records._valid_until = other.records._valid_until = 0.0  # type: ignore[union-attr]
     assert [*first, *second] == []
+
+
+def test_which_shards_are_unfinished_takes_a_listing_and_not_a_request_per_shard(
+    url: Url, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = opened(url)
+    for index in (0, 7):
+        build.add(index, shard_rows(index))
+    memory, requests = type(fsspec.filesystem("memory")), list[str]()
+
+    def count(name: str) -> None:
+        request = getattr(memory, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            requests.append(name)
+            return request(*arguments, **options)
+
+        monkeypatch.setattr(memory, name, counted)
+
+    for name in ("ls", "info", "cat_file"):
+        count(name)
+    assert build.unfinished() == [index for index in range(N_SHARDS) if index not in (0, 7)]
+    assert requests.count("ls") == 1
+    assert len(requests) < 5
 
 
 @pytest.mark.parametrize("finished", [True, False])

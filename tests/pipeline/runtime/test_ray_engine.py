@@ -1,13 +1,11 @@
 """``--engine ray`` on a real cluster: nodes are raylets on this machine, with workers of their own."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,15 @@ from pipeline.sample import sample_pictures
 from pipeline.settings.artifacts import PatchifySettings, TokenizeSettings
 from pipeline.settings.sampling import EvalSettings, SampleSettings
 from pipeline.tokenize import tokenize
-from tests.kill_campaign import group, stamps
+from shards.storage import Url, entries, read_bytes
+from tests.kill_campaign.outputs import Folder, rewritten, stamps
+from tests.kill_campaign.victims import ROOT, send
+from tests.object_store import BUCKET, object_store
 from tests.pipeline.sampled import CPU, QUIET, RULE, SIZE, everything, save_home, save_run
+from tests.ray_nodes import NODE, PATIENCE, ray_cluster, raylet, workers
 
-NODE: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
 RAY: dict[str, Any] = {**CPU, "engine": "ray"}
 ONE: dict[str, Any] = {**RAY, "ray_workers": 1}  # for what several workers would only make slower
-ROOT = Path(__file__).parents[3]
-PATIENCE = 120  # seconds for a worker to start on a busy machine
 
 pytestmark = pytest.mark.slow
 
@@ -45,39 +44,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """Two nodes with one CPU each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")
-        patch.setenv("RAY_raylet_start_wait_time_s", str(PATIENCE))
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("PYTHONPATH", str(ROOT))
-        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-        cluster.add_node(**NODE)
+def bucket() -> Iterator[Url]:
+    """A bucket of an S3 server whose address and credentials are in the environment."""
+    with object_store():
+        yield Url(f"s3://{BUCKET}")
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket: Url) -> Iterator[Cluster]:
+    """Two nodes with one CPU each, whose workers inherit the environment of this process."""
+    with ray_cluster(1) as cluster:
         ray.init(cluster.address, log_to_driver=False)
         yield cluster
         ray.shutdown()
-        cluster.shutdown()
 
 
 def encode(home: Path, **options: Any) -> TokenizeSettings:
     return TokenizeSettings(**{"tokenizer": str(home / "vq"), "image_size": SIZE, "shard_size": 1, **CPU, **options})
-
-
-def raylet(node: Any) -> int:
-    """The process that a node is; those of its workers are its children."""
-    pid: int = node.all_processes["raylet"][0].process.pid
-    return pid
-
-
-def workers(node: Any) -> list[int]:
-    return [pid for pid in group(raylet(node)) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Worker")]
-
-
-def send(number: signal.Signals, pids: Iterable[int]) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -90,11 +73,11 @@ def wait_until(condition: Callable[[], object]) -> None:
 def test_when_a_node_joins_and_one_is_lost_the_bytes_are_those_of_one_process_and_no_shard_is_written_twice(
     home: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
-    out = tmp_path / "codes"
+    out = Folder(tmp_path / "codes")
     first, lost = cluster.list_all_nodes()
 
     with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(tokenize, str(home / "photos"), out, encode(home, **RAY), QUIET)
+        run = pool.submit(tokenize, str(home / "photos"), out.path, encode(home, **RAY), QUIET)
         wait_until(lambda: stamps(out) or run.done())
         stopped = [*workers(first), *workers(lost)]
         send(signal.SIGSTOP, stopped)  # while they hold claims on shards
@@ -109,16 +92,15 @@ def test_when_a_node_joins_and_one_is_lost_the_bytes_are_those_of_one_process_an
         manifest = run.result()
     cluster.remove_node(lost, allow_graceful=False)
     assert manifest is not None
-    assert everything(out) == everything(home / "small")
+    assert everything(out.path) == everything(home / "small")
     assert 0 < len(before) < 40
-    after = {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name in before if (path := out / name).exists()}
-    assert after == before
+    assert rewritten(out, before) == []
 
 
 def test_ctrl_c_stops_the_workers_and_keeps_finished_shards(home: Path, cluster: Cluster, tmp_path: Path) -> None:
-    out = tmp_path / "patches"
+    out = Folder(tmp_path / "patches")
     options: dict[str, Any] = {"entropy_model": str(home / "entropy"), "target_length": 1.5}
-    words = ["patchify", home / "small", out, "--engine", "ray", "--ray-address", cluster.address]
+    words = ["patchify", home / "small", out.path, "--engine", "ray", "--ray-address", cluster.address]
     for name, value in (options | CPU).items():
         words += [f"--{name.replace('_', '-')}", value]
     driver = subprocess.Popen(
@@ -135,10 +117,23 @@ def test_ctrl_c_stops_the_workers_and_keeps_finished_shards(home: Path, cluster:
     kept = stamps(out)
     assert 0 < len(kept) < 40
     wait_until(lambda: ray.available_resources().get("CPU", 0) == 2)  # the workers are gone
-    patchify(home / "small", out, PatchifySettings(**options, **ONE), QUIET)
+    patchify(home / "small", out.path, PatchifySettings(**options, **ONE), QUIET)
     patchify(home / "small", tmp_path / "alone", PatchifySettings(**options, **CPU), QUIET)
-    assert everything(out) == everything(tmp_path / "alone")
-    assert {name: (path.stat().st_ino, path.stat().st_mtime_ns) for name in kept if (path := out / name)} == kept
+    assert everything(out.path) == everything(tmp_path / "alone")
+    assert rewritten(out, kept) == []
+
+
+def test_from_bucket_to_bucket_the_bytes_are_those_of_one_process_on_a_disk(
+    home: Path, cluster: Cluster, bucket: Url, tmp_path: Path
+) -> None:
+    cut: dict[str, Any] = {"entropy_model": str(home / "entropy"), "target_length": 1.5, "container": "webdataset"}
+    patchify(home / "codes", tmp_path / "patches", PatchifySettings(**cut, **CPU), QUIET)
+    tokenize(str(home / "photos"), bucket / "codes", encode(home, **RAY, shard_size=4), QUIET)
+    patchify(bucket / "codes", bucket / "patches", PatchifySettings(**cut, **RAY), QUIET)
+    assert everything(tmp_path / "patches")
+    for name, folder in {"codes": home / "codes", "patches": tmp_path / "patches"}.items():
+        there = {file: read_bytes(bucket / name / file) for file in entries(bucket / name)}
+        assert there == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_samples_and_scores_are_those_of_one_process(home: Path, cluster: Cluster, tmp_path: Path) -> None:
