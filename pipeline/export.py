@@ -6,6 +6,8 @@ pipe = DPARPipeline.from_pretrained("bundle")
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +140,7 @@ def _card(run: Path, generator: Generator, settings: ExportSettings, averaged: b
     rows = {
         "parameters": f"{sum(p.numel() for p in generator.model.parameters()):,}",
         "weights": f"{'moving average' if averaged else 'last step'}, {settings.weights_dtype}",
-        "command": f"`{record['command']}`" if record.get("command") else "–",
+        "command": _command(record["history"]),
         "steps × batch": f"{metrics[-1]['step'] if metrics else '–'} × {trained['batch']}",
         "patch rule": "–" if generator.trained_rule is None else str(generator.trained_rule.to_dict()),
     }
@@ -147,3 +149,9 @@ def _card(run: Path, generator: Generator, settings: ExportSettings, averaged: b
     rows |= {"held-out bits per token": f"{held_out[-1]:.3f}"} if held_out else {}
     lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
     return "\n".join(lines)
+
+
+def _command(history: Sequence[dict[str, Any]]) -> str:
+    """Return the command that last started a run, in Markdown; a dash if it was not the command line."""
+    program, *words = history[-1].get("command", ["–"]) if history else ["–"]
+    return f"`{shlex.join(['dpar', *words])}`" if Path(program).stem in ("dpar", "__main__") else "–"

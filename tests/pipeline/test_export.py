@@ -87,6 +87,15 @@ def test_stages_accept_a_bundle_in_place_of_weights(home: Path, tmp_path: Path) 
     assert result.newest.bits_per_token == direct.newest.bits_per_token
 
 
+def test_the_model_card_has_the_command_that_trained_the_run(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "llama", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["history"] = [{"command": ["/opt/bin/dpar", "train", "my codes", "run", "--steps", "3"]}]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    export(tmp_path / "run", tmp_path / "bundle", ExportSettings(samples=0, **CPU), QUIET)
+    assert "| command | `dpar train 'my codes' run --steps 3` |" in (tmp_path / "bundle" / "README.md").read_text()
+
+
 def test_the_cost_of_a_bundle_counts_the_steps_after_the_measured_ones(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "dpar", tmp_path / "run")
     lines = [{"step": 500, "training_gflops_per_image": 3.0}, {"step": 3400, "loss": 4.0}]
