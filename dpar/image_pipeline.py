@@ -26,7 +26,7 @@ from dpar.errors import ModelError
 from dpar.guidance import GuidanceSchedule, SamplingOptions
 from dpar.images import center_crop, kept_tokens, to_rgb
 from dpar.llamagen import LlamaGen
-from dpar.locations import bundle_folder
+from dpar.locations import bundle_folder, part_folder
 from dpar.model import DPAR
 from dpar.patching import PatchRule
 from dpar.pretrained import fingerprint, model_type
@@ -111,7 +111,7 @@ class DPARPipeline:
         bundle = Bundle.read(folder)
         paths = {}
         for part, recorded in bundle.parts.items():
-            paths[part] = folder / part
+            paths[part] = part_folder(folder, part)
             if fingerprint(paths[part]) != recorded:
                 raise ModelError(f"{paths[part]} is not the {part} that {folder} was exported with; export it again")
         of_dpar = model_type(paths["generator"]) == DPAR.model_type

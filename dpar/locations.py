@@ -20,7 +20,10 @@ RUN, RUN_WEIGHTS = "run.json", "model"  # in a training run: its record, and the
 BUILTIN = {
     "builtin:photos": "photos-vq-8",  # a tokenizer
     "builtin:emoji": "emoji",  # a bundle
+    "builtin:emoji-llamagen": "emoji-llamagen",  # a bundle: the baseline
 }
+BUILTIN_FOLDER = Path(__file__).parent / "weights"
+SHARED: dict[tuple[str, Part], str] = {("emoji-llamagen", "tokenizer"): "emoji/tokenizer"}  # which ships once
 
 
 def weights_path(name: str | os.PathLike[str], part: Part = "generator") -> str:
@@ -47,7 +50,7 @@ def weights_path(name: str | os.PathLike[str], part: Part = "generator") -> str:
 def _builtin(name: str) -> Path:
     if name not in BUILTIN:
         raise ModelError(f"no weights are called {name!r}; built in are {', '.join(BUILTIN)}")
-    return Path(__file__).parent / "weights" / BUILTIN[name]
+    return BUILTIN_FOLDER / BUILTIN[name]
 
 
 def _part_path(folder: Path, part: Part) -> str:
@@ -56,7 +59,13 @@ def _part_path(folder: Path, part: Part) -> str:
         return str(folder)
     if part not in Bundle.read(folder).parts:
         raise ModelError(f"the bundle {folder} has no {part.replace('_', ' ')}")
-    return str(folder / part)
+    return str(part_folder(folder, part))
+
+
+def part_folder(bundle: Path, part: Part) -> Path:
+    """Return the directory of a part that the bundle in the directory ``bundle`` has."""
+    shared = SHARED.get((bundle.name, part)) if bundle.parent == BUILTIN_FOLDER else None
+    return bundle / part if shared is None else BUILTIN_FOLDER / shared
 
 
 def bundle_folder(name: str | os.PathLike[str]) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpar.bundle import BUNDLE, Bundle, Part
 from dpar.llamagen import LlamaGen, SequenceConfig
-from dpar.locations import local_folder, weights_path
+from dpar.locations import local_folder, part_folder, weights_path
 from dpar.model import DPAR
 from dpar.pretrained import fingerprint, model_type
 from dpar.tokenizer import VQTokenizer
@@ -104,7 +104,9 @@ def bundle_inputs(folder: Path) -> dict[str, Any]:
     bundle = Bundle.read(folder)
 
     def origin(part: Part) -> dict[str, str] | None:
-        return {"path": str(folder / part), "fingerprint": bundle.parts[part]} if part in bundle.parts else None
+        if part not in bundle.parts:
+            return None
+        return {"path": str(part_folder(folder, part)), "fingerprint": bundle.parts[part]}
 
     return {
         "tokenizer": origin("tokenizer"),

