@@ -34,4 +34,4 @@ def test_parts_stop_at_their_time_limits_and_all_are_in_the_report(tmp_path: Pat
     gpu("--minutes", "0.001", "--out", str(tmp_path))
     report = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert report.count("\n## ") == 6
-    assert report.count("Ended at its limit") == 6
+    assert report.count("Stopped at its limit") == 6

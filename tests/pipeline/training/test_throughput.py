@@ -142,6 +142,6 @@ def test_a_missing_tokenizer_is_reported_once_and_training_continues(patches: Pa
     said = StringIO()
     settings = TrainSettings(model="dpar-tiny", eval_every=1, **RECIPE)
     train(tmp_path / "patches", tmp_path / "run", settings, Progress(Console(file=said, width=500), quiet=False))
-    assert said.getvalue().count("no sample sheets are drawn: no model at") == 1
+    assert said.getvalue().count("sample sheets are not drawn: no model at") == 1
     assert not (tmp_path / "run" / "sheets").exists()
     assert metrics(tmp_path / "run")[-1]["step"] == 5
