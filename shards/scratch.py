@@ -47,7 +47,7 @@ def remove_abandoned() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         claims = Claims(folder)
         with suppress(OSError):
-            if claims.claim(FOLDER) and claims.has_locks:
+            if not folder.is_symlink() and claims.claim(FOLDER) and claims.has_locks:
                 _remove(folder, claims)
 
 

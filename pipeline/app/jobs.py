@@ -16,7 +16,7 @@ Progress = Callable[[float], None]
 
 
 class Cancelled(Exception):
-    """The session stopped its job, or closed its page."""
+    """The user stopped the job, or closed the page."""
 
 
 class Jobs:
@@ -30,7 +30,7 @@ class Jobs:
         """Return the result of ``work``, which calls its argument with the fraction done.
 
         Raises:
-            Cancelled: :meth:`stop` was called for this session.
+            Cancelled: :meth:`stop` was called for this page.
         """
         with self._model:
             stop = self._stops[session] = threading.Event()

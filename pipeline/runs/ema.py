@@ -33,8 +33,8 @@ class EMA:
     def update(self, model: nn.Module, skip: Tensor) -> None:
         """Update the average with the weights after a step; not where ``skip``, a scalar on the device, is 1."""
         weight = (1 - self.decay) * (1 - skip)
-        for average, value in zip(self._local(), _local(model), strict=True):
-            average.lerp_(value, weight)
+        averages = self._local()
+        torch._foreach_lerp_(averages, _local(model), [weight] * len(averages))
 
     @contextlib.contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:

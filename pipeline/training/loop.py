@@ -46,7 +46,7 @@ from pipeline.runtime.progress import Progress, Stopped, stop_between_steps, sto
 from pipeline.scoring.likelihood import shared_bits_per_token
 from pipeline.settings.training import OptimSettings
 from pipeline.training.micro_batches import MicroBatch, micro_batches
-from pipeline.training.optimizer import make_optimizer
+from pipeline.training.optimizer import make_optimizer, step_unless
 from pipeline.training.preview import Painter
 from pipeline.training.schedule import learning_rate, total_steps
 from pipeline.training.step_results import Step, StepResults
@@ -204,8 +204,7 @@ class _Loop:
         unsound = ~torch.isfinite(loss + norm)
         own = to_device(torch.tensor([float(self.checkpoints.failed()), float(status)]), self.device)
         flags = all_reduce_max(torch.cat([unsound.float().view(1), own]))
-        self.optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
-        self.optimizer.step()
+        step_unless(self.optimizer, flags[0])
         if self.average is not None:
             self.average.update(self.model, skip=flags[0])
         self.results.add(step + 1, torch.cat([flags, torch.stack([loss, norm])]))
