@@ -46,7 +46,8 @@ class Claims:
             OSError: the lock file cannot be opened, or the folder does not exist.
         """
         path = self.folder / (f"{piece:05d}.lock" if isinstance(piece, int) else piece)
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+        # By name, not by what is there: a folder that another process removes meanwhile must not return as a file.
+        descriptor = os.open(path, os.O_RDONLY if piece == FOLDER else os.O_RDWR | os.O_CREAT, 0o666)
         try:
             claimed = lock_descriptor(descriptor, blocking=wait)
         except OSError:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from shards.locks import FOLDER, Claims
 from shards.scratch import Scratch, remove_abandoned
 
 HOLD = """
@@ -42,4 +43,10 @@ def test_a_temporary_directory_ends_with_its_object(tmp_path: Path) -> None:
     scratch = Scratch()
     (scratch.folder / "a").touch()
     del scratch
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_on_a_folder_that_is_gone_creates_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Claims(tmp_path / "gone").claim(FOLDER)
     assert list(tmp_path.iterdir()) == []
