@@ -14,6 +14,11 @@ class ArtifactError(ValueError):
     """An artifact cannot be used or written; the message says what, where, and what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line of at most 200 characters, or its type if it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 @contextmanager
 def disk_errors(path: Path | str, count_finished: Callable[[], int]) -> Iterator[None]:
     """Turn an OSError while ``path`` is written into an ArtifactError that says how to resume."""

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shards.cache import ShardCache
-from shards.errors import ArtifactError
+from shards.errors import ArtifactError, one_line
 from shards.files import file_sha256, require_regular
 from shards.manifest import Kind, Manifest, ShardInfo
 from shards.order import WINDOW
@@ -158,7 +158,7 @@ class Artifact:
         except ArtifactError:  # from the cache
             raise
         except Exception as error:  # Arrow, NumPy and JSON raise all kinds of errors on damaged bytes
-            raise ArtifactError(f"shard {path} is damaged: {_one_line(error)}") from error
+            raise ArtifactError(f"shard {path} is damaged: {_reason(error)}") from error
 
     def _map_all(self, indices: Iterable[int]) -> Iterator[Shard]:
         """Yield some shards in order; those at a URL are downloaded in parallel."""
@@ -294,7 +294,7 @@ class Artifact:
         except OSError as error:
             return f"it cannot be read: {error.strerror}"
         except ArtifactError as error:
-            return _one_line(error.__cause__ or error)
+            return _reason(error.__cause__ or error)
         return None
 
 
@@ -359,7 +359,7 @@ def _check_size(path: Path, info: ShardInfo, columns: dict[str, Column]) -> str 
     except FileNotFoundError:
         return "missing"
     except (OSError, ValueError) as error:
-        return f"cannot be opened: {_one_line(error)}"
+        return f"cannot be opened: {_reason(error)}"
     if info.bytes is not None and size != info.bytes:
         return f"its size is {size} bytes, not {info.bytes}"
     if size < info.rows * sum(column.bytes for column in columns.values()):
@@ -367,10 +367,9 @@ def _check_size(path: Path, info: ShardInfo, columns: dict[str, Column]) -> str 
     return None
 
 
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _reason(error: BaseException) -> str:
+    """Return an error's message without the path, which the caller names."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
 
 
 def _file_limit() -> int:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from shards import files
-from shards.errors import ArtifactError
+from shards.errors import ArtifactError, one_line
 
 T = TypeVar("T")
 
@@ -207,7 +207,7 @@ def _call(url: Url, verb: str, action: Callable[[Any, str], T]) -> T:
             fault = _fault(url, verb, error)
             if fault is None and wait is None:
                 tries = len(WAITS) + 1
-                reason = _one_line((isinstance(error, FileNotFoundError) and error.__cause__) or error)
+                reason = one_line((isinstance(error, FileNotFoundError) and error.__cause__) or error)
                 fault = ArtifactError(f"{url} cannot be {verb} after {tries} tries: {reason}")
             if fault is not None:
                 raise fault from error
@@ -227,16 +227,16 @@ def _filesystem(url: Url) -> tuple[Any, str]:
         filesystem, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         extra = EXTRAS.get(url.scheme)
-        advice = f"pip install 'dpar[{extra}]'" if extra else _one_line(error)
+        advice = f"pip install 'dpar[{extra}]'" if extra else one_line(error)
         raise ArtifactError(f"{url}: {url.scheme}:// needs a package that is not installed: {advice}") from error
     except ValueError as error:
-        raise ArtifactError(f"{url}: this kind of URL is not supported ({_one_line(error)})") from error
+        raise ArtifactError(f"{url}: this kind of URL is not supported ({one_line(error)})") from error
     return filesystem, path
 
 
 def _fault(url: Url, verb: str, error: Exception) -> Exception | None:
     """Return the error for the user; None if another try may succeed."""
-    text, cause = _one_line(error), error.__cause__
+    text, cause = one_line(error), error.__cause__
     words = text.replace(url.partition("://")[2], "")  # the user's own names are no evidence
     status = getattr(error, "status", getattr(cause, "status", None))  # of HTTP
     kind = type(error).__name__
@@ -266,7 +266,3 @@ def _fault(url: Url, verb: str, error: Exception) -> Exception | None:
 
 def _shorter(url: Url) -> ArtifactError:
     return ArtifactError(f"{url} has fewer bytes than its manifest says: it was replaced or truncated")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

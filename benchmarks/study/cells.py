@@ -26,8 +26,9 @@ from benchmarks.study.rows import (
     limits,
     rule_options,
 )
+from dpar.locations import RUN
 from dpar.patching import PatchRule
-from pipeline.runs.run_folder import METRICS, RUN, read_metrics
+from pipeline.runs.run_folder import METRICS, read_metrics
 from pipeline.runtime.work_sharing import claim_folder
 from shards.files import write_json
 from shards.manifest import Manifest

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dpar.bundle import Part
 from dpar.guidance import SamplingOptions
 from dpar.llamagen import LlamaGen
-from dpar.locations import CONFIG, bundle_folder
+from dpar.locations import CONFIG, RUN, bundle_folder
 from dpar.model import DPAR
 from dpar.patching import PatchRule
 from dpar.sampling import Sampler, check_same_tokens
@@ -44,7 +44,6 @@ from pipeline.settings.sampling import SamplingSettings
 from shards.files import file_sha256
 from shards.reader import Artifact
 
-RUN = "run.json"
 CHECKPOINT = "checkpoint.json"  # in a checkpoint of a run
 
 

@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dpar.locations import RUN
 from dpar.tokenizer import VQTokenizer
 from pipeline.generation.generator import Generator, run_of
 from pipeline.reports.pictures import enlarge, sheet
-from pipeline.runs.run_folder import RUN, read_run
+from pipeline.runs.run_folder import read_run
 from pipeline.runtime.errors import StageError
 from shards.reader import Artifact, open_artifact
 from shards.storage import Location, location

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from dpar.errors import ModelError
-from dpar.locations import CARD, CONFIG, WEIGHTS
+from dpar.locations import CARD, CONFIG, RUN, WEIGHTS
 from dpar.patching import PatchRule
 from pipeline.runs.run_lock import LOCK, lock_run
 from pipeline.runtime.device import rank
@@ -33,7 +33,6 @@ from shards.locks import Claims
 from shards.records import differences, parse, parse_json, read_json
 
 FORMAT_VERSIONS = {"tokenizer": 1, "entropy": 2, "train": 2}  # of run.json, by kind of run
-RUN = "run.json"
 METRICS = "metrics.jsonl"
 # Temporary files of a killed save of weights: those of safetensors and of dpar.files.
 LEFTOVER = re.compile(rf"\.tmp[A-Za-z0-9]{{6}}|({'|'.join(map(re.escape, (WEIGHTS, CONFIG, CARD)))})\.part")

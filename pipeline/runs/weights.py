@@ -12,7 +12,7 @@ from typing import Any
 
 from dpar.bundle import BUNDLE, Bundle, Part
 from dpar.llamagen import LlamaGen, SequenceConfig
-from dpar.locations import local_folder, part_folder, weights_path
+from dpar.locations import RUN, local_folder, part_folder, weights_path
 from dpar.model import DPAR
 from dpar.pretrained import fingerprint, model_type
 from dpar.tokenizer import VQTokenizer
@@ -91,12 +91,12 @@ def _recorded_tokenizer(weights: Path) -> dict[str, str]:
         tokenizer = weights.parent / "tokenizer"
         return {"path": str(tokenizer), "fingerprint": Bundle.read(weights.parent).parts["tokenizer"]}
     folders = list(weights.absolute().parents)[:2] if weights.exists() else []  # the Hub has no runs
-    run = next((folder for folder in folders if (folder / "run.json").is_file()), None)
+    run = next((folder for folder in folders if (folder / RUN).is_file()), None)
     try:
         recorded: Any = {} if run is None else read_run(run)["inputs"]["tokenizer"]
         return {key: str(recorded[key]) for key in ("path", "fingerprint") if key in recorded}
     except (LookupError, TypeError, AttributeError) as error:
-        raise StageError(f"{run}/run.json is damaged: it does not name the tokenizer of its data") from error
+        raise StageError(f"{run}/{RUN} is damaged: it does not name the tokenizer of its data") from error
 
 
 def bundle_inputs(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.runtime.errors import StageError
+from shards.errors import one_line
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds to wait before each retry of a failed read
 CHUNK = 8 * 2**20  # bytes per request
@@ -47,7 +48,7 @@ def look_up(url: str, waits: Sequence[float] = WAITS) -> Remote:
             raise
         except Exception as error:  # each kind of storage has its own errors
             if attempt > len(waits):
-                raise StageError(f"{url}: cannot be reached after {attempt} tries ({_one_line(error)})") from error
+                raise StageError(f"{url}: cannot be reached after {attempt} tries ({one_line(error)})") from error
     raise AssertionError
 
 
@@ -119,13 +120,13 @@ class RemoteFile:
                 raise
             except ValueError as refused:
                 raise StageError(
-                    f"{url}: cannot be read from the middle ({_one_line(refused)}); download it first and give its path"
+                    f"{url}: cannot be read from the middle ({one_line(refused)}); download it first and give its path"
                 ) from refused
             except Exception as broken:  # each kind of storage fails in its own way
                 error = broken
             self._file = None
         raise StageError(
-            f"{url}: broke off at byte {start} after {len(waits)} tries ({_one_line(error)}); finished shards are "
+            f"{url}: broke off at byte {start} after {len(waits)} tries ({one_line(error)}); finished shards are "
             "kept, run the same command again"
         ) from error
 
@@ -137,10 +138,10 @@ def _look_up(url: str) -> Remote:
     except FileNotFoundError as error:
         # fsspec also raises this if the server cannot be reached.
         if error.__cause__ is not None and getattr(error.__cause__, "status", None) not in (403, 404, 410):
-            raise ConnectionError(_one_line(error.__cause__)) from error
+            raise ConnectionError(one_line(error.__cause__)) from error
         raise StageError(f"{url}: no such file") from error
     except PermissionError as error:
-        raise StageError(f"{url}: no permission to read it ({_one_line(error)})") from error
+        raise StageError(f"{url}: no permission to read it ({one_line(error)})") from error
     if info.get("size") is None:
         raise StageError(f"{url}: its server does not report its size; download it first and give its path")
     version = {name: str(info[name]) for name in _VERSION_FIELDS if info.get(name)}
@@ -159,11 +160,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
         # Listings are not cached, so that changes of a file are noticed.
         filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
-        raise StageError(f"{url}: {_one_line(error)}") from error
+        raise StageError(f"{url}: {one_line(error)}") from error
     except ValueError as error:
-        raise StageError(f"{url}: this kind of URL is not supported ({_one_line(error)})") from error
+        raise StageError(f"{url}: this kind of URL is not supported ({one_line(error)})") from error
     return filesystem, path
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -28,6 +28,7 @@ from pipeline.sources.source import (
     choose,
     file_version,
 )
+from shards.errors import one_line
 from shards.manifest import LeftOut
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def read_hub(name: str) -> DatasetDict:
     except Exception as error:  # from the Hub, the network or datasets
         raise StageError(
             f"{name}: no such file or folder here, and not available as a dataset on the Hugging Face Hub "
-            f"({_one_line(error)}); check the name and the connection: offline, only the cache (HF_HOME) can be read"
+            f"({one_line(error)}); check the name and the connection: offline, only the cache (HF_HOME) can be read"
         ) from error
 
 
@@ -159,7 +160,7 @@ class Table(IndexedSource):
             value = self._images[int(self._rows[i])][self.image_column]
         except Exception as error:  # from pyarrow, fsspec or the system
             raise StageError(
-                f"{self.location}: row {self._rows[i]} can no longer be read ({_one_line(error)}). Finished shards "
+                f"{self.location}: row {self._rows[i]} can no longer be read ({one_line(error)}). Finished shards "
                 "are kept: put the data back and run the same command again"
             ) from error
         data, path = (value or {}).get("bytes"), (value or {}).get("path")
@@ -209,7 +210,7 @@ def _read(data: str, read: Callable[[], Any]) -> Any:
         return read()
     except Exception as error:  # from pyarrow, fsspec, datasets or the system
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        raise StageError(f"{data}: cannot be read as images in a table ({_one_line(cause)})") from error
+        raise StageError(f"{data}: cannot be read as images in a table ({one_line(cause)})") from error
 
 
 def _split_of(file: str) -> str:
@@ -302,7 +303,3 @@ def _labels(table: Dataset, column: str | None, location: str) -> tuple[Sequence
     if "int" in dtype:
         return number_labels(raw, location)
     return number_labels([None if x is None else parse_label(str(x)) for x in raw], location)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
