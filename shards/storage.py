@@ -33,6 +33,7 @@ SMALLEST_PIECE = 2**12  # bytes per request over a connection that breaks
 CONNECTIONS = 8  # parallel requests for many small files
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # of this package, by scheme
 READ_ONLY = ("http", "https")
+NO_BUCKET = re.compile("bucket does not exist|NoSuchBucket", re.IGNORECASE)
 ANOTHER_REGION = re.compile(r"region|specified endpoint|PermanentRedirect|location constraint", re.IGNORECASE)
 
 
@@ -242,7 +243,8 @@ def _fault(url: Url, verb: str, error: Exception) -> Exception | None:
     kind = type(error).__name__
     if isinstance(error, ArtifactError):
         return error
-    if ANOTHER_REGION.search(words) or getattr(error, "errno", None) == getattr(errno, "EREMCHG", -1):
+    moved = ANOTHER_REGION.search(words) and not isinstance(error, FileNotFoundError)  # whose text gives names
+    if moved or getattr(error, "errno", None) == getattr(errno, "EREMCHG", -1):
         return ArtifactError(
             f"{url} cannot be {verb}: its bucket is in another region, or at another endpoint ({text}). Set "
             "AWS_DEFAULT_REGION to the region of the bucket"
@@ -252,7 +254,7 @@ def _fault(url: Url, verb: str, error: Exception) -> Exception | None:
     if isinstance(error, FileNotFoundError):
         if cause is not None and status is None and type(cause).__module__.startswith("aiohttp"):
             return None  # fsspec raises this if a server does not respond
-        if "bucket" in words.lower():
+        if NO_BUCKET.search(words) or (verb == "written" and error.filename is None):  # gcsfs does not say which
             return ArtifactError(f"{url} cannot be {verb}: there is no such bucket. Create it, or name another one")
         return FileNotFoundError(errno.ENOENT, "no such file", str(url))
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in kind:

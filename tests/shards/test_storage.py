@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from numpy.typing import NDArray
 
 from shards import storage
@@ -340,6 +341,30 @@ def test_a_url_that_needs_another_package_is_refused_with_its_name(
         open_artifact(place)
     with pytest.raises(ArtifactError, match=message):
         opened(location(place))
+
+
+class LikeGoogles(MemoryFileSystem):
+    """A store that reports what is missing as gcsfs does: by the address of its API, which has the bucket's name."""
+
+    protocol = "like-googles"
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> Any:
+        raise FileNotFoundError(f"b/{self._strip_protocol(path).strip('/').replace('/', '/o/', 1)}")
+
+    def put_file(self, lpath: str, rpath: str, **_: Any) -> None:
+        raise FileNotFoundError(f"https://storage.googleapis.com/upload/storage/v1/b/{rpath.strip('/')}")
+
+    pipe_file = put_file
+
+
+def test_a_missing_directory_in_a_bucket_of_google_is_not_a_missing_bucket(tmp_path: Path) -> None:
+    fsspec.register_implementation("like-googles", LikeGoogles, clobber=True)
+    url = location("like-googles://region-bucket/codes")
+    assert isinstance(url, Url)
+    assert entries(url) == {}
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=rf"{url}/file cannot be written: there is no such bucket. Create it"):
+        storage.put(tmp_path / "file", url / "file")
 
 
 def test_nothing_is_written_to_a_web_server() -> None:
