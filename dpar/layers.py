@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpar.attention import Attend, patch_cross_attention
-from dpar.packing import PatchLayout, segment_max, segment_mean, spread
+from dpar.packing import PatchLayout, segment_max, spread
 from dpar.rope import rotate
 
 if TYPE_CHECKING:
     from dpar.kv_cache import KVCache, Places
 
-PatchQuery = Literal["max", "mean"]
 NORM_EPS = 1e-5
 INIT_STD = 0.02
 
@@ -153,10 +152,9 @@ class PatchCrossAttention(nn.Module):
 
     OFFSETS = 16  # later tokens of a longer patch share the last offset
 
-    def __init__(self, width: int, heads: int, patch_query: PatchQuery, offset_embedding: bool) -> None:
+    def __init__(self, width: int, heads: int, offset_embedding: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.first_query = {"max": segment_max, "mean": segment_mean}[patch_query]
         self.wq = nn.Linear(width, width, bias=False)
         self.wk = nn.Linear(width, width, bias=False)
         self.wv = nn.Linear(width, width, bias=False)
@@ -173,9 +171,9 @@ class PatchCrossAttention(nn.Module):
         offset_in_patch: Tensor,
         n_patches: int,
     ) -> Tensor:
-        """Update patches (M, width) from tokens (T, width); None starts from ``first_query`` of the tokens."""
+        """Update patches (M, width) from tokens (T, width); None starts from their maximum in each patch."""
         if patches is None:
-            patches = self.first_query(tokens, patch_of_token, n_patches)  # (T, width) to (M, width)
+            patches = segment_max(tokens, patch_of_token, n_patches)  # (T, width) to (M, width)
         normed = self.token_norm(tokens)
         if self.offsets is not None:
             normed = normed + self.offsets(offset_in_patch.clamp(max=self.OFFSETS - 1))
@@ -194,10 +192,10 @@ class PatchCrossAttention(nn.Module):
 class EncoderLayer(Layer):
     """One layer of the patch encoder: a causal block over tokens, then cross-attention to patches. No dropout."""
 
-    def __init__(self, width: int, heads: int, patch_query: PatchQuery, offset_embedding: bool) -> None:
+    def __init__(self, width: int, heads: int, offset_embedding: bool) -> None:
         super().__init__()
         self.block = Block(width, heads, dropout=0.0)
-        self.cross_attention = PatchCrossAttention(width, heads, patch_query, offset_embedding)
+        self.cross_attention = PatchCrossAttention(width, heads, offset_embedding)
 
     def compute(
         self, patches: Tensor | None, tokens: Tensor, table: Tensor, attend: Attend, layout: PatchLayout

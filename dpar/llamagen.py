@@ -45,6 +45,7 @@ class SequenceConfig:
 
     head_multiple: ClassVar[int] = 8  # which head_dim must be a multiple of, for rotary positions
     layer_prefixes: ClassVar[dict[str, str]] = {}  # depth field: prefix of its layers' tensors
+    removed_fields: ClassVar[dict[str, object]] = {}  # in files of earlier versions; their only value that can be read
 
     def __post_init__(self) -> None:
         for name in ("codebook_size", "grid_height", "grid_width", "width", "heads"):

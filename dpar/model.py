@@ -25,7 +25,6 @@ from dpar.layers import (
     DecoderLayer,
     EncoderLayer,
     LabelEmbedder,
-    PatchQuery,
     compile_layers,
     init_weights,
     mark_packed,
@@ -49,10 +48,10 @@ class DPARConfig(SequenceConfig):
     decoder_layers: int = 3  # D
     rope: PatchRope = "dynamic"
     # Choices that are not the published model's, for comparison
-    patch_query: PatchQuery = "max"  # first query of a patch: elementwise maximum, or mean, of its tokens
     offset_embedding: bool = False  # whether the cross-attention is told a token's place in its patch
     decoder_start: DecoderStart = "learned"  # decoder's first input: a learned vector, or the class embedding
 
+    removed_fields: ClassVar[dict[str, object]] = {"patch_query": "max"}
     layer_prefixes: ClassVar[dict[str, str]] = {
         "encoder_layers": "encoder.",
         "patch_layers": "layers.",
@@ -64,7 +63,7 @@ class DPARConfig(SequenceConfig):
         for name in ("encoder_layers", "patch_layers", "decoder_layers"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name, kind in (("rope", PatchRope), ("patch_query", PatchQuery), ("decoder_start", DecoderStart)):
+        for name, kind in (("rope", PatchRope), ("decoder_start", DecoderStart)):
             if getattr(self, name) not in get_args(kind):
                 raise ModelError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
         if self.rope == "dynamic" and self.head_dim % 16:
@@ -84,8 +83,7 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         self.cls_embedding = LabelEmbedder(config.classes, width)
         self.tok_embeddings = nn.Embedding(config.codebook_size, width)
         self.encoder = nn.ModuleList(
-            EncoderLayer(width, heads, config.patch_query, config.offset_embedding)
-            for _ in range(config.encoder_layers)
+            EncoderLayer(width, heads, config.offset_embedding) for _ in range(config.encoder_layers)
         )
         self.patch_dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(Block(width, heads, dropout) for _ in range(config.patch_layers))

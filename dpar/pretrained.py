@@ -295,7 +295,8 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
 
 
 def _config(config_class: type[Any], values: dict[str, Any], source: str) -> Any:
-    known = {f.name for f in dataclasses.fields(config_class)}
+    known, removed = {f.name for f in dataclasses.fields(config_class)}, config_class.removed_fields
+    values = {name: value for name, value in values.items() if name not in removed or removed[name] != value}
     unknown = [shown(name, quote=False) for name in sorted(set(values) - known)]
     if unknown:
         raise ModelError(f"{source} has settings that {config_class.__name__} does not know: {', '.join(unknown)}")

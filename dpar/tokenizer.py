@@ -34,6 +34,7 @@ class VQConfig:
     residual_blocks: int = 2  # per resolution of the encoder; the decoder has one more
     latent_channels: int = 256
 
+    removed_fields: ClassVar[dict[str, object]] = {}
     layer_prefixes: ClassVar[dict[str, str]] = {
         "channel_multipliers": "encoder.conv_blocks.",
         "residual_blocks": "encoder.conv_blocks.0.res.",

@@ -61,10 +61,11 @@ MAIN = (
     Row(name="no-row-reset", title="without row reset", rule="no-row-reset"),
     P1,
 )
+OFFSETS, CLASS_START = ("offset_embedding", "true"), ("decoder_start", "class")
 CHOICES = (
-    Row(name="mean-query", title="mean query", overrides=(("patch_query", "mean"),)),
-    Row(name="offsets", title="offsets in the cross-attention", overrides=(("offset_embedding", "true"),)),
-    Row(name="class-start", title="class as the decoder's start", overrides=(("decoder_start", "class"),)),
+    Row(name="offsets", title="offsets in the cross-attention", overrides=(OFFSETS,)),
+    Row(name="class-start", title="class as the decoder's start", overrides=(CLASS_START,)),
+    Row(name="offsets-class-start", title="both", overrides=(OFFSETS, CLASS_START)),
 )
 
 

@@ -1,6 +1,6 @@
-"""Fields of a model's config from the command line: ``--set width=128 --set patch_query=mean``.
+"""Fields of a model's config from the command line: ``--set width=128 --set rope=2d``.
 
-preset(name, **parse_config_fields(name, ("width=128", "patch_query=mean")))
+preset(name, **parse_config_fields(name, ("width=128", "rope=2d")))
 """
 
 from __future__ import annotations

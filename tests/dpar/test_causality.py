@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpar import DPAR, DPARConfig, LlamaGen, LlamaGenConfig, PatchLayout, patch_starts
-from dpar.layers import PatchQuery
 from dpar.model import DecoderStart
 from dpar.rope import PatchRope
 
@@ -54,7 +53,6 @@ def dpars(draw: st.DrawFn) -> tuple[DPAR, Tensor, int]:
         patch_layers=draw(st.integers(1, 2)),
         decoder_layers=draw(st.integers(1, 2)),
         rope=draw(st.sampled_from(get_args(PatchRope))),
-        patch_query=draw(st.sampled_from(get_args(PatchQuery))),
         offset_embedding=draw(st.booleans()),
         decoder_start=draw(st.sampled_from(get_args(DecoderStart))),
     )

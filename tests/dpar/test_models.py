@@ -107,7 +107,7 @@ def test_an_untrained_model_predicts_all_tokens_equally(make: Callable[..., DPAR
     [
         dpar(),
         dpar(encoder_layers=2),
-        dpar(offset_embedding=True, patch_query="mean"),
+        dpar(offset_embedding=True),
         dpar(decoder_start="class"),
         dpar(rope="dynamic-compact", dropout=0.0),
         dpar(rope="2d", classes=0),
@@ -251,6 +251,16 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
 def change_config(folder: Path, **values: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def test_fields_that_were_removed_are_read_at_the_value_that_is_left(tmp_path: Path) -> None:
+    model = dpar()
+    folder = model.save_pretrained(tmp_path / "weights")
+    change_config(folder, patch_query="max")
+    assert DPAR.from_pretrained(folder).config == model.config
+    change_config(folder, patch_query="mean")
+    with pytest.raises(ModelError, match=r"config.json has settings that DPARConfig does not know: patch_query"):
+        DPAR.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

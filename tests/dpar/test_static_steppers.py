@@ -70,7 +70,6 @@ class Sizes:
     rope=ROPES,
     encoder_layers=st.integers(1, 2),
     start_token=st.booleans(),
-    patch_query=st.sampled_from(["max", "mean"]),
     offset_embedding=st.booleans(),
     decoder_start=st.sampled_from(["learned", "class"]),
     cfg_scale=st.sampled_from([1.0, 2.0]),
@@ -83,7 +82,6 @@ def test_static_steppers_equal_cpu_steppers_and_teacher_forcing(
     rope: PatchRope,
     encoder_layers: int,
     start_token: bool,
-    patch_query: str,
     offset_embedding: bool,
     decoder_start: str,
     cfg_scale: float,
@@ -93,7 +91,6 @@ def test_static_steppers_equal_cpu_steppers_and_teacher_forcing(
         seed,
         rope=rope,
         encoder_layers=encoder_layers,
-        patch_query=patch_query,
         offset_embedding=offset_embedding,
         decoder_start=decoder_start,
     )
