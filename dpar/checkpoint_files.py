@@ -53,7 +53,7 @@ AUTHORS_NAMES = {
     "local_decoder.cross_attn_layers.{}.wo.": "decoder.{}.patch_proj.",
     "decoder_start_embedding.": "decoder_start.",
 }
-PUBLISHED = {"offset_embedding": False, "decoder_start": "learned"}  # what the format supports
+PUBLISHED = {"decoder_start": "learned"}  # what the format supports
 TITLES = {"vq": "LlamaGen's VQ tokenizer", "llamagen": "LlamaGen's GPT", "dpar": "a DPAR model"}
 
 

@@ -145,14 +145,9 @@ class Block(Layer):
 
 
 class PatchCrossAttention(nn.Module):
-    """Patches attend to their tokens (paper section 3.2.2): p_j + Attn(Norm(p_j), Norm(u_i)).
+    """Patches attend to their tokens (paper section 3.2.2): p_j + Attn(Norm(p_j), Norm(u_i))."""
 
-    With ``offset_embedding`` a learned vector for i - s_j is added to Norm(u_i).
-    """
-
-    OFFSETS = 16  # later tokens of a longer patch share the last offset
-
-    def __init__(self, width: int, heads: int, offset_embedding: bool) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.wq = nn.Linear(width, width, bias=False)
@@ -161,22 +156,18 @@ class PatchCrossAttention(nn.Module):
         self.wo = nn.Linear(width, width, bias=False)
         self.patch_norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.token_norm = nn.RMSNorm(width, eps=NORM_EPS)
-        self.offsets = nn.Embedding(self.OFFSETS, width) if offset_embedding else None
 
     def forward(
         self,
         patches: Tensor | None,
         tokens: Tensor,
         patch_of_token: Tensor,
-        offset_in_patch: Tensor,
         n_patches: int,
     ) -> Tensor:
         """Update patches (M, width) from tokens (T, width); None starts from their maximum in each patch."""
         if patches is None:
             patches = segment_max(tokens, patch_of_token, n_patches)  # (T, width) to (M, width)
         normed = self.token_norm(tokens)
-        if self.offsets is not None:
-            normed = normed + self.offsets(offset_in_patch.clamp(max=self.OFFSETS - 1))
         split = (self.heads, -1)
         out = patch_cross_attention(
             self.wq(self.patch_norm(patches)).unflatten(-1, split),  # (M, heads, head_dim)
@@ -192,19 +183,17 @@ class PatchCrossAttention(nn.Module):
 class EncoderLayer(Layer):
     """One layer of the patch encoder: a causal block over tokens, then cross-attention to patches. No dropout."""
 
-    def __init__(self, width: int, heads: int, offset_embedding: bool) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.block = Block(width, heads, dropout=0.0)
-        self.cross_attention = PatchCrossAttention(width, heads, offset_embedding)
+        self.cross_attention = PatchCrossAttention(width, heads)
 
     def compute(
         self, patches: Tensor | None, tokens: Tensor, table: Tensor, attend: Attend, layout: PatchLayout
     ) -> tuple[Tensor, Tensor]:
         """Patches (ΣM, width), or None, and tokens (B, N, width) to patches and tokens of these shapes."""
         tokens = self.block(tokens, table, attend)
-        patches = self.cross_attention(
-            patches, tokens.flatten(0, 1), layout.patch_of_token, layout.offset_in_patch, layout.n_patches
-        )
+        patches = self.cross_attention(patches, tokens.flatten(0, 1), layout.patch_of_token, layout.n_patches)
         return patches, tokens
 
 
@@ -255,5 +244,3 @@ def init_weights(module: nn.Module) -> None:
     """Initialise matrices and embeddings from N(0, 0.02), as LlamaGen and the authors do. For ``module.apply``."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=INIT_STD)
-    if isinstance(module, PatchCrossAttention) and module.offsets is not None:
-        nn.init.normal_(module.offsets.weight, std=1.0)  # the scale of the normed tokens they are added to

@@ -48,10 +48,9 @@ class DPARConfig(SequenceConfig):
     decoder_layers: int = 3  # D
     rope: PatchRope = "dynamic"
     # Choices that are not the published model's, for comparison
-    offset_embedding: bool = False  # whether the cross-attention is told a token's place in its patch
     decoder_start: DecoderStart = "learned"  # decoder's first input: a learned vector, or the class embedding
 
-    removed_fields: ClassVar[dict[str, object]] = {"patch_query": "max"}
+    removed_fields: ClassVar[dict[str, object]] = {"patch_query": "max", "offset_embedding": False}
     layer_prefixes: ClassVar[dict[str, str]] = {
         "encoder_layers": "encoder.",
         "patch_layers": "layers.",
@@ -82,9 +81,7 @@ class DPAR(nn.Module, Pretrained[DPARConfig]):
         width, heads, dropout = config.width, config.heads, config.dropout
         self.cls_embedding = LabelEmbedder(config.classes, width)
         self.tok_embeddings = nn.Embedding(config.codebook_size, width)
-        self.encoder = nn.ModuleList(
-            EncoderLayer(width, heads, config.offset_embedding) for _ in range(config.encoder_layers)
-        )
+        self.encoder = nn.ModuleList(EncoderLayer(width, heads) for _ in range(config.encoder_layers))
         self.patch_dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(Block(width, heads, dropout) for _ in range(config.patch_layers))
         self.decoder_start = nn.Embedding(1, width) if config.decoder_start == "learned" else None

@@ -28,7 +28,6 @@ class PatchLayout:
     last: Tensor  # (ΣM,) last token of each patch, counted within its image
     image_of_patch: Tensor  # (ΣM,)
     patch_of_token: Tensor  # (B·N,) index into the packed patches
-    offset_in_patch: Tensor  # (B·N,) 0 for a patch's first token
     cu_seqlens: Tensor  # (B + 1,) int32, cumulative patches
     host_cu_seqlens: Tensor  # a copy on the CPU, so that reading lengths does not synchronise with the device
 
@@ -62,7 +61,6 @@ class PatchLayout:
             last=(end - 1) % n,
             image_of_patch=first // n,
             patch_of_token=patch_of_token,
-            offset_in_patch=torch.arange(batch * n, device=starts.device) - first[patch_of_token],
             cu_seqlens=cu_seqlens,
             host_cu_seqlens=cu_seqlens.cpu(),
         )

@@ -156,10 +156,9 @@ class PatchStepper:
         missing = padded(len(patch)) - len(patch)
         count = padded(len(images) + (missing > 0))
         patch_of_token = torch.from_numpy(np.pad(patch, (0, missing), constant_values=count - 1))
-        offset_in_patch = torch.from_numpy(np.pad(offset, (0, missing)))
         patches = None
         for layer, tokens in zip(self.model.encoder_layers(), self.tokens, strict=True):
-            patches = layer.cross_attention(patches, pad_rows(tokens[at]), patch_of_token, offset_in_patch, count)
+            patches = layer.cross_attention(patches, pad_rows(tokens[at]), patch_of_token, count)
         assert patches is not None  # there is at least one layer
         return patches[: len(images)]
 

@@ -61,12 +61,7 @@ MAIN = (
     Row(name="no-row-reset", title="without row reset", rule="no-row-reset"),
     P1,
 )
-OFFSETS, CLASS_START = ("offset_embedding", "true"), ("decoder_start", "class")
-CHOICES = (
-    Row(name="offsets", title="offsets in the cross-attention", overrides=(OFFSETS,)),
-    Row(name="class-start", title="class as the decoder's start", overrides=(CLASS_START,)),
-    Row(name="offsets-class-start", title="both", overrides=(OFFSETS, CLASS_START)),
-)
+CHOICES = (Row(name="class-start", title="class as the decoder's start", overrides=(("decoder_start", "class"),)),)
 
 
 def limits() -> tuple[Row, ...]:

@@ -53,7 +53,6 @@ def dpars(draw: st.DrawFn) -> tuple[DPAR, Tensor, int]:
         patch_layers=draw(st.integers(1, 2)),
         decoder_layers=draw(st.integers(1, 2)),
         rope=draw(st.sampled_from(get_args(PatchRope))),
-        offset_embedding=draw(st.booleans()),
         decoder_start=draw(st.sampled_from(get_args(DecoderStart))),
     )
     kind = draw(st.sampled_from(BOUNDARIES))

@@ -107,7 +107,6 @@ def test_an_untrained_model_predicts_all_tokens_equally(make: Callable[..., DPAR
     [
         dpar(),
         dpar(encoder_layers=2),
-        dpar(offset_embedding=True),
         dpar(decoder_start="class"),
         dpar(rope="dynamic-compact", dropout=0.0),
         dpar(rope="2d", classes=0),
@@ -129,19 +128,6 @@ def test_every_parameter_receives_a_gradient(model: DPAR | LlamaGen) -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_each_position_in_a_patch_has_an_offset_and_later_ones_share_the_last() -> None:
-    model = dpar(grid_height=2, grid_width=20, offset_embedding=True)
-    nn.init.normal_(model.output.weight)
-    codes = torch.randint(V, (1, 40))
-    starts = torch.arange(40).unsqueeze(0) % 20 == 0
-    model(codes, None, starts).square().sum().backward()
-    offsets = model.encoder[0].cross_attention.offsets  # type: ignore[union-attr]
-    assert isinstance(offsets, nn.Embedding)
-    assert offsets.weight.grad is not None
-    assert offsets.weight.shape == (16, 32)
-    assert (offsets.weight.grad.abs().amax(dim=1) > 0).all()
-
-
 @pytest.mark.parametrize("make", SEQUENCES)
 def test_dropout_acts_in_training_only(make: Callable[..., DPAR | LlamaGen]) -> None:
     model = make(dropout=0.5)
@@ -160,8 +146,7 @@ def test_weights_start_as_llamagens_do(make: Callable[..., DPAR | LlamaGen]) -> 
         elif "norm" in name:
             assert (parameter == 1).all(), name
         elif parameter.numel() > 500:
-            expected = 1.0 if "offsets" in name else 0.02
-            assert parameter.std().item() == pytest.approx(expected, rel=0.15), name
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.15), name
 
 
 @pytest.mark.parametrize("make", SEQUENCES)
@@ -202,7 +187,7 @@ def test_a_model_saved_as_bfloat16_loads_rounded_in_float32(make: Callable[[], M
 
 
 def test_loaded_models_give_the_same_logits(tmp_path: Path) -> None:
-    model = dpar(rope="dynamic-compact", offset_embedding=True).eval()
+    model = dpar(rope="dynamic-compact").eval()
     nn.init.normal_(model.output.weight)
     model.save_pretrained(tmp_path)
     with torch.no_grad():

@@ -61,17 +61,15 @@ def test_layout_fields_equal_those_of_a_plain_loop(starts: Tensor) -> None:
     assert layout.last.tolist() == [p[-1] % n for p in patches]
     assert layout.image_of_patch.tolist() == [p[0] // n for p in patches]
     assert layout.patch_of_token.tolist() == [j for j, p in enumerate(patches) for _ in p]
-    assert layout.offset_in_patch.tolist() == [k for p in patches for k in range(len(p))]
     assert layout.cu_seqlens.tolist() == [sum(counts[:b]) for b in range(batch + 1)]
     assert layout.cu_seqlens.dtype == torch.int32
-    for index in (layout.first, layout.last, layout.image_of_patch, layout.patch_of_token, layout.offset_in_patch):
+    for index in (layout.first, layout.last, layout.image_of_patch, layout.patch_of_token):
         assert index.dtype == torch.int64
 
 
 def test_layout_of_patches_of_one_token_is_trivial() -> None:
     layout = PatchLayout.from_starts(torch.ones(2, 6, dtype=torch.bool))
     assert layout.patch_of_token.tolist() == list(range(12))
-    assert layout.offset_in_patch.tolist() == [0] * 12
     assert layout.first.tolist() == layout.last.tolist() == [*range(6), *range(6)]
     assert layout.cu_seqlens.tolist() == [0, 6, 12]
 
@@ -82,7 +80,7 @@ def test_layout_moves_all_its_tensors_except_the_host_copy() -> None:
     assert (moved.n_tokens, moved.longest, moved.n_patches) == (layout.n_tokens, layout.longest, layout.n_patches)
     tensors = {name: value for name, value in vars(moved).items() if isinstance(value, Tensor)}
     assert torch.equal(tensors.pop("host_cu_seqlens"), layout.cu_seqlens)
-    assert len(tensors) == 6
+    assert len(tensors) == 5
     assert all(tensor.is_meta for tensor in tensors.values())
 
 

@@ -132,7 +132,6 @@ def test_logits_in_sampling_equal_teacher_forcing(rope: PatchRope, encoder_layer
 @given(
     seed=st.integers(0, 1000),
     start_token=st.booleans(),
-    offset_embedding=st.booleans(),
     decoder_start=st.sampled_from(["learned", "class"]),
     patch_layers=st.integers(1, 3),
     decoder_layers=st.integers(1, 3),
@@ -144,7 +143,6 @@ def test_logits_in_sampling_equal_teacher_forcing(rope: PatchRope, encoder_layer
 def test_logits_in_sampling_equal_teacher_forcing_under_any_rule(
     seed: int,
     start_token: bool,
-    offset_embedding: bool,
     decoder_start: str,
     patch_layers: int,
     decoder_layers: int,
@@ -155,7 +153,6 @@ def test_logits_in_sampling_equal_teacher_forcing_under_any_rule(
 ) -> None:
     model = dpar(
         seed,
-        offset_embedding=offset_embedding,
         decoder_start=decoder_start,
         patch_layers=patch_layers,
         decoder_layers=decoder_layers,

@@ -70,7 +70,6 @@ class Sizes:
     rope=ROPES,
     encoder_layers=st.integers(1, 2),
     start_token=st.booleans(),
-    offset_embedding=st.booleans(),
     decoder_start=st.sampled_from(["learned", "class"]),
     cfg_scale=st.sampled_from([1.0, 2.0]),
     top_p=st.sampled_from([1.0, 0.9]),
@@ -82,7 +81,6 @@ def test_static_steppers_equal_cpu_steppers_and_teacher_forcing(
     rope: PatchRope,
     encoder_layers: int,
     start_token: bool,
-    offset_embedding: bool,
     decoder_start: str,
     cfg_scale: float,
     top_p: float,
@@ -91,7 +89,6 @@ def test_static_steppers_equal_cpu_steppers_and_teacher_forcing(
         seed,
         rope=rope,
         encoder_layers=encoder_layers,
-        offset_embedding=offset_embedding,
         decoder_start=decoder_start,
     )
     entropy_model, labels = unconditional(seed + 1, start_token), labels_of(images)

@@ -404,10 +404,10 @@ def test_other_backends_and_precisions_give_nearly_the_same_losses(
 
 
 def test_set_changes_fields_of_the_models_config(patches: Path, tmp_path: Path) -> None:
-    run(patches, tmp_path / "run", set=("width=64", "heads=2", "rope=2d", "offset_embedding=true"), steps=1)
+    run(patches, tmp_path / "run", set=("width=64", "heads=2", "rope=2d"), steps=1)
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text(encoding="utf-8"))
     assert (config["width"], config["heads"]) == (64, 2)
-    assert (config["rope"], config["offset_embedding"]) == ("2d", True)
+    assert config["rope"] == "2d"
 
 
 def test_a_run_does_not_resume_under_other_set_fields(patches: Path, tmp_path: Path) -> None:
@@ -428,7 +428,6 @@ def test_runs_without_set_do_not_record_it(patches: Path, tmp_path: Path) -> Non
         ("widht=64", "dpar-tiny has no field 'widht'; did you mean 'width'"),
         ("width=wide", "it must be a whole number"),
         ("rope=3d", "it must be one of dynamic, dynamic-compact, 2d"),
-        ("offset_embedding=1", "it must be true or false"),
         ("classes=3", "classes follows from the data"),
         ("dropout=0.2", "use --dropout instead"),
         ("patch_layers=0", "patch_layers is 0; it must be at least 1"),
