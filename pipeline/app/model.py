@@ -74,15 +74,16 @@ class Model:
         saved = self.compute.saved(patches, bool(guided))
         baseline = self.compute.baseline
         return (
-            f"{self.tokens / patches:.2f} tokens per patch. Compute saved: {_percent(saved.generator)} in the "
-            f"generator, {_percent(saved.total)} with the entropy model counted.",
+            f"{self.tokens / patches:.2f} tokens per patch. Compute saved: {percent(saved.generator)} in the "
+            f"generator, {percent(saved.total)} with the entropy model counted.",
             f"Compared with a LlamaGen of the same depth and width ({baseline.layers} layers, width {baseline.width}), "
             f"by multiply-accumulates of linear layers {'in one forward pass' if guided is None else 'of sampling'}.",
         )
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}\u00a0%".replace("-", "−")  # no line break before the sign
+def percent(share: float) -> str:
+    """Return a share as a whole number of per cent, with a minus sign that is not a hyphen."""
+    return f"{round(100 * share)}\u00a0%".replace("-", "−")  # no line break before the sign
 
 
 def load_model(name: str, settings: AppSettings) -> Model:

@@ -22,7 +22,7 @@ from dpar.presets import preset
 from pipeline.app.compute import Compute
 from pipeline.app.drawing import Choices, edit, generate, mask_of_layers, place_patches
 from pipeline.app.jobs import Cancelled, Jobs
-from pipeline.app.model import Model, load_model
+from pipeline.app.model import Model, load_model, percent
 from pipeline.app.pictures import drawn, entropy_picture, shared_scale, write_png
 from pipeline.app.serve import serve
 from pipeline.runtime.errors import StageError
@@ -139,6 +139,15 @@ def test_compute_saved_is_the_difference_to_a_llamagen_of_the_same_depth_and_wid
     guided = compute.saved(32.0, guided=True)
     expected = count(dpar, 2.0).sampling(count(entropy_model), True) / baseline.sampling(None, True)
     assert guided.total == pytest.approx(1 - expected)
+
+
+def test_a_share_that_rounds_to_zero_has_no_sign() -> None:
+    assert [percent(share) for share in (-0.002, 0.002, 0.19, -0.04)] == [
+        "0\u00a0%",
+        "0\u00a0%",
+        "19\u00a0%",
+        "−4\u00a0%",
+    ]
 
 
 def test_a_session_can_stop_only_its_own_job() -> None:
