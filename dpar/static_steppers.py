@@ -274,15 +274,14 @@ class StaticPatchStepper:
     def _closed_patches(self, images: Tensor, first: Tensor) -> Tensor:
         """Return the open patches, which begin at ``first`` (R,), of images (R,): (R, d)."""
         size, longest = len(images), self.longest
-        offset = torch.arange(longest, device=self.device).expand(size, -1)
-        token = first.unsqueeze(1) + offset
+        token = first.unsqueeze(1) + torch.arange(longest, device=self.device)  # (R, longest)
         patch = torch.arange(size, device=self.device).unsqueeze(1)
         patch = torch.where(token < self.position, patch, size).flatten()  # an extra patch collects surplus tokens
         token = token.clamp(max=self.model.config.n_tokens - 1)
         patches = None
         for layer, tokens in zip(self.model.encoder_layers(), self.tokens, strict=True):
             own = tokens[images.unsqueeze(1), token].flatten(0, 1)
-            patches = layer.cross_attention(patches, own, patch, offset.flatten(), size + 1)
+            patches = layer.cross_attention(patches, own, patch, size + 1)
         assert patches is not None  # there is at least one layer
         return patches[:size]
 
