@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from benchmarks.study.cells import Study
+from dpar.locations import RUN_WEIGHTS
 from pipeline.generation.generator import Generator
 from pipeline.settings.sampling import SampleSettings
 from shards.files import write_json
@@ -16,11 +17,13 @@ ROUNDS, BATCH = 5, 16
 
 
 def measure_speed(study: Study) -> None:
-    """Write `speed.json`: images per second of each main row with guidance, all measurements and their medians."""
+    """Write `speed.json`: images per second of each main row with guidance, all measurements and their medians.
+
+    Rows whose first run has no weights in the study's folder are left out.
+    """
     settings = SampleSettings(cfg_scale=study.size.guidance, batch=BATCH)
-    generators = {
-        row.name: Generator.load(study.work / "runs" / f"{row.name}-seed-0", settings) for row in study.rows("speed")
-    }
+    runs = {row.name: study.work / "runs" / f"{row.name}-seed-0" for row in study.rows("speed")}
+    generators = {name: Generator.load(run, settings) for name, run in runs.items() if (run / RUN_WEIGHTS).is_dir()}
     labels = np.arange(BATCH) % study.shape["classes"]
     seconds: dict[str, list[float]] = {name: [] for name in generators}
     for turn in range(ROUNDS + 1):  # the first one is a warm-up
