@@ -57,10 +57,6 @@ def _value(hint: Any, text: str, assignment: str) -> Any:
         if text not in choices:
             raise StageError(f"--set {assignment}: it must be one of {', '.join(choices)}")
         return text
-    if hint is bool:
-        if text not in ("true", "false"):
-            raise StageError(f"--set {assignment}: it must be true or false")
-        return text == "true"
     kind = {int: "a whole number", float: "a number"}.get(hint)
     if kind is None:
         raise StageError(f"--set {assignment}: this field cannot be set from the command line")
