@@ -103,7 +103,7 @@ class BuildRecords:
 
     def finished(self) -> set[int]:
         """Return the finished shards."""
-        return {int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal()}
+        return {int(path.stem) for path in self._files(".json") if path.stem.isdecimal()}
 
     def infos(self) -> dict[int, ShardInfo]:
         """Return the records of all finished shards, by index."""
@@ -144,7 +144,7 @@ class BuildRecords:
     def count_processes(self) -> int:
         """Return how many other processes are running; 0 on a file system without locks."""
         claims = Claims(self.folder)
-        busy = [path for path in self.folder.glob("*.process") if not claims.claim(path.name)]
+        busy = [path for path in self._files(".process") if not claims.claim(path.name)]
         claims.release_all()
         return len(busy)
 
@@ -160,7 +160,7 @@ class BuildRecords:
 
     def _uncheck(self) -> None:
         """Mark all records unchecked; those of a finished artifact come from its manifest."""
-        for path in self.folder.glob("*.process"):
+        for path in self._files(".process"):
             path.unlink()
         recorded = [path for path in self.folder.iterdir() if re.fullmatch(r"\d{5,}\.(json|unchecked)", path.name)]
         if not (self.artifact / MANIFEST).is_file():
@@ -177,7 +177,7 @@ class BuildRecords:
 
         Claims divide the work, so ``share``, the rank and number of processes, is unused.
         """
-        indices = sorted(int(path.stem) for path in self.folder.glob("*.unchecked"))
+        indices = sorted(int(path.stem) for path in self._files(".unchecked"))
         with ThreadPoolExecutor(THREADS) as pool:
             verified = list(pool.map(self._verify, indices))
         for index in (index for index, done in zip(indices, verified, strict=True) if not done):
@@ -222,6 +222,13 @@ class BuildRecords:
             aside = self.artifact / f"{BUILD}.{os.getpid()}.part"
             self.folder.replace(aside)
             shutil.rmtree(aside, ignore_errors=True)
+
+    def _files(self, suffix: str) -> list[Path]:
+        try:  # Path.glob of Python before 3.13 raises if another process removes the folder meanwhile
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        return [self.folder / name for name in names if name.endswith(suffix)]
 
     def _path(self, index: int, suffix: str = ".json") -> Path:
         return self.folder / f"{index:05d}{suffix}"

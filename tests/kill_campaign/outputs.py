@@ -60,6 +60,11 @@ def rewritten(output: Output, before: Stamps) -> list[str]:
     return [name for name, stamp in before.items() if now.get(name) != stamp]
 
 
+def files(folder: Path) -> list[Path]:
+    """Return the files below a folder in which processes may be creating and removing folders meanwhile."""
+    return [Path(path, name) for path, _, names in os.walk(folder) for name in names]
+
+
 class Folder:
     """An artifact on disk."""
 
@@ -68,28 +73,28 @@ class Folder:
 
     def finals(self) -> dict[str, str]:
         found = {}
-        for path in self.path.rglob("*"):
+        for path in files(self.path):
             inside = path.relative_to(self.path)
-            if path.is_file() and inside.parts[0] != BUILD and not any(p.endswith(".part") for p in inside.parts):
+            if inside.parts[0] != BUILD and not any(p.endswith(".part") for p in inside.parts):
                 found[inside.as_posix()] = hashlib.md5(path.read_bytes()).hexdigest()
         return found
 
     def written(self) -> Stamps:
-        files = {path.name: path.stat() for path in self.path.glob("[0-9]*.arrow")}
-        return {name: (status.st_ino, status.st_mtime_ns) for name, status in files.items()}
+        shards = {path.name: path.stat() for path in self.path.glob("[0-9]*.arrow")}
+        return {name: (status.st_ino, status.st_mtime_ns) for name, status in shards.items()}
 
     def recorded(self) -> set[str]:
-        return {f"{path.stem}.arrow" for path in (self.path / BUILD).glob("[0-9]*.json")}
+        return {f"{path.stem}.arrow" for path in files(self.path / BUILD) if re.fullmatch(r"\d+\.json", path.name)}
 
     def is_finished(self) -> bool:
         return (self.path / "manifest.json").exists()
 
     def is_mid_write(self) -> bool:
-        return any(self._parts()) or any((self.path / BUILD).glob("*.part"))
+        return any(self._parts()) or any(self._record_parts())
 
     def halves(self, processes: list[int]) -> int:
         """Return how many files some processes have been writing."""
-        names = [path.name for path in [*self._parts(), *(self.path / BUILD).glob("*.part")]]
+        names = [path.name for path in [*self._parts(), *self._record_parts()]]
         return sum(name.endswith(f".{pid}.part") for name in names for pid in processes)
 
     def leavings(self) -> list[str]:
@@ -97,6 +102,9 @@ class Folder:
 
     def _parts(self) -> list[Path]:
         return list(self.path.glob("*.part"))
+
+    def _record_parts(self) -> list[Path]:
+        return [path for path in files(self.path / BUILD) if path.suffix == ".part"]
 
     def remove(self) -> None:
         shutil.rmtree(self.path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tests.kill_campaign.outputs import Folder, Output, Prefix, stamps, temporary_leavings
+from tests.kill_campaign.outputs import Folder, Output, Prefix, files, stamps, temporary_leavings
 from tests.kill_campaign.report import Report, is_partly_done
 from tests.kill_campaign.victims import Fork, Home, Program, Stage, Victim, children, group, send
 
@@ -107,7 +107,7 @@ def kill_once(victims: Victims, chance: random.Random, report: Report, expected:
 
 def has_files(temporary: Path) -> bool:
     """Return whether a shard of a bucket was on the way to or from it."""
-    return any(path.is_file() for path in temporary.glob("dpar-*/*"))
+    return any(path.parent.name.startswith("dpar-") for path in files(temporary))
 
 
 def finish(victims: Victims, report: Report) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,25 @@ def test_a_shard_stays_claimed_until_it_is_added(tmp_path: Path) -> None:
     assert second.remaining() == 2
     first.close()
     assert list(second.todo()) == [0, 2]
+
+
+def test_looking_for_records_while_another_process_removes_them_finds_none(tmp_path: Path) -> None:
+    build = opened(tmp_path / "a")
+    folder, aside = tmp_path / "a" / BUILD, tmp_path / "aside"
+    stop = threading.Event()
+
+    def remove_and_return() -> None:
+        while not stop.is_set():
+            folder.rename(aside)
+            aside.rename(folder)
+
+    remover = threading.Thread(target=remove_and_return)
+    remover.start()
+    try:
+        assert all(build.records.finished() == set() for _ in range(2000))
+    finally:
+        stop.set()
+        remover.join()
 
 
 def test_an_interrupted_process_releases_its_claims(tmp_path: Path) -> None:
