@@ -200,7 +200,7 @@ def _call(url: Url, verb: str, action: Callable[[Any, str], T]) -> T:
         FileNotFoundError: there is nothing at the URL.
         ArtifactError: anything else.
     """
-    filesystem, path = _filesystem(url)
+    filesystem, path = open_filesystem(url)
     for wait in (*WAITS, None):
         try:
             return action(filesystem, path)
@@ -216,7 +216,12 @@ def _call(url: Url, verb: str, action: Callable[[Any, str], T]) -> T:
     raise AssertionError
 
 
-def _filesystem(url: Url) -> tuple[Any, str]:
+def open_filesystem(url: Url) -> tuple[Any, str]:
+    """Return fsspec's file system of a URL, and the path in it; opens no connection.
+
+    Raises:
+        ArtifactError: it has an unsupported kind of URL, or one whose package is not installed.
+    """
     import fsspec
 
     options: dict[str, Any] = {"use_listings_cache": False}  # other processes write, too

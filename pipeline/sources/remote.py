@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.runtime.errors import StageError
-from shards.errors import one_line
-
-WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds to wait before each retry of a failed read
-CHUNK = 8 * 2**20  # bytes per request
+from shards import storage
+from shards.errors import ArtifactError, one_line
+from shards.storage import PIECE, WAITS
 
 # Fields by which HTTP servers and object stores identify the version of a file.
 _VERSION_FIELDS = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime", "last_modified")
@@ -53,7 +52,7 @@ def look_up(url: str, waits: Sequence[float] = WAITS) -> Remote:
 
 
 class RemoteFile:
-    """The bytes of a file at a URL, in any order; keeps `CHUNK` of them in memory.
+    """The bytes of a file at a URL, in any order; keeps `PIECE` of them in memory.
 
     Args:
         remote: the file.
@@ -103,7 +102,7 @@ class RemoteFile:
             )
 
     def _fetch(self, start: int) -> bytes:
-        url, end = self._remote.url, min(start + CHUNK, self.size)
+        url, end = self._remote.url, min(start + PIECE, self.size)
         waits = [0.0, *self._waits]
         for wait in waits:
             time.sleep(wait)
@@ -154,13 +153,7 @@ def _open(url: str) -> Any:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec
-
     try:
-        # Listings are not cached, so that changes of a file are noticed.
-        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except ImportError as error:
-        raise StageError(f"{url}: {one_line(error)}") from error
-    except ValueError as error:
-        raise StageError(f"{url}: this kind of URL is not supported ({one_line(error)})") from error
-    return filesystem, path
+        return storage.open_filesystem(storage.Url(url))
+    except ArtifactError as error:
+        raise StageError(str(error)) from error

@@ -19,11 +19,12 @@ from pipeline.runtime.errors import StageError
 from pipeline.sources.decode import decode_image
 from pipeline.sources.labels import MAX_CLASSES, NO_LABEL, decimal_names
 from pipeline.sources.locations import check_named_once, stems
-from pipeline.sources.remote import WAITS, RemoteFile, look_up
+from pipeline.sources.remote import RemoteFile, look_up
 from pipeline.sources.samples import Sample, key_text, samples
 from pipeline.sources.source import Item, Source
 from pipeline.sources.tar_images import TWICE
 from shards.manifest import LeftOut
+from shards.storage import WAITS
 
 if TYPE_CHECKING:
     from PIL import Image

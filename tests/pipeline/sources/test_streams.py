@@ -20,6 +20,7 @@ from PIL import Image
 from pipeline.runtime.errors import StageError
 from pipeline.sources import IndexedSource, Item, LeftOut, Source, open_indexed, open_source, remote, require_indexed
 from pipeline.sources.tar_stream import TarStream
+from shards import storage
 
 
 def image(colour: int) -> Image.Image:
@@ -107,7 +108,7 @@ def drop_half_way(handler: BaseHTTPRequestHandler, start: int) -> bool:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "CHUNK", 4096)
+    monkeypatch.setattr(remote, "PIECE", 4096)
 
 
 def stream(server: Server, names: str = "t-{000..002}.tar", **options: Any) -> TarStream:
@@ -180,6 +181,26 @@ def test_interrupted_reads_resume(server: Server) -> None:
     server.hook = breaks
     assert content(items(stream(server))) == undisturbed
     assert len(seen) > 20
+
+
+def test_a_request_without_an_answer_is_repeated(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "SILENCE", 0.5)
+    undisturbed = content(items(stream(server)))
+    answer, unanswered = threading.Event(), [4096]
+
+    def waits(handler: BaseHTTPRequestHandler, start: int) -> bool:
+        if start not in unanswered:
+            return False
+        unanswered.remove(start)
+        answer.wait()
+        return True
+
+    server.hook = waits
+    try:
+        assert content(items(stream(server))) == undisturbed
+    finally:
+        answer.set()
+    assert not unanswered
 
 
 def test_a_read_interrupted_five_times_is_an_error_that_names_the_byte(server: Server) -> None:
