@@ -35,7 +35,10 @@ CSS = """
   background: var(--error-background-fill); border-radius: var(--radius-md); padding: 0.5rem 0.75rem; }
 .pictures .grid-wrap { min-height: 0 !important; }
 .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)) !important; }
-.pictures .caption-label { max-width: 100%; white-space: normal; font-size: var(--text-xs); }
+.pictures .thumbnail-item { height: auto; aspect-ratio: auto; }
+.pictures .thumbnail-item > img { height: auto; }
+.pictures .caption-label { position: static; max-width: 100%; border: 0; white-space: normal;
+  font-size: var(--text-xs); opacity: 1 !important; }
 .threshold input[type="number"] { width: 7rem; }
 """
 FONTS = ("system-ui", "sans-serif")  # nothing is fetched: the page works without a network
