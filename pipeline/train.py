@@ -23,7 +23,7 @@ from dpar.pretrained import fingerprint, read_weights, write_weights
 from dpar.tensors import check_tensors, load_tensors
 from pipeline.runs.run_folder import RunFolder
 from pipeline.runs.weights import check_grid_and_codebook
-from pipeline.runtime.device import choose_device, precision_name, rank, world_size
+from pipeline.runtime.device import choose_device, fast_bf16, precision_name, rank, world_size
 from pipeline.runtime.distributed import barrier, process_group
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
@@ -219,6 +219,8 @@ def _prepare(
 ) -> dict[str, Any]:
     """Choose compilation, recomputation and attention backend; return the choices for the run record.
 
+    Says so if the requested precision is the slower one.
+
     Raises:
         ModelError: the requested attention backend cannot run here.
     """
@@ -227,6 +229,8 @@ def _prepare(
         model.compile_layers()
     model.checkpoint_layers = settings.checkpoint_layers
     chosen: dict[str, Any] = {"compile": compiled}
+    if settings.precision == "bf16" and not fast_bf16(device):
+        progress.say(f"precision: bf16, although {device} computes fp32 faster; --precision auto takes fp32")
     if isinstance(model, DPAR):
         dtype = torch.bfloat16 if precision_name(device, settings.precision) == "bf16" else torch.float32
         backend, reason = choose_backend(device, dtype, settings.attention)

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import math
@@ -15,11 +16,12 @@ from dpar.errors import ModelError
 from dpar.model import DPARConfig
 from dpar.presets import preset
 from pipeline.runs.run_folder import RunFolder
+from pipeline.runtime.device import fast_bf16
 from pipeline.runtime.errors import StageError
 from pipeline.runtime.progress import Progress
 from pipeline.scoring.likelihood import check_same_classes
 from pipeline.settings.training import EntropySettings
-from pipeline.train import train_entropy
+from pipeline.train import train, train_entropy
 from pipeline.training.loop import Objective, fit
 from shards.errors import ArtifactError
 from shards.reader import open_artifact
@@ -401,6 +403,17 @@ def test_other_backends_and_precisions_give_nearly_the_same_losses(
     run(patches, tmp_path / "b", steps=3, **choice)
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("a", "b")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-6 if "checkpoint_layers" in choice else 2e-2)
+
+
+def test_only_a_request_for_the_slower_precision_is_remarked_on(
+    patches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = chosen(steps=1)
+    for precision in ("auto", "fp32", "bf16"):
+        choice = dataclasses.replace(settings, precision=precision)
+        train(patches, tmp_path / precision, choice, progress=Progress())
+        says = "computes fp32 faster; --precision auto" in capsys.readouterr().err
+        assert says == (precision == "bf16" and not fast_bf16(torch.device("cpu")))
 
 
 def test_set_changes_fields_of_the_models_config(patches: Path, tmp_path: Path) -> None:
