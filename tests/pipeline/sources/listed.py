@@ -1,0 +1,22 @@
+"""Shared by the tests of sources: images to save in a folder, and the keys and labels that a source lists."""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipeline.sources import IndexedSource
+
+
+def save(path: Path, image: Image.Image | None = None, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or Image.new("RGB", (8, 6), (200, 100, 50))).save(path, **options)
+    return path
+
+
+def keys(source: IndexedSource) -> list[str]:
+    return [source.key(i) for i in range(len(source))]
+
+
+def labels(source: IndexedSource) -> list[int]:
+    return [source.label(i) for i in range(len(source))]
