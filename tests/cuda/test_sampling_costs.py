@@ -8,7 +8,7 @@ import torch
 from dpar import DPAR, LlamaGen, PatchRule, SamplingOptions
 from dpar.sampling import Sampler
 from tests.cuda.shadow import Counts, shadow_cuda
-from tests.dpar.test_sampling import LABELS, N, dpar, llamagen, unconditional, usual_entropy
+from tests.dpar.sampled import LABELS, N, dpar, llamagen, unconditional, usual_entropy
 
 PER_BATCH = 2  # waits at the start of a batch: for labels and noise
 OPTIONS = SamplingOptions(cfg_scale=2.0)

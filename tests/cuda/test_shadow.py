@@ -8,7 +8,7 @@ from dpar import PatchLayout
 from dpar.graphs import Graphs
 from tests.cuda.backward import backward
 from tests.cuda.shadow import MixedDevices, Shadow, WaitInGraph, shadow_cuda
-from tests.dpar.test_sampling import LABELS, N, V, dpar
+from tests.dpar.sampled import LABELS, N, V, dpar
 
 
 def test_a_shadow_reports_the_gpu_and_has_the_values_of_the_cpu() -> None:

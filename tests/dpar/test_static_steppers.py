@@ -15,8 +15,7 @@ from dpar.rope import PatchRope
 from dpar.sampling import Sampler
 from dpar.static_cache import StaticCache
 from dpar.static_steppers import HalfLinear, StaticPatcher, StaticPatchStepper, half_linears, longest_patch
-from tests.dpar.test_kv_cache import HEAD_DIM, HEADS, causal, tokens
-from tests.dpar.test_sampling import (
+from tests.dpar.sampled import (
     CLASSES,
     WIDTH,
     N,
@@ -28,6 +27,7 @@ from tests.dpar.test_sampling import (
     unconditional,
     usual_entropy,
 )
+from tests.dpar.test_kv_cache import HEAD_DIM, HEADS, causal, tokens
 
 CPU = torch.device("cpu")
 SOME = settings(deadline=None, max_examples=25)
