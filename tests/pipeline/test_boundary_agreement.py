@@ -11,7 +11,7 @@ from pipeline.boundary_agreement import COMPARISON, compare, lines
 from pipeline.runtime.errors import StageError
 from pipeline.settings.artifacts import PatchifySettings
 from shards.reader import open_artifact
-from tests.pipeline.test_patchify import GRID, QUIET, N, build_codes, run, save_entropy_run, save_model
+from tests.pipeline.patchified import GRID, QUIET, N, build_codes, run, save_entropy_run, save_model
 
 ROWS = 33
 
