@@ -1,4 +1,4 @@
-"""Shared by the tests of sources: images to save in a folder, and the keys and labels that a source lists."""
+"""Shared by the tests of sources: images to save in a folder, and what a source lists and loads."""
 
 from pathlib import Path
 from typing import Any
@@ -20,3 +20,14 @@ def keys(source: IndexedSource) -> list[str]:
 
 def labels(source: IndexedSource) -> list[int]:
     return [source.label(i) for i in range(len(source))]
+
+
+def pixels(source: IndexedSource) -> list[bytes]:
+    return [source.load(i).tobytes() for i in range(len(source))]
+
+
+def assert_same(a: IndexedSource, b: IndexedSource) -> None:
+    assert a.class_names == b.class_names
+    assert keys(a) == keys(b)
+    assert labels(a) == labels(b)
+    assert pixels(a) == pixels(b)
