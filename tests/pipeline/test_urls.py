@@ -29,8 +29,8 @@ from shards.storage import Url, entries, location
 from tests.object_store import object_store
 from tests.pipeline.trained import EXACT, QUIET, build, ends, lines_of, results, together, weights
 from tests.pipeline.trained import run as train
-from tests.shards.test_writer import files, opened, start
-from tests.shards.test_writer import run as write
+from tests.shards.builds import files, opened, start
+from tests.shards.builds import run as write
 from tests.web import WebServer
 
 PLAIN: dict[str, Any] = {"container": "webdataset", "sizes": (9, 0, 8, 5, 4, 3, 6, 7, 2, 9, 1)}  # two windows of shards

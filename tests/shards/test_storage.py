@@ -24,8 +24,8 @@ from shards.manifest import BUILD, MANIFEST, Container, Manifest
 from shards.reader import Artifact, Batch, open_artifact
 from shards.storage import Url, entries, location
 from shards.training_data import TrainingData
+from tests.shards.builds import N_SHARDS, files, opened, run, shard_rows
 from tests.shards.test_training_data import BATCH, SIZES, TOTAL, make
-from tests.shards.test_writer import N_SHARDS, files, opened, run, shard_rows
 from tests.web import WebServer
 
 CONTAINERS: tuple[Container, ...] = ("arrow", "webdataset")
