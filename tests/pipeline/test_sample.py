@@ -1,7 +1,5 @@
-import dataclasses
-import json
-import shutil
-from collections.abc import Iterator
+"""`dpar sample`: images, classes, boundaries and files, runs that are killed or shared, and refused settings."""
+
 from pathlib import Path
 from typing import Any
 
@@ -12,74 +10,25 @@ from PIL import Image
 
 import dpar
 from dpar import DPAR, LlamaGen, PatchRule, SamplingOptions
-from dpar.errors import ModelError
 from dpar.patching import static_starts
 from dpar.sampling import sample
-from dpar.tokenizer import VQTokenizer, from_uint8
-from pipeline.convert import convert
-from pipeline.generation.classes import choose_classes
-from pipeline.generation.generator import Generator, decode
-from pipeline.generation.nearest import find_nearest, open_training
+from dpar.tokenizer import VQTokenizer
+from pipeline.generation.generator import decode
 from pipeline.inspect import inspect
 from pipeline.patchify import patchify
-from pipeline.runs.run_folder import RunFolder
 from pipeline.runtime.errors import StageError
-from pipeline.sample import sample_pictures
-from pipeline.settings.artifacts import InspectSettings, PatchifySettings, TokenizeSettings
-from pipeline.settings.models import ConvertSettings
+from pipeline.settings.artifacts import InspectSettings, PatchifySettings
 from pipeline.settings.sampling import SampleSettings
-from pipeline.sources.crops import views
-from pipeline.tokenize import tokenize
 from shards.errors import ArtifactError
-from shards.reader import open_artifact
-from tests.pipeline.sampled import (
-    CPU,
-    QUIET,
-    RULE,
-    SIDE,
-    SIZE,
-    N,
-    V,
-    everything,
-    killed_again_and_again,
-    save_home,
-    save_run,
-    start,
-)
-
-CLASSES = ("bird", "cat & dog", "fish")
-FOLDERS = ("0000-bird", "0001-cat_dog", "0002-fish")
-
+from tests.pipeline.sample_runs import CLASSES, FOLDERS, codes_of, held, pictures, run, save_runs, write_image
+from tests.pipeline.sampled import CPU, QUIET, RULE, SIDE, SIZE, N, everything, killed_again_and_again, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images, a tokenizer, an entropy model, patches, and runs of LlamaGen and of DPAR with both strategies."""
-    home = tmp_path_factory.mktemp("made")
-    save_home(home, CLASSES, a_class=2)
-    static = PatchifySettings(strategy="static", static_length=1.81, **CPU)
-    patchify(home / "codes", home / "static patches", static, QUIET)
-    save_run(home / "dpar", home / "patches", "dpar-tiny")
-    save_run(home / "static", home / "static patches", "dpar-tiny")
-    save_run(home / "llama", home / "codes", "llamagen-tiny", std=0.05)
-    return home
-
-
-def run(home: Path, out: Path, model: str = "dpar", **values: Any) -> dict[str, Any]:
-    return sample_pictures(home / model, out, SampleSettings(**{**CPU, "per_class": 2, **values}), QUIET)
-
-
-def held(out: Path) -> dict[str, Any]:
-    artifact = open_artifact(out / "codes", verify=True)
-    rows = np.arange(len(artifact))
-    batch = artifact.gather(rows, np.zeros_like(rows))
-    return {"codes": batch.codes, "starts": batch.starts, "labels": batch.labels, "made": artifact.manifest}
-
-
-def pictures(out: Path) -> list[str]:
-    return sorted(path.relative_to(out / "images").as_posix() for path in out.glob("images/*/*.png"))
+    return save_runs(tmp_path_factory.mktemp("made"))
 
 
 def test_pictures_of_every_class_are_written(home: Path, tmp_path: Path) -> None:
@@ -180,42 +129,6 @@ def test_a_static_run_needs_no_entropy_model_and_has_its_own_boundaries(home: Pa
         run(home, tmp_path / "other", "static", threshold=3.0)
 
 
-@pytest.fixture
-def moved(home: Path, tmp_path: Path) -> Iterator[Path]:
-    """A folder to which the tokenizer and the entropy model are moved during a test."""
-    for name in ("vq", "entropy"):
-        shutil.move(home / name, tmp_path / name)
-    yield tmp_path
-    for name in ("vq", "entropy"):
-        shutil.move(tmp_path / name, home / name)
-
-
-def test_a_llamagen_run_needs_no_entropy_model(home: Path, moved: Path) -> None:
-    run(home, moved / "out", "llama", tokenizer=str(moved / "vq"))
-    assert held(moved / "out")["made"].kind == "codes"
-
-
-@pytest.mark.parametrize(("option", "other"), [("tokenizer", "entropy_model"), ("entropy_model", "tokenizer")])
-def test_a_moved_part_is_refused_with_the_option_to_use(home: Path, moved: Path, option: str, other: str) -> None:
-    places = {"tokenizer": str(moved / "vq"), "entropy_model": str(moved / "entropy")}
-    flag = "--" + option.replace("_", "-")
-    with pytest.raises(StageError, match=rf"no model at .*If it has moved, name it with {flag}"):
-        run(home, moved / "out", **{other: places[other]})
-    assert not (moved / "out").exists()
-    run(home, moved / "out", **places)
-
-
-@pytest.mark.parametrize("option", ["tokenizer", "entropy_model"])
-def test_a_part_with_other_weights_is_refused_with_both_fingerprints(home: Path, tmp_path: Path, option: str) -> None:
-    kind: Any = VQTokenizer if option == "tokenizer" else LlamaGen
-    source = home / ("vq" if option == "tokenizer" else "entropy")
-    torch.manual_seed(9)
-    kind(kind.from_pretrained(source).config).save_pretrained(tmp_path / "other")
-    theirs, ours = (dpar.fingerprint(path)[:12] for path in (tmp_path / "other", source))
-    with pytest.raises(StageError, match=f"has weights {theirs}, but {ours} are needed"):
-        run(home, tmp_path / "out", **{option: str(tmp_path / "other")})
-
-
 def test_ten_kills_do_not_change_the_files(home: Path, tmp_path: Path) -> None:
     many: dict[str, Any] = {"per_class": 8, "shard_size": 2, "npz": True}
     hits = killed_again_and_again(lambda: run(home, tmp_path / "killed", **many), tmp_path / "killed", kills=10)
@@ -303,71 +216,6 @@ def test_guidance_schedules_equal_the_librarys(home: Path, tmp_path: Path, sched
 
 
 @pytest.mark.parametrize(
-    ("name", "label"), [("n01440764 tench", 1), ("n01440764", 1), ("tench", 1), ("1", 1), ("crane", None)]
-)
-def test_a_class_is_named_by_wordnet_id_words_or_number(name: str, label: int | None) -> None:
-    names = ("n01443537 goldfish", "n01440764 tench", "n02012849 crane", "n03126707 crane")
-    if label is None:
-        with pytest.raises(StageError, match="the name of 2 classes"):
-            choose_classes(names, (name,))
-    else:
-        assert choose_classes(names, (name,)) == [label]
-
-
-def write_image(path: Path, size: tuple[int, int] = (SIZE, SIZE)) -> Path:
-    rng = np.random.default_rng(5)
-    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(path)
-    return path
-
-
-def codes_of(home: Path, image: Path) -> np.ndarray:
-    pixels = views(Image.open(image), SIZE, "center", (1.0,))
-    return VQTokenizer.from_pretrained(home / "vq").encode(from_uint8(torch.from_numpy(pixels)))[0].numpy()
-
-
-@pytest.mark.parametrize("model", ["dpar", "static", "llama"])
-def test_kept_rows_are_unchanged_and_the_rest_is_sampled(home: Path, tmp_path: Path, model: str) -> None:
-    image = write_image(tmp_path / "image.png", (13, 9))
-    edit: dict[str, Any] = {"image": image, "keep_rows": 2, "classes": ("fish",), "per_class": 3}
-    run(home, tmp_path / "out", model, **edit)
-    codes = held(tmp_path / "out")["codes"]
-    np.testing.assert_array_equal(
-        codes[:, : 2 * SIDE], np.broadcast_to(codes_of(home, image)[: 2 * SIDE], (3, 2 * SIDE))
-    )
-    assert len(np.unique(codes[:, 2 * SIDE :], axis=0)) == 3
-    assert Image.open(tmp_path / "out" / "sheet.png").width > 3 * 128
-    with pytest.raises(ArtifactError, match="known was"):
-        run(home, tmp_path / "out", model, **{**edit, "keep_rows": 1})
-
-
-def test_a_token_with_any_masked_pixel_is_sampled_and_no_other(home: Path, tmp_path: Path) -> None:
-    image = write_image(tmp_path / "image.png")
-    mask = np.zeros((SIZE, SIZE), np.uint8)
-    mask[3, 5] = 255  # one pixel of token (1, 2)
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    run(home, tmp_path / "out", image=image, mask=tmp_path / "mask.png", classes=("0",), per_class=16)
-    changed = (held(tmp_path / "out")["codes"] != codes_of(home, image)).any(axis=0)
-    assert np.flatnonzero(changed).tolist() == [SIDE + 2]
-
-
-def test_invalid_edits_are_refused_before_sampling(home: Path, tmp_path: Path) -> None:
-    image = write_image(tmp_path / "image.png", (13, 9))
-    other = write_image(tmp_path / "other.png", (9, 13))
-    black = tmp_path / "black.png"
-    Image.new("L", (13, 9)).save(black)
-    fish: dict[str, Any] = {"image": image, "classes": ("fish",)}
-    for more, says in (
-        ({"mask": other}, "9×13 pixels, the image .* 13×9; both must have the same size"),
-        ({"mask": black}, "nothing to sample: .*no white pixel"),
-        ({"keep_rows": SIDE}, "keeps all 4 rows"),
-        ({"mask": tmp_path / "gone.png"}, "there is no image .*gone.png"),
-    ):
-        with pytest.raises(StageError, match=says):
-            run(home, tmp_path / "out", **fish, **more)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
     ("values", "says"),
     [
         ({"top_p": 0.0}, "--top-p is 0"),
@@ -384,86 +232,9 @@ def test_invalid_settings_are_refused(values: dict[str, Any], says: str) -> None
         SampleSettings(**values)
 
 
-@pytest.fixture(scope="module")
-def authors_file(home: Path) -> Path:
-    """The weights of the run ``dpar`` in the format of DPAR's authors."""
-    convert(str(home / "dpar"), home / "dpar.pt", ConvertSettings(), QUIET)
-    return home / "dpar.pt"
-
-
-def test_an_authors_checkpoint_samples_the_images_of_its_run(home: Path, authors_file: Path, tmp_path: Path) -> None:
-    parts = {"tokenizer": str(home / "vq"), "entropy_model": str(home / "entropy")}
-    run(home, tmp_path / "run", classes=("1",))
-    run(home, tmp_path / "file", authors_file.name, classes=("1",), **parts, **RULE)
-    for name in ("codes", "starts"):
-        np.testing.assert_array_equal(held(tmp_path / "run")[name], held(tmp_path / "file")[name])
-
-
-@pytest.mark.parametrize(
-    ("missing", "says"),
-    [
-        ("tokenizer", "does not say which tokenizer decodes its codes; name it with --tokenizer"),
-        ("entropy_model", "does not say which entropy model places its patches; name it with --entropy-model"),
-        ("threshold", r"do not record an entropy threshold; give --threshold \(nats\)"),
-    ],
-)
-def test_settings_missing_from_an_authors_checkpoint_are_asked_for(
-    home: Path, authors_file: Path, tmp_path: Path, missing: str, says: str
-) -> None:
-    given = {"tokenizer": str(home / "vq"), "entropy_model": str(home / "entropy"), "threshold": 3.1}
-    with pytest.raises(StageError, match=says):
-        run(home, tmp_path / "out", authors_file.name, **{k: v for k, v in given.items() if k != missing})
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_threshold_for_llamagen_is_refused(home: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match="a LlamaGen has no patches"):
         run(home, tmp_path / "out", "llama", threshold=2.0)
-
-
-@pytest.mark.parametrize(("what", "value"), [("codebook_size", 2 * V), ("grid_height", 2 * SIDE)])
-def test_an_entropy_model_for_other_tokens_is_refused(home: Path, tmp_path: Path, what: str, value: int) -> None:
-    config = LlamaGen.from_pretrained(home / "entropy").config
-    other: dict[str, Any] = {what: value}
-    LlamaGen(dataclasses.replace(config, **other)).save_pretrained(tmp_path / "entropy")
-    shutil.copytree(home / "dpar", tmp_path / "dpar")
-    record = json.loads((tmp_path / "dpar" / "run.json").read_text(encoding="utf-8"))
-    record["inputs"]["entropy_model"]["fingerprint"] = dpar.fingerprint(tmp_path / "entropy")
-    (tmp_path / "dpar" / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(ModelError, match=rf"the entropy model's {what} is {value}"):
-        run(tmp_path, tmp_path / "out", entropy_model=str(tmp_path / "entropy"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_weights_inside_a_run_use_the_runs_record(home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home / "dpar", tmp_path / "dpar")
-    model = DPAR.from_pretrained(tmp_path / "dpar" / "model")
-    torch.nn.init.normal_(model.output.weight, std=0.1)
-    model.save_pretrained(tmp_path / "dpar" / "model-ema")
-    run(tmp_path, tmp_path / "out", "dpar/model-ema", per_class=1)
-    made = held(tmp_path / "out")["made"]
-    assert made.settings["weights"] == dpar.fingerprint(tmp_path / "dpar" / "model-ema")
-    assert made.class_names == CLASSES
-
-
-def test_a_run_without_weights_yet_is_one_message(home: Path, tmp_path: Path) -> None:
-    record = json.loads((home / "dpar" / "run.json").read_text(encoding="utf-8"))
-    RunFolder(tmp_path / "new", record["kind"], record["settings"], record["inputs"]).close()
-    with pytest.raises(ModelError, match=f"the run {tmp_path}/new has no weights yet: it has not written"):
-        sample_pictures(tmp_path / "new", tmp_path / "out", SampleSettings(**CPU), QUIET)
-
-
-def test_a_run_whose_first_weights_are_being_written_is_one_message(home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home / "dpar", tmp_path / "dpar")
-    weights = tmp_path / "dpar" / "model" / "model.safetensors"
-    weights.rename(weights.with_name("model.safetensors.part"))
-    with pytest.raises((StageError, ModelError), match="no weights yet"):
-        sample_pictures(tmp_path / "dpar", tmp_path / "out", SampleSettings(**CPU), QUIET)
-
-
-def test_anything_but_a_run_is_refused_with_the_command_to_make_one(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"codes is not a run: it has no run\.json\. `dpar train` makes one"):
-        run(home, tmp_path / "out", "codes")
 
 
 def test_a_folder_with_other_files_is_refused(home: Path, tmp_path: Path) -> None:
@@ -482,38 +253,3 @@ def test_other_settings_are_refused_and_overwrite_replaces_everything(home: Path
     run(home, tmp_path / "out", classes=("bird",), per_class=1, overwrite=True)
     assert pictures(tmp_path / "out") == [f"{FOLDERS[0]}/000000.png"]
     assert not (tmp_path / "out" / "samples.npz").exists()
-
-
-def test_the_nearest_training_image_of_a_copy_is_its_original(home: Path) -> None:
-    generator = Generator.load(home / "dpar", SampleSettings(**CPU))
-    training = open_training(home / "patches", generator, "--show-nearest")
-    rows = np.array([3, 0])
-    copied = training.gather(rows, np.zeros_like(rows)).codes
-    altered = copied.copy()
-    altered[1, 5] = (altered[1, 5] + 1) % V
-    nearest = find_nearest(altered, training, generator.tokenizer)
-    assert nearest.rows.tolist() == rows.tolist()
-    assert nearest.keys == training.keys(rows)
-    assert nearest.distance[0] == pytest.approx(0, abs=1e-3)
-    vectors = generator.tokenizer.quantize.vectors()
-    moved = (vectors[int(altered[1, 5])] - vectors[int(copied[1, 5])]).square().sum().item()
-    assert nearest.distance[1] == pytest.approx((moved / N) ** 0.5, abs=1e-3)
-
-
-def test_samples_and_their_nearest_training_images_are_written(home: Path, tmp_path: Path) -> None:
-    run(home, tmp_path / "out", show_nearest=home / "patches")
-    listed = json.loads((tmp_path / "out" / "nearest.json").read_text(encoding="utf-8"))
-    assert [entry["sample"] for entry in listed] == [f"{i:06d}" for i in range(6)]
-    artifact = open_artifact(home / "patches")
-    assert {entry["nearest"] for entry in listed} <= set(artifact.keys(np.arange(len(artifact))))
-    assert Image.open(tmp_path / "out" / "nearest.png").width > 6 * 128
-
-
-def test_nearest_images_of_another_tokenizer_are_refused(home: Path, tmp_path: Path) -> None:
-    torch.manual_seed(7)
-    VQTokenizer(VQTokenizer.from_pretrained(home / "vq").config).save_pretrained(tmp_path / "vq")
-    settings = TokenizeSettings(tokenizer=str(tmp_path / "vq"), image_size=SIZE, **CPU)
-    tokenize(str(home / "photos"), tmp_path / "codes", settings, QUIET)
-    with pytest.raises(StageError, match="Name the artifact that the model was trained on"):
-        run(home, tmp_path / "out", show_nearest=tmp_path / "codes")
-    assert not (tmp_path / "out").exists()
