@@ -16,7 +16,7 @@ from dpar.sampling import sample
 from pipeline.evaluate import evaluate
 from pipeline.patchify import patchify
 from pipeline.runtime.errors import StageError
-from pipeline.scoring.likelihood import bits_per_token
+from pipeline.scoring.likelihood import bits_per_token, check_same_classes
 from pipeline.settings.artifacts import PatchifySettings
 from pipeline.settings.sampling import EvalSettings
 from shards.manifest import Manifest, ShardInfo
@@ -229,3 +229,8 @@ def test_nan_weights_are_one_message(home: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"no finite bits per token on .*its weights hold NaN or infinity"):
         run(tmp_path, tmp_path / "scores", "run", reference=home / "patches", samples=0)
     assert not (tmp_path / "scores" / "likelihood" / "newest.json").exists()
+
+
+def test_held_out_data_with_other_classes_of_the_same_number_is_refused() -> None:
+    with pytest.raises(StageError, match="class 1 is 'bee' in patches and 'boa' in held-out"):
+        check_same_classes(("ape", "bee"), ("ape", "boa"), "patches", "held-out")
