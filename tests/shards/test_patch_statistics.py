@@ -1,4 +1,4 @@
-"""Statistics of patches: sums over parts, and the lines that summarise them."""
+"""Statistics of patches: their lengths, sums over parts, and the lines that summarise them."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpar.patching import static_starts
-from shards.patch_statistics import count_patches, merge_counts, summary
+from shards.patch_statistics import count_patches, merge_counts, patch_lengths, summary
 
 N = 24  # tokens per image
 
@@ -54,3 +54,9 @@ def test_the_summary_of_static_patches_names_no_extreme_classes() -> None:
     counts = [count_patches(starts, np.arange(4, dtype=np.int32))]
     lines = summary(merge_counts(counts, n_tokens=8, views=1, class_names=("sky", "sea", "owl", "fur")))
     assert len(lines) == 3
+
+
+def test_patches_end_at_the_end_of_an_image() -> None:
+    starts = np.array([[1, 0, 0], [1, 1, 0]], bool)
+    assert patch_lengths(starts).tolist() == [3, 1, 2]
+    assert patch_lengths(np.zeros((0, 3), bool)).tolist() == []

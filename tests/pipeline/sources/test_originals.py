@@ -14,9 +14,12 @@ import pytest
 from PIL import Image
 
 from pipeline.runtime.errors import StageError
-from pipeline.sources import Item, open_source
+from pipeline.sources import Item, open_indexed, open_source
+from pipeline.sources.crops import views
 from pipeline.sources.originals import load_originals
 from shards.manifest import Manifest
+from shards.reader import open_artifact
+from tests.pipeline.inspections import build, save_inputs
 from tests.pipeline.sources.test_streams import serving
 
 
@@ -163,3 +166,24 @@ def test_settings_without_a_usable_source_are_one_message(tmp_path: Path, settin
     made, keys = manifest(make("tar", tmp_path)[0].replace("*", f"{tmp_path}/*"))
     with pytest.raises(StageError, match=says):
         load_originals(dataclasses.replace(made, settings=made.settings | settings), keys[:1], [0])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_inputs(tmp_path_factory.mktemp("made"))
+
+
+def test_originals_equal_the_tokenized_pixels(made: Path, tmp_path: Path) -> None:
+    artifact, rows = build(made, tmp_path / "a")
+    manifest = open_artifact(artifact).manifest
+    source = open_indexed(str(made / "photos"))
+    wanted = [7, 2, 7]
+    found = load_originals(manifest, [rows.keys[i] for i in wanted], [0, 1, 1])
+    for pixels, i, view in zip(found, wanted, [0, 1, 1], strict=True):
+        np.testing.assert_array_equal(pixels, views(source.load(i), 16, "flip", [1.0])[view])
+
+
+def test_an_image_that_has_left_the_source_is_named(made: Path, tmp_path: Path) -> None:
+    manifest = open_artifact(build(made, tmp_path / "a", kind="codes")[0]).manifest
+    with pytest.raises(StageError, match=r"1 of 2 images are no longer in their source, the first 'cat/99\.png'"):
+        load_originals(manifest, ["cat/99.png", "cat/1.png"], [0, 0])
