@@ -61,15 +61,19 @@ def test_no_token_of_zero_probability_is_drawn(
 
 
 def test_temperature_divides_the_logits() -> None:
-    logits, u = torch.randn(500, 7), torch.rand(500, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, 7, generator=generator)
+    u = torch.rand(500, dtype=torch.float64, generator=generator)
     cooled = draw(logits, u, SamplingOptions(temperature=0.25))
     assert cooled.tolist() == draw(logits * 4, u, SamplingOptions()).tolist()
     assert cooled.tolist() != draw(logits, u, SamplingOptions()).tolist()
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
-    logits = torch.randn(50, 7)
-    assert draw(logits, torch.rand(50).double(), SamplingOptions(temperature=0)).tolist() == logits.argmax(-1).tolist()
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 7, generator=generator)
+    u = torch.rand(50, dtype=torch.float64, generator=generator)
+    assert draw(logits, u, SamplingOptions(temperature=0)).tolist() == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Presets, and the ranges of the fields of a config."""
 
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -62,7 +61,6 @@ def test_every_preset_builds_a_model(name: str) -> None:
     with torch.device("meta"):
         model = DPAR(config) if isinstance(config, DPARConfig) else LlamaGen(config)
     assert model.output.weight.shape == (16384, config.width)
-    assert {f.name for f in fields(config)} >= {"codebook_size", "width"}
 
 
 @pytest.mark.parametrize(

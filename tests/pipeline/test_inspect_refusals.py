@@ -64,8 +64,8 @@ def test_anything_but_an_artifact_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"images": -1}, {"batch": 0}, {"threshold": (float("nan"),)}])
-def test_invalid_settings_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(StageError):
+def test_invalid_settings_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(StageError, match="|".join(wrong)):
         InspectSettings(**wrong)
 
 

@@ -178,7 +178,7 @@ def test_the_run_records_device_precision_and_speed(patches: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("choice", [{"checkpoint_layers": True}, {"precision": "bf16"}])
-def test_other_backends_and_precisions_give_nearly_the_same_losses(
+def test_recomputed_layers_and_bfloat16_give_nearly_the_same_losses(
     patches: Path, tmp_path: Path, choice: dict[str, Any]
 ) -> None:
     run(patches, tmp_path / "a", steps=3)

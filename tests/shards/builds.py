@@ -1,7 +1,6 @@
 """Shared by the tests of writing: one artifact, built in this process or, as a program, in another."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import time
@@ -101,5 +100,4 @@ def flip(path: Path) -> None:
 
 if __name__ == "__main__":
     folder, kind, rank, world_size, pause, large = sys.argv[1:]
-    os.environ.pop("PYTHONPATH", None)
     run(location(folder), kind, int(rank), int(world_size), float(pause), bool(int(large)))  # type: ignore[arg-type]

@@ -191,12 +191,6 @@ def test_an_artifact_of_empty_shards_alone_can_be_written_and_read(tmp_path: Pat
     assert list(artifact.damaged()) == []
 
 
-def test_an_unfinished_build_is_not_an_artifact(tmp_path: Path) -> None:
-    opened(tmp_path / "a").add(0, shard_rows(0))
-    with pytest.raises(ArtifactError, match="not finished: rerun the command that makes it"):
-        open_artifact(tmp_path / "a")
-
-
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_a_disk_error_is_one_message_and_leaves_no_partial_shard(tmp_path: Path, container: Container) -> None:
     out = tmp_path / "a"

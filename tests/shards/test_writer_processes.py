@@ -88,7 +88,7 @@ def test_a_shard_stays_claimed_until_it_is_added(tmp_path: Path) -> None:
     assert list(second.todo()) == [0, 2]
 
 
-def test_looking_for_records_while_another_process_removes_them_finds_none(tmp_path: Path) -> None:
+def test_looking_for_records_while_they_are_removed_finds_none(tmp_path: Path) -> None:
     build = opened(tmp_path / "a")
     folder, aside = tmp_path / "a" / BUILD, tmp_path / "aside"
     stop = threading.Event()
