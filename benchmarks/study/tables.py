@@ -148,7 +148,7 @@ def plot(study: Study, path: Path, *, flops: bool) -> None:
     panels = figure.subplots(1, 3)
     rows = study.rows("main")
     for i, row in enumerate(rows):
-        color = colormaps["viridis"](i / len(rows))
+        color = colormaps["tab10"](i)
         for seed in range(study.seeds):
             label = row.title if seed == 0 else None
             steps, nats, per_step = _curve(study, row, seed, flops)
