@@ -20,6 +20,7 @@ from PIL import Image
 from pipeline.runtime.errors import StageError
 from pipeline.sources import IndexedSource, LeftOut, UnusableImage, open_indexed
 from pipeline.sources.tables import Table
+from tests.pipeline.sources.listed import keys, labels, pixels
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +43,6 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return str(path)
-
-
-def keys(source: IndexedSource) -> list[str]:
-    return [source.key(i) for i in range(len(source))]
-
-
-def labels(source: IndexedSource) -> list[int]:
-    return [source.label(i) for i in range(len(source))]
-
-
-def pixels(source: IndexedSource) -> list[bytes]:
-    return [source.load(i).tobytes() for i in range(len(source))]
 
 
 LABELS = [2, 0, 2, 1]
